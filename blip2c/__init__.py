@@ -1,0 +1,1 @@
+from blip2c import _core

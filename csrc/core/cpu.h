@@ -1,0 +1,25 @@
+/* What this processor can do, and which instruction set the kernels use. */
+#ifndef B2_CORE_CPU_H
+#define B2_CORE_CPU_H
+
+#include "core/error.h"
+
+typedef enum b2_isa { B2_ISA_GENERIC = 0, B2_ISA_AVX2, B2_ISA_AVX512 } b2_isa;
+
+typedef struct b2_cpu {
+    int avx2;        /* AVX2 + FMA + F16C, and the system saves ymm state */
+    int avx512;      /* F + BW + DQ + VL, and the system saves zmm state */
+    int avx512_vnni;
+    int avx512_bf16;
+    char brand[64];  /* "AMD EPYC 9R14", or "" where the processor does not say */
+} b2_cpu;
+
+void b2_cpu_detect(b2_cpu *cpu);
+
+const char *b2_isa_name(b2_isa isa);
+
+/* The best instruction set that was compiled in and that the CPU has, or the one that `forced` names
+ * ("generic", "avx2", "avx512"; NULL or "" for none). B2_E_VALUE for an unknown name, B2_E_UNSUPPORTED if missing. */
+int b2_isa_choose(b2_isa *isa, const b2_cpu *cpu, const char *forced, b2_err *err);
+
+#endif

@@ -1,0 +1,57 @@
+#include "core/memory.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Instruments only: neither value ever changes what is computed. */
+static atomic_uint_least64_t allocations;
+static atomic_int_least64_t fail_countdown;
+
+enum { ALIGNMENT = 64 };
+
+static int told_to_fail(void)
+{
+    int64_t left = atomic_load_explicit(&fail_countdown, memory_order_relaxed);
+    if (left <= 0)
+        return 0;
+    return atomic_fetch_sub(&fail_countdown, 1) == 1;
+}
+
+void *b2_alloc(size_t count, size_t size, const char *what, b2_err *err)
+{
+    size_t bytes = count * size;
+    if (size != 0 && count > (SIZE_MAX - ALIGNMENT) / size) {
+        b2_fail(err, B2_E_MEMORY, "%s: %zu elements of %zu bytes overflow the address space", what, count, size);
+        return NULL;
+    }
+    bytes = bytes == 0 ? ALIGNMENT : (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    atomic_fetch_add_explicit(&allocations, 1, memory_order_relaxed);
+    void *block = told_to_fail() ? NULL : aligned_alloc(ALIGNMENT, bytes);
+    if (!block)
+        b2_fail(err, B2_E_MEMORY, "%s: could not allocate %zu bytes", what, bytes);
+    return block;
+}
+
+void *b2_alloc_zeroed(size_t count, size_t size, const char *what, b2_err *err)
+{
+    void *block = b2_alloc(count, size, what, err);
+    if (block)
+        memset(block, 0, count * size);
+    return block;
+}
+
+void b2_free(void *block)
+{
+    free(block);
+}
+
+uint64_t b2_alloc_count(void)
+{
+    return atomic_load_explicit(&allocations, memory_order_relaxed);
+}
+
+void b2_alloc_fail_after(int64_t countdown)
+{
+    atomic_store(&fail_countdown, countdown);
+}

@@ -1,0 +1,25 @@
+/* The only door to the heap. Counting every allocation here is what lets a test assert "no allocation per
+ * decoded token" and fail the k-th allocation for every k. Blocks are 64-byte aligned (a cache line, a zmm register).
+ *
+ * A block belongs to whoever called b2_alloc; it is returned with b2_free. */
+#ifndef B2_CORE_MEMORY_H
+#define B2_CORE_MEMORY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/error.h"
+
+/* Returns `count * size` bytes aligned to 64, or NULL with B2_E_MEMORY (product overflow included).
+ * `what` names the object for the message. A request of 0 bytes returns a valid block. */
+void *b2_alloc(size_t count, size_t size, const char *what, b2_err *err);
+void *b2_alloc_zeroed(size_t count, size_t size, const char *what, b2_err *err);
+void b2_free(void *block);
+
+/* Allocations made by this process so far. */
+uint64_t b2_alloc_count(void);
+
+/* Test hook: the `countdown`-th allocation from now (1 = the next) fails, once. 0 switches it off. */
+void b2_alloc_fail_after(int64_t countdown);
+
+#endif

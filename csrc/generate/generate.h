@@ -1,0 +1,73 @@
+/* Text generation: greedy and beam search with the exact semantics of transformers 5.23 (GenerationMixin).
+ *
+ * The search knows nothing of models. It asks a `b2_step` for logits: `prefill` once for the prompts, then `advance`
+ * for the tokens that were chosen. Running rows are numbered r = b * num_beams + beam. A row that has ended is not
+ * asked for any more. All memory of a search is allocated before its first step. */
+#ifndef B2_GENERATE_H
+#define B2_GENERATE_H
+
+#include <stdint.h>
+
+#include "core/error.h"
+#include "core/pool.h"
+
+typedef struct b2_step b2_step;
+struct b2_step {
+    int64_t vocabulary; /* V */
+    /* Logits of the last prompt token of each row of the batch: logits [B, V]. The caller owns the array. */
+    int (*prefill)(b2_step *step, float *logits, b2_err *err);
+    /* n running rows go on by one token: row[i] takes over the history of running row parent[i] (numbering of the
+     * step before; at the first advance: any row of the same batch row, which all hold just the prompt) and appends
+     * token[i]. logits [n, V] for the next token. `row` is ascending. */
+    int (*advance)(b2_step *step, int64_t n, const int32_t *row, const int32_t *parent, const int32_t *token,
+                   float *logits, b2_err *err);
+};
+
+typedef enum b2_early_stopping { B2_EARLY_STOPPING_FALSE = 0, B2_EARLY_STOPPING_TRUE, B2_EARLY_STOPPING_NEVER } b2_early_stopping;
+
+/* transformers' names. Python has resolved the defaults; here everything is explicit. */
+typedef struct b2_generate_opts {
+    int64_t max_length;             /* prompt included; < 0: unset. max_new_tokens wins over it, as in transformers */
+    int64_t max_new_tokens;         /* < 0: unset; one of the two must be set */
+    int64_t min_length;             /* 0: off; prompt included */
+    int64_t min_new_tokens;         /* < 0: unset */
+    int num_beams;                  /* 1: greedy */
+    int num_return_sequences;
+    float length_penalty;
+    b2_early_stopping early_stopping;
+    float repetition_penalty;       /* 1: off */
+    int no_repeat_ngram_size;       /* 0: off */
+    const int32_t *eos_ids;         /* [eos_count] */
+    int64_t eos_count;
+    int32_t pad_id;                 /* fills ended rows */
+    const int32_t *bad_words;       /* all words one after another */
+    const int64_t *bad_word_offsets;/* [bad_word_count + 1] */
+    int64_t bad_word_count;
+    const int32_t *suppress_ids;    /* [suppress_count] */
+    int64_t suppress_count;
+} b2_generate_opts;
+
+/* Prompts as the rules see them (repetition penalty, n-grams, lengths): packed ids; an id < 0 stands for an image
+ * feature without a token and is ignored by every rule except that it counts for lengths. */
+typedef struct b2_prompts {
+    int64_t rows;           /* B */
+    const int32_t *ids;     /* [offsets[B]] */
+    const int64_t *offsets; /* [B + 1] */
+} b2_prompts;
+
+/* Owned by the caller, freed with b2_generated_release. Row o = b * num_return_sequences + j. */
+typedef struct b2_generated {
+    int64_t rows;       /* B * num_return_sequences */
+    int64_t max_new;    /* width of `ids`: as many columns as the longest row needed */
+    int32_t *ids;       /* [rows, max_new] new tokens only (eos included), filled up with pad_id */
+    int64_t *lengths;   /* [rows] tokens before the filling */
+    float *scores;      /* [rows] sequences_scores of beam search; 0 for greedy */
+    int64_t steps;      /* model calls after the prefill */
+} b2_generated;
+
+/* Checks options and prompts (B2_E_VALUE naming the option), then searches. */
+int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_opts *opts, b2_step *step,
+                b2_pool *pool, b2_cancel *cancel, b2_err *err);
+void b2_generated_release(b2_generated *out);
+
+#endif

@@ -1,0 +1,187 @@
+#include "ops/ops.h"
+
+/* Shapes are checked here, once for every backend. */
+
+#define SHAPE(t) (long long)(t).rows, (long long)(t).cols
+
+static int check_view(const char *op, const char *name, b2_tensor t, b2_err *err)
+{
+    if (t.rows < 0 || t.cols < 0 || t.ld < t.cols || (!t.data && t.rows * t.cols > 0))
+        return b2_fail(err, B2_E_INTERNAL, "%s: %s is not a view: [%lld, %lld], row distance %lld", op, name, SHAPE(t),
+                       (long long)t.ld);
+    return 0;
+}
+
+static int check_shape(const char *op, const char *name, b2_tensor t, int64_t rows, int64_t cols, b2_err *err)
+{
+    if (check_view(op, name, t, err) < 0)
+        return -1;
+    if (t.rows != rows || t.cols != cols)
+        return b2_fail(err, B2_E_VALUE, "%s: %s: expected shape [%lld, %lld], found [%lld, %lld]", op, name,
+                       (long long)rows, (long long)cols, SHAPE(t));
+    return 0;
+}
+
+static int check_vector(const char *op, const char *name, const b2_weight *w, int64_t n, b2_err *err)
+{
+    if (!w || !w->data)
+        return 0;
+    if (w->n != n || w->k != 1 || w->dtype != B2_F32 || w->layout != B2_ROWS)
+        return b2_fail(err, B2_E_VALUE, "%s: %s: expected F32 [%lld], found %s [%lld, %lld]", op, name, (long long)n,
+                       b2_dtype_name(w->dtype), (long long)w->n, (long long)w->k);
+    return 0;
+}
+
+int b2_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_linear_opts *opts, b2_err *err)
+{
+    if (check_view("linear", "x", x, err) < 0)
+        return -1;
+    if (!w || !w->data)
+        return b2_fail(err, B2_E_INTERNAL, "linear: the weight is absent");
+    if (w->k != x.cols)
+        return b2_fail(err, B2_E_VALUE, "linear: x [%lld, %lld] does not fit weight %s [%lld, %lld]", SHAPE(x),
+                       w->name ? w->name : "", (long long)w->n, (long long)w->k);
+    if (check_shape("linear", "out", out, x.rows, w->n, err) < 0 ||
+        check_vector("linear", "bias", opts->bias, w->n, err) < 0)
+        return -1;
+    if (opts->residual.data && check_shape("linear", "residual", opts->residual, x.rows, w->n, err) < 0)
+        return -1;
+    if (opts->item_rows < 0 || (opts->item_rows > 0 && x.rows % opts->item_rows != 0))
+        return b2_fail(err, B2_E_VALUE, "linear: %lld rows are no multiple of %lld rows per item", (long long)x.rows,
+                       (long long)opts->item_rows);
+    return x.rows == 0 ? 0 : ctx->ops->linear(ctx, out, x, w, opts, err);
+}
+
+int b2_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
+                  b2_err *err)
+{
+    if (check_view("layer_norm", "x", x, err) < 0 || check_shape("layer_norm", "out", out, x.rows, x.cols, err) < 0 ||
+        check_vector("layer_norm", "gamma", gamma, x.cols, err) < 0 ||
+        check_vector("layer_norm", "beta", beta, x.cols, err) < 0)
+        return -1;
+    return x.rows == 0 ? 0 : ctx->ops->layer_norm(ctx, out, x, gamma, beta, eps, err);
+}
+
+static int check_attention_rows(const b2_attention_args *a, b2_err *err)
+{
+    for (int64_t b = 0; b < a->rows; b++) {
+        int64_t queries = (int64_t)a->q_offsets[b + 1] - a->q_offsets[b];
+        int64_t suffix = a->suffix_lens ? a->suffix_lens[b] : 0;
+        int64_t keys = a->prefix_lens[b] + suffix;
+        if (queries < 0 || a->prefix_lens[b] < 0 || suffix < 0 || (a->causal && queries > keys) ||
+            a->prefix_starts[b] < 0 || (int64_t)a->prefix_starts[b] + a->prefix_lens[b] > a->k.rows ||
+            (a->suffix_lens && suffix > a->suffix_ld) || (a->key_mask && keys > a->key_mask_ld))
+            return b2_fail(err, B2_E_VALUE, "attention: row %lld: %lld queries, prefix %lld + %lld of %lld, suffix %lld",
+                           (long long)b, (long long)queries, (long long)a->prefix_starts[b],
+                           (long long)a->prefix_lens[b], (long long)a->k.rows, (long long)suffix);
+        for (int64_t s = 0; s < suffix; s++) {
+            int32_t slot = a->suffix_slots[b * a->suffix_ld + s];
+            if (slot < 0 || slot >= a->k_suffix.rows)
+                return b2_fail(err, B2_E_INDEX, "attention: row %lld: suffix slot %d of %lld", (long long)b, (int)slot,
+                               (long long)a->k_suffix.rows);
+        }
+    }
+    if (a->q_offsets[0] != 0 || a->q_offsets[a->rows] != a->q.rows)
+        return b2_fail(err, B2_E_VALUE, "attention: q_offsets run from %d to %d, expected 0 to %lld",
+                       (int)a->q_offsets[0], (int)a->q_offsets[a->rows], (long long)a->q.rows);
+    return 0;
+}
+
+int b2_attention(b2_ctx *ctx, const b2_attention_args *a, b2_err *err)
+{
+    if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads != 0 || a->head_dim < 1)
+        return b2_fail(err, B2_E_VALUE, "attention: %d heads over %d key heads of width %d", a->heads, a->kv_heads,
+                       a->head_dim);
+    int64_t width = (int64_t)a->heads * a->head_dim, kv_width = (int64_t)a->kv_heads * a->head_dim;
+    if (check_shape("attention", "q", a->q, a->q.rows, width, err) < 0 ||
+        check_shape("attention", "out", a->out, a->q.rows, width, err) < 0 ||
+        check_shape("attention", "k", a->k, a->k.rows, kv_width, err) < 0 ||
+        check_shape("attention", "v", a->v, a->k.rows, kv_width, err) < 0)
+        return -1;
+    if (a->suffix_lens && (check_shape("attention", "k_suffix", a->k_suffix, a->k_suffix.rows, kv_width, err) < 0 ||
+                           check_shape("attention", "v_suffix", a->v_suffix, a->k_suffix.rows, kv_width, err) < 0))
+        return -1;
+    if (a->rows == 0 || a->q.rows == 0)
+        return 0;
+    if (check_attention_rows(a, err) < 0)
+        return -1;
+    return ctx->ops->attention(ctx, a, err);
+}
+
+int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err)
+{
+    if (check_shape("embedding", "out", out, out.rows, table->k, err) < 0)
+        return -1;
+    for (int64_t i = 0; i < out.rows; i++)
+        if (ids[i] >= table->n)
+            return b2_fail(err, B2_E_INDEX, "embedding: id %d at position %lld is outside %s, which has %lld rows",
+                           (int)ids[i], (long long)i, table->name ? table->name : "the table", (long long)table->n);
+    return out.rows == 0 ? 0 : ctx->ops->embedding(ctx, out, table, ids, accumulate, err);
+}
+
+int b2_patches(b2_ctx *ctx, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
+               int64_t patch, b2_err *err)
+{
+    if (patch < 1 || side < patch || channels < 1)
+        return b2_fail(err, B2_E_VALUE, "patches: side %lld, patch %lld, channels %lld", (long long)side,
+                       (long long)patch, (long long)channels);
+    int64_t grid = side / patch;
+    if (check_shape("patches", "out", out, pictures * grid * grid, channels * patch * patch, err) < 0)
+        return -1;
+    return pictures == 0 ? 0 : ctx->ops->patches(ctx, out, pixels, pictures, channels, side, patch, err);
+}
+
+static int check_row_list(const char *name, const int32_t *rows, int64_t n, b2_tensor t, b2_err *err)
+{
+    if (!rows && n > t.rows)
+        return b2_fail(err, B2_E_INDEX, "copy_rows: %lld rows of %s, which has %lld", (long long)n, name,
+                       (long long)t.rows);
+    for (int64_t i = 0; rows && i < n; i++)
+        if (rows[i] < 0 || rows[i] >= t.rows)
+            return b2_fail(err, B2_E_INDEX, "copy_rows: row %d of %s, which has %lld", (int)rows[i], name,
+                           (long long)t.rows);
+    return 0;
+}
+
+int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
+                 b2_err *err)
+{
+    if (check_view("copy_rows", "x", x, err) < 0 || check_shape("copy_rows", "out", out, out.rows, x.cols, err) < 0 ||
+        check_row_list("out", out_rows, n, out, err) < 0 || check_row_list("x", x_rows, n, x, err) < 0)
+        return -1;
+    return n == 0 ? 0 : ctx->ops->copy_rows(ctx, out, out_rows, x, x_rows, n, err);
+}
+
+int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)
+{
+    if (check_shape("add_rows", "out", out, out.rows, x.cols, err) < 0 || check_view("add_rows", "x", x, err) < 0)
+        return -1;
+    if (x.rows < 1 || out.rows % x.rows != 0)
+        return b2_fail(err, B2_E_VALUE, "add_rows: %lld rows are no multiple of %lld", (long long)out.rows,
+                       (long long)x.rows);
+    return out.rows == 0 ? 0 : ctx->ops->add_rows(ctx, out, x, err);
+}
+
+int b2_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err)
+{
+    if (check_view("top_k", "x", x, err) < 0)
+        return -1;
+    if (k < 1 || k > x.cols)
+        return b2_fail(err, B2_E_VALUE, "top_k: k = %d of %lld values", k, (long long)x.cols);
+    return x.rows == 0 ? 0 : ctx->ops->top_k(ctx, values, ids, x, k, err);
+}
+
+int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err)
+{
+    if (check_view("log_softmax", "x", x, err) < 0)
+        return -1;
+    return x.rows == 0 || x.cols == 0 ? 0 : ctx->ops->log_softmax(ctx, x, err);
+}
+
+int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err)
+{
+    *first_bad_row = -1;
+    if (check_view("check_finite", "x", x, err) < 0)
+        return -1;
+    return x.rows == 0 ? 0 : ctx->ops->check_finite(ctx, first_bad_row, x, err);
+}

@@ -1,0 +1,125 @@
+/* The contract: every operation that the model and the generation code are written against.
+ *
+ * Callers call b2_linear(), b2_attention(), ...; these check shapes once (ops.c) and then call the backend's function
+ * in `b2_ops`. A backend is that table filled in (ops/cpu); data pointers in the arguments are in backend memory.
+ *
+ * Letters: B rows of the batch (sequences or pictures), N packed tokens of all rows, T tokens of one row, D width,
+ * H heads, Dh head width, V vocabulary, S picture side in pixels, P patch side.
+ *
+ * Same bits (CPU, fp32): an output element does not depend on how many other rows there are, where its row stands,
+ * how many threads run or how work is tiled. Each product is one chain of fused multiply-adds over ascending K
+ * starting from 0; bias, activation, residual follow in this order. The one exception is a fp32 weight in B2_ROWS layout:
+ * it goes through OpenBLAS in tiles whose shape depends on the model and on one item alone (`item_rows`). */
+#ifndef B2_OPS_H
+#define B2_OPS_H
+
+#include "core/arena.h"
+#include "core/cancel.h"
+#include "core/error.h"
+#include "core/pool.h"
+#include "core/tensor.h"
+
+typedef struct b2_ops b2_ops;
+typedef struct b2_tap b2_tap;
+
+/* Where a computation runs. One per session; not shared by threads. Owns nothing. */
+typedef struct b2_ctx {
+    const b2_ops *ops;
+    b2_pool *pool;
+    b2_arena *scratch;
+    b2_cancel *cancel; /* may be NULL */
+    b2_tap *tap;       /* who watches hidden states; may be NULL */
+} b2_ctx;
+
+/* Called with the hidden states after each stage: ("vision", layer, [N, D]). `layer` counts as transformers does in
+ * hidden_states: 0 is the embedding output, i + 1 the output of layer i. */
+struct b2_tap {
+    int (*fn)(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err);
+};
+
+typedef enum b2_act { B2_ACT_NONE = 0, B2_ACT_GELU_ERF, B2_ACT_RELU, B2_ACT_GELU_TANH, B2_ACT_QUICK_GELU, B2_ACT_SILU } b2_act;
+
+typedef struct b2_linear_opts {
+    const b2_weight *bias; /* [Dout] or NULL */
+    b2_act act;
+    b2_tensor residual;    /* [N, Dout], added after the activation; data NULL: none; may be `out` itself */
+    int64_t item_rows;     /* rows of one picture when N is whole pictures (a multiple of it); 0: rows are single tokens */
+} b2_linear_opts;
+
+/* Multi-head attention over up to two stretches of keys per row: a prefix (contiguous) and a suffix (through slots).
+ * Query i of row b (0 <= i < T_b) sees key j of the row's concatenated keys iff
+ *     (!causal || j <= keys_b - T_b + i)  and  (!key_mask || key_mask[b * key_mask_ld + j]),
+ * where keys_b = prefix_lens[b] + suffix_lens[b]. A query that sees no key gets zeros.
+ * Scores are scale * (q . k), softmax in fp32. Heads lie side by side: head h is columns [h*Dh, (h+1)*Dh). */
+typedef struct b2_attention_args {
+    b2_tensor out;               /* [N, H*Dh] */
+    b2_tensor q;                 /* [N, H*Dh] */
+    int64_t rows;                /* B */
+    const int32_t *q_offsets;    /* [B+1]: row b's queries are q[q_offsets[b] .. q_offsets[b+1]) */
+    b2_tensor k, v;              /* [*, Hkv*Dh]: where prefix keys and values lie */
+    const int32_t *prefix_starts;/* [B]: first row of k and v */
+    const int32_t *prefix_lens;  /* [B] */
+    b2_tensor k_suffix, v_suffix;/* [*, Hkv*Dh]; data NULL: no suffix */
+    const int32_t *suffix_slots; /* [B, suffix_ld]: suffix key s of row b is row suffix_slots[b*suffix_ld + s] */
+    int64_t suffix_ld;
+    const int32_t *suffix_lens;  /* [B] or NULL */
+    const uint8_t *key_mask;     /* [B, key_mask_ld], 1 = may be seen; NULL: all */
+    int64_t key_mask_ld;
+    int causal;
+    int heads;                   /* H */
+    int kv_heads;                /* Hkv, divides H */
+    int head_dim;                /* Dh */
+    float scale;
+} b2_attention_args;
+
+struct b2_ops {
+    const char *name;
+    int (*linear)(b2_ctx *, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_linear_opts *, b2_err *);
+    int (*layer_norm)(b2_ctx *, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
+                      b2_err *);
+    int (*attention)(b2_ctx *, const b2_attention_args *, b2_err *);
+    int (*embedding)(b2_ctx *, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *);
+    int (*patches)(b2_ctx *, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
+                   int64_t patch, b2_err *);
+    int (*copy_rows)(b2_ctx *, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
+                     b2_err *);
+    int (*add_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
+    int (*top_k)(b2_ctx *, float *values, int32_t *ids, b2_tensor x, int k, b2_err *);
+    int (*log_softmax)(b2_ctx *, b2_tensor x, b2_err *);
+    int (*check_finite)(b2_ctx *, int64_t *first_bad_row, b2_tensor x, b2_err *);
+};
+
+/* out [N, Dout] = act(x [N, Din] . w^T + bias) + residual.  w is [Dout, Din]. out must not overlap x. */
+int b2_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_linear_opts *opts, b2_err *err);
+
+/* out = (x - mean) / sqrt(var + eps) * gamma + beta over the last axis; gamma, beta [D], either may be absent (data NULL); out may be x. */
+int b2_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
+                  b2_err *err);
+
+int b2_attention(b2_ctx *ctx, const b2_attention_args *args, b2_err *err);
+
+/* out[i] = table[ids[i]] (or += when accumulate); ids [N]; an id below 0 leaves its row as it is. */
+int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err);
+
+/* Pictures [B, C, S, S] into rows of flattened patches, in the order of a convolution weight [D, C, P, P]:
+ * out [B * (S/P)^2, C*P*P]. What is left over when P does not divide S is dropped, as a strided convolution does. */
+int b2_patches(b2_ctx *ctx, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
+               int64_t patch, b2_err *err);
+
+/* out[out_rows[i]] = x[x_rows[i]] for i in [0, n); a NULL index list means i itself. */
+int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
+                 b2_err *err);
+
+/* out[i] += x[i mod x.rows]: the same rows (position embeddings) onto every picture. */
+int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
+
+/* The k largest of each row of x [N, V], largest first, equal values by ascending id: values, ids [N, k]. */
+int b2_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err);
+
+/* In place over the last axis, as torch.log_softmax in fp32. */
+int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
+
+/* first_bad_row = index of the first row of x that holds a NaN or an Inf, or -1. */
+int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);
+
+#endif

@@ -1,0 +1,118 @@
+#include "python/py_common.h"
+
+b2py_state *b2py_state_of_module(PyObject *module)
+{
+    return PyModule_GetState(module);
+}
+
+b2py_state *b2py_state_of_type(PyTypeObject *type)
+{
+    return PyType_GetModuleState(type);
+}
+
+static PyObject *exception_for(b2py_state *state, b2_code code)
+{
+    switch (code) {
+    case B2_E_VALUE: return PyExc_ValueError;
+    case B2_E_TYPE: return PyExc_TypeError;
+    case B2_E_INDEX: return PyExc_IndexError;
+    case B2_E_MEMORY: return PyExc_MemoryError;
+    case B2_E_OS: return PyExc_OSError;
+    case B2_E_FORMAT: return state->checkpoint_error;
+    case B2_E_NUMERIC: return state->numeric_error;
+    case B2_E_UNSUPPORTED: return state->unsupported_error;
+    case B2_E_CANCEL: return PyExc_KeyboardInterrupt;
+    case B2_OK:
+    case B2_E_CALLBACK:
+    case B2_E_INTERNAL: break;
+    }
+    return PyExc_RuntimeError;
+}
+
+PyObject *b2py_raise(b2py_state *state, const b2_err *err)
+{
+    if (PyErr_Occurred())
+        return NULL;
+    /* A path inside the message need not be UTF-8. */
+    PyObject *text = PyUnicode_DecodeUTF8(err->message, (Py_ssize_t)strlen(err->message), "replace");
+    if (!text)
+        return NULL;
+    PyErr_SetObject(exception_for(state, err->code), text);
+    Py_DECREF(text);
+    return NULL;
+}
+
+/* Runs on the thread that made the call, which gave up the GIL in b2py_call_begin. */
+static int poll_signals(void *owner)
+{
+    b2py_call *call = owner;
+    PyEval_RestoreThread(call->thread);
+    int raised = PyErr_CheckSignals() < 0; /* does nothing outside the main thread */
+    call->thread = PyEval_SaveThread();
+    return raised;
+}
+
+static int on_main_thread(void)
+{
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *main_thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
+    PyObject *ident = main_thread ? PyObject_GetAttrString(main_thread, "ident") : NULL;
+    int same = ident && PyLong_Check(ident) && PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident();
+    Py_XDECREF(ident);
+    Py_XDECREF(main_thread);
+    Py_XDECREF(threading);
+    PyErr_Clear(); /* not knowing only means: do not poll */
+    return same;
+}
+
+b2_cancel *b2py_call_begin(b2py_call *call)
+{
+    *call = (b2py_call){0};
+    call->cancel.poll = on_main_thread() ? poll_signals : NULL;
+    call->cancel.owner = call;
+    call->thread = PyEval_SaveThread();
+    return &call->cancel;
+}
+
+void b2py_call_end(b2py_call *call)
+{
+    PyEval_RestoreThread(call->thread);
+    call->thread = NULL;
+}
+
+void b2py_call_hold(b2py_call *call)
+{
+    PyEval_RestoreThread(call->thread);
+}
+
+void b2py_call_resume(b2py_call *call)
+{
+    call->thread = PyEval_SaveThread();
+}
+
+static int check_array(PyArrayObject *array, const char *name, int type, int ndim)
+{
+    if (PyArray_TYPE(array) != type) {
+        PyArray_Descr *expected = PyArray_DescrFromType(type);
+        PyErr_Format(PyExc_TypeError, "%s: expected an array of %S, found %S", name, (PyObject *)expected,
+                     (PyObject *)PyArray_DESCR(array));
+        Py_XDECREF(expected);
+        return -1;
+    }
+    if (ndim >= 0 && PyArray_NDIM(array) != ndim) {
+        PyErr_Format(PyExc_ValueError, "%s: expected %d axes, found %d", name, ndim, PyArray_NDIM(array));
+        return -1;
+    }
+    return 0;
+}
+
+PyArrayObject *b2py_array(PyObject *object, const char *name, int type, int ndim)
+{
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: expected a numpy array, found %s", name, Py_TYPE(object)->tp_name);
+        return NULL;
+    }
+    if (check_array((PyArrayObject *)object, name, type, ndim) < 0)
+        return NULL;
+    return (PyArrayObject *)PyArray_FROM_OF(object, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED);
+}
