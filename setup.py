@@ -78,6 +78,10 @@ class BuildWithPrivateOpenBLAS(build_ext):
         finally:
             self.compiler._compile = compile_one
 
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        self.vendor_openblas(ROOT / "blip2c" / ".libs")
+
     def vendor_openblas(self, libs: Path) -> Path:
         libs.mkdir(parents=True, exist_ok=True)
         source = Path(scipy_openblas32.get_lib_dir())
