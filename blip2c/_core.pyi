@@ -1,0 +1,88 @@
+"""Types of the C part. Every function releases the GIL while it computes and answers signals within 100 ms."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+class CheckpointError(ValueError): ...
+class NumericError(ArithmeticError): ...
+class UnsupportedError(NotImplementedError): ...
+
+def cpu_info() -> dict[str, Any]: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int, /) -> None: ...
+def _allocation_count() -> int: ...
+def _fail_allocation_after(countdown: int, /) -> None: ...
+
+class Model:
+    """Immutable weights and the computations on them; may be shared by threads.
+
+    paths: the safetensors files. config: see blip2c.config.core_config(). dtype: "auto" (as stored), "float32",
+    "float16" or "bfloat16": how the matrices are held; arithmetic is fp32 always.
+    """
+
+    def __init__(self, paths: Sequence[str], config: Mapping[str, Any], dtype: str = "auto") -> None: ...
+    @property
+    def unexpected(self) -> list[str]: ...
+    """Names in the files that this architecture does not have."""
+    @property
+    def dtype(self) -> str: ...
+    """How most of the language model's matrices are held: "float32", "float16" or "bfloat16"."""
+    @property
+    def nbytes(self) -> int: ...
+    """Bytes of all weights as held."""
+    def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection."""
+    def encode_stages(self, pixel_values: NDArray[np.float32], hidden_states: bool = False) -> dict[str, Any]: ...
+    """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
+    "image_features": [B, Q, D_lm]} and, when asked, "vision_hidden_states" and "qformer_hidden_states": lists."""
+    def forward(
+        self,
+        image_features: NDArray[np.float32] | None,
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        mask: NDArray[np.uint8] | None = None,
+        hidden_states: bool = False,
+    ) -> dict[str, Any]: ...
+    """Packed rows: ids [N], row b is ids[offsets[b]:offsets[b+1]], mask [N] (0: a pad). An id -1 takes the row's next
+    image feature (image_features [B, Q, D_lm]; a row must hold exactly Q of them, or none if it is None).
+    {"logits": [N, V], "hidden_states": list of [N, D_lm] when asked}."""
+    def generate(
+        self,
+        image_features: NDArray[np.float32],
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        mask: NDArray[np.uint8] | None,
+        rule_ids: NDArray[np.int32],
+        options: Mapping[str, Any],
+    ) -> dict[str, Any]: ...
+    """Rows as in forward(); rule_ids [N] are the ids that repetition and n-gram rules see (the image token where ids has
+    -1, or -1 where there is none). options: every key of b2_generate_opts, see blip2c.generation.core_options().
+    {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
+    "kv_bytes": int, "step_allocations": int}."""
+    def weights(self) -> dict[str, NDArray[Any]]: ...
+    """Every weight by its checkpoint name, unpacked: float32, float16, or uint16 holding bfloat16 bits."""
+
+class SafetensorsFile:
+    """A validated safetensors file, mapped."""
+
+    def __init__(self, path: str) -> None: ...
+    def names(self) -> list[str]: ...
+    def metadata(self) -> dict[str, str]: ...
+    def info(self, name: str) -> tuple[str, tuple[int, ...]]: ...
+    """("F16", (768, 1408))"""
+    def tensor(self, name: str) -> NDArray[Any]: ...
+    """A copy, in the numpy dtype of the same name; BF16 and the F8 types as uint16 and uint8 bits."""
+
+def parse_safetensors(data: bytes) -> None: ...
+def write_safetensors(
+    path: str,
+    tensors: Mapping[str, NDArray[Any]],
+    dtypes: Mapping[str, str],
+    metadata: Mapping[str, str] | None = None,
+) -> None: ...
+
+# kernels: see blip2c.kernels
+def greedy_search(step: Callable[..., Any], prompts: Sequence[NDArray[np.int64]], options: Mapping[str, Any]) -> dict[str, Any]: ...
