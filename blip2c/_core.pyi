@@ -1,5 +1,6 @@
 """Types of the C part. Every function releases the GIL while it computes and answers signals within 100 ms."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,17 +69,19 @@ class Model:
 class SafetensorsFile:
     """A validated safetensors file, mapped."""
 
-    def __init__(self, path: str) -> None: ...
+    def __init__(self, path: str | os.PathLike[str]) -> None: ...
     def names(self) -> list[str]: ...
+    """In the order of their bytes in the file."""
     def metadata(self) -> dict[str, str]: ...
     def info(self, name: str) -> tuple[str, tuple[int, ...]]: ...
-    """("F16", (768, 1408))"""
+    """("F16", (768, 1408)); KeyError if there is no such tensor"""
     def tensor(self, name: str) -> NDArray[Any]: ...
     """A copy, in the numpy dtype of the same name; BF16 and the F8 types as uint16 and uint8 bits."""
 
 def parse_safetensors(data: bytes) -> None: ...
+def _check_json(data: bytes, where: str, /) -> None: ...
 def write_safetensors(
-    path: str,
+    path: str | os.PathLike[str],
     tensors: Mapping[str, NDArray[Any]],
     dtypes: Mapping[str, str],
     metadata: Mapping[str, str] | None = None,
