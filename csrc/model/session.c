@@ -385,13 +385,31 @@ static int64_t steps_needed(const b2_rows_in *in, const b2_generate_opts *opts, 
     return most > 0 ? most - 1 : 0;
 }
 
+/* Masked ids before a row's first visible one: upstream's repetition penalty does not see them (it does see those that
+ * come later, and counts from 0 where a row has nothing visible at all). */
+static void leading_pads(int64_t *skip, const b2_rows_in *in)
+{
+    for (int64_t b = 0; b < in->rows; b++) {
+        int64_t i = in->offsets[b];
+        while (in->mask && i < in->offsets[b + 1] && !in->mask[i])
+            i++;
+        skip[b] = i < in->offsets[b + 1] ? i - in->offsets[b] : 0;
+    }
+}
+
 static int run_search(session *s, const int32_t *rule_ids, const b2_generate_opts *opts, b2_generated *out,
                       b2_session_stats *stats, b2_err *err)
 {
-    b2_prompts prompts = {s->in->rows, rule_ids, s->in->offsets};
-    if (reserve(s, s->running, err) < 0)
+    int64_t *skip = b2_alloc((size_t)s->in->rows, sizeof *skip, "leading pads", err);
+    if (!skip)
         return -1;
-    if (b2_generate(out, &prompts, opts, &s->step, s->ctx->pool, s->ctx->cancel, err) < 0)
+    leading_pads(skip, s->in);
+    b2_prompts prompts = {.rows = s->in->rows, .ids = rule_ids, .offsets = s->in->offsets, .skip = skip};
+    int status = reserve(s, s->running, err);
+    if (status == 0)
+        status = b2_generate(out, &prompts, opts, &s->step, s->ctx->pool, s->ctx->cancel, err);
+    b2_free(skip);
+    if (status < 0)
         return -1;
     stats->kv_bytes = b2_kv_cache_bytes(&s->cache, s->steps_taken);
     stats->step_allocations = (int64_t)s->step_allocations;
