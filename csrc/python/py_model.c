@@ -618,11 +618,13 @@ static PyObject *model_generate(PyObject *self, PyObject *args, PyObject *kwargs
     b2_rows_in in;
     b2_generate_opts opts;
     b2py_options_storage storage = {0};
+    b2_err err = {0};
     PyObject *result = NULL;
     PyArrayObject *rule_ids = b2py_array(rules, "rule_ids", NPY_INT32, 1);
-    if (read_rows(&arrays, &in, model, features, ids, offsets, mask) == 0 && rule_ids &&
-        b2py_parse_options(state_of(self), options, &opts, &storage) == 0) {
-        if (PyArray_DIM(rule_ids, 0) != PyArray_DIM(arrays.ids, 0))
+    if (read_rows(&arrays, &in, model, features, ids, offsets, mask) == 0 && rule_ids) {
+        if (b2py_parse_options(options, &opts, &storage, &err) < 0)
+            b2py_raise(state_of(self), &err);
+        else if (PyArray_DIM(rule_ids, 0) != PyArray_DIM(arrays.ids, 0))
             PyErr_Format(PyExc_ValueError, "rule_ids: expected %zd entries, found %zd", PyArray_DIM(arrays.ids, 0),
                          PyArray_DIM(rule_ids, 0));
         else
@@ -708,7 +710,39 @@ static PyObject *model_nbytes(PyObject *self, void *Py_UNUSED(closure))
     return model ? PyLong_FromLongLong(model->bytes) : NULL;
 }
 
+static int run_vision(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, const float *pixels, int64_t pictures,
+                      b2_err *err)
+{
+    if (pictures == 0)
+        return 0;
+    if (b2_arena_reserve(ctx->scratch, b2_vit_scratch(ctx, &model->vit, pictures), err) < 0)
+        return -1;
+    return b2_vit_forward(ctx, &model->vit, out, pixels, pictures, err);
+}
+
+static PyObject *model_vision(PyObject *self, PyObject *object)
+{
+    const b2_blip2 *model = loaded_model(self);
+    PyArrayObject *pixels = model ? pixel_array(object, &model->vit.config) : NULL;
+    if (!pixels)
+        return NULL;
+    npy_intp pictures = PyArray_DIM(pixels, 0);
+    npy_intp shape[] = {pictures, b2_vit_tokens(&model->vit.config), model->vit.config.hidden_size};
+    b2_tensor view;
+    PyObject *hidden = new_float_array(3, shape, &view);
+    if (hidden) {
+        run r;
+        run_begin(&r, self, NULL);
+        int status = run_vision(&r.ctx, model, view, PyArray_DATA(pixels), pictures, &r.err);
+        if (run_end(&r, self, status) < 0)
+            Py_CLEAR(hidden);
+    }
+    Py_DECREF(pixels);
+    return hidden;
+}
+
 static PyMethodDef model_methods[] = {
+    {"vision", model_vision, METH_O, "vision(pixel_values) -> last hidden state of the vision encoder [B, T, D]"},
     {"encode", model_encode, METH_O, "encode(pixel_values) -> image features [B, Q, D]"},
     {"encode_stages", (PyCFunction)(void (*)(void))model_encode_stages, METH_VARARGS | METH_KEYWORDS,
      "encode_stages(pixel_values, hidden_states=False) -> dict of every stage's output"},
