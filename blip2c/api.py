@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from blip2c._core import NumericError
 from blip2c.images import is_picture, is_torch, load_image
 from blip2c.inputs import check_pixels, check_positions, pack_ragged
-from blip2c.modeling import Blip2ForConditionalGeneration, _new_tokens
+from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
 from blip2c.processing import Blip2Processor
 
 QUESTION = "Question: {} Answer:"
@@ -187,7 +187,7 @@ class Captioner:
         several = generate_options.get("num_return_sequences")
         if several not in (None, 1):
             raise ValueError(f"num_return_sequences={several}: one caption a picture; use model.generate for more")
-        options = self.model._options(generate_options)
+        options = self.model._options(generate_options, [])
         features: dict[int, NDArray[np.float32] | Exception] = {}
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
@@ -276,8 +276,12 @@ class Captioner:
         if self.model._image_token is not None and self.model._image_token in ids:
             raise ValueError("the prompt holds <image>: the picture is put in front by itself")
         queries = int(self.model._core_config["num_query_tokens"])
-        rows = pack_ragged([ids], self.model._image_token, queries)
-        check_positions(rows, self.model._positions, _new_tokens(options, queries + len(ids)))
+        room = new_tokens(options, queries + len(ids))
+        if room == 0:
+            raise ValueError(
+                f"the prompt is {queries + len(ids)} tokens long (image included), max_length is {options['max_length']}"
+            )
+        check_positions(pack_ragged([ids], self.model._image_token, queries), self.model._positions, room)
         return ids
 
     def _generate(

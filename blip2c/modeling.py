@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -390,8 +390,9 @@ class Blip2ForConditionalGeneration:
         pixels = self._pixels(pixel_values)
         ids = self._start_ids(pixels.shape[0]) if input_ids is None else self._ids(input_ids)
         rows = self._rows(ids, attention_mask, pixels.shape[0])
-        options = self._options(generate_kwargs)
-        check_positions(rows, self._positions, _new_tokens(options, int(rows.offsets[1] - rows.offsets[0])))
+        length = int(rows.offsets[1])
+        options = self._options(generate_kwargs, [length])
+        check_positions(rows, self._positions, new_tokens(options, length))
         features = self._core.encode(pixels)
         out = self._core.generate(features, rows.ids, rows.offsets, rows.mask, rows.rule_ids, options)
         prompts = np.repeat(ids, out["ids"].shape[0] // ids.shape[0], axis=0)
@@ -427,9 +428,11 @@ class Blip2ForConditionalGeneration:
         image = [] if self._image_token is None else [self._image_token] * int(self._core_config["num_query_tokens"])
         return np.tile(np.array([[*image, bos]], np.int64), (batch, 1))
 
-    def _options(self, generate_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """generate()'s options as the C part takes them, over the language model's defaults."""
-        return dict(core_options(self.language_model.generation_config, **generate_kwargs))
+    def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
+        """generate()'s options as the C part takes them, over the language model's defaults; lengths: of the prompts."""
+        return core_options(
+            self.language_model.generation_config, generate_kwargs, lengths, max_positions=self._positions
+        )
 
     @staticmethod
     def _stage_outputs(stages: Mapping[str, Any], like: _Like) -> tuple[ModelOutput, ModelOutput]:
@@ -477,8 +480,7 @@ class _Like:
         return array if self.torch is None else self.torch.from_numpy(array)
 
 
-def _new_tokens(options: Mapping[str, Any], length: int) -> int:
-    """By how many tokens a row of `length` may grow."""
-    if options["max_new_tokens"] >= 0:
-        return int(options["max_new_tokens"])
-    return max(int(options["max_length"]) - length, 0)
+def new_tokens(options: Mapping[str, Any], length: int) -> int:
+    """By how many tokens a row of `length` may grow under options of core_options()."""
+    bounds = [options["max_new_tokens"], None if options["max_length"] is None else options["max_length"] - length]
+    return max(min(int(bound) for bound in bounds if bound is not None), 0)
