@@ -1,5 +1,6 @@
 """Types of the C part. Every function releases the GIL while it computes and answers signals within 100 ms."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ class Model:
     @property
     def nbytes(self) -> int: ...
     """Bytes of all weights as held."""
+    def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection."""
     def encode_stages(self, pixel_values: NDArray[np.float32], hidden_states: bool = False) -> dict[str, Any]: ...
@@ -68,21 +71,35 @@ class Model:
 class SafetensorsFile:
     """A validated safetensors file, mapped."""
 
-    def __init__(self, path: str) -> None: ...
+    def __init__(self, path: str | os.PathLike[str]) -> None: ...
     def names(self) -> list[str]: ...
+    """In the order of their bytes in the file."""
     def metadata(self) -> dict[str, str]: ...
     def info(self, name: str) -> tuple[str, tuple[int, ...]]: ...
-    """("F16", (768, 1408))"""
+    """("F16", (768, 1408)); KeyError if there is no such tensor"""
     def tensor(self, name: str) -> NDArray[Any]: ...
     """A copy, in the numpy dtype of the same name; BF16 and the F8 types as uint16 and uint8 bits."""
 
 def parse_safetensors(data: bytes) -> None: ...
+def _check_json(data: bytes, where: str, /) -> None: ...
 def write_safetensors(
-    path: str,
+    path: str | os.PathLike[str],
     tensors: Mapping[str, NDArray[Any]],
     dtypes: Mapping[str, str],
     metadata: Mapping[str, str] | None = None,
 ) -> None: ...
+
+def search(
+    step: Callable[[Any], Any],
+    ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    options: Mapping[str, Any],
+    stacked: bool,
+    /,
+) -> dict[str, Any]: ...
+"""Greedy or beam search over a step function, see blip2c.search. Packed prompts: row b is ids[offsets[b]:offsets[b+1]].
+step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a list of n int64 arrays.
+{"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
 
 # kernels: see blip2c.kernels
 def _pack_weight(weight: NDArray[Any], dtype: str | None, /) -> Any: ...
@@ -138,6 +155,3 @@ def _attention(
     /,
 ) -> NDArray[np.float32]: ...
 def _fma_peak() -> float: ...
-
-# search
-def greedy_search(step: Callable[..., Any], prompts: Sequence[NDArray[np.int64]], options: Mapping[str, Any]) -> dict[str, Any]: ...

@@ -23,11 +23,19 @@ typedef enum b2_code {
 
 typedef struct b2_err {
     b2_code code;
+    int os_error; /* errno beside B2_E_OS, or 0: chooses FileNotFoundError, PermissionError ... */
     char message[512];
 } b2_err;
 
 /* Fills `err` (unless it already holds an error: the first one is the cause) and returns -1. */
 int b2_fail(b2_err *err, b2_code code, const char *format, ...)
+#if defined(__GNUC__)
+    __attribute__((format(printf, 3, 4)))
+#endif
+    ;
+
+/* The same with B2_E_OS: ": " and what the system says of `os_error` are added. */
+int b2_fail_os(b2_err *err, int os_error, const char *format, ...)
 #if defined(__GNUC__)
     __attribute__((format(printf, 3, 4)))
 #endif

@@ -16,8 +16,12 @@ typedef enum b2_st_dtype {
     B2_ST_I32, B2_ST_U32, B2_ST_F32, B2_ST_F64, B2_ST_I64, B2_ST_U64
 } b2_st_dtype;
 
+enum { B2_ST_DTYPES = B2_ST_U64 + 1 };
+
 size_t b2_st_dtype_size(b2_st_dtype dtype);
 const char *b2_st_dtype_name(b2_st_dtype dtype);
+/* -1 when there is no such dtype here. */
+int b2_st_dtype_of(const char *name);
 
 typedef struct b2_st_tensor {
     const char *name; /* NUL-terminated, owned by the file */
@@ -34,17 +38,18 @@ typedef struct b2_st_file {
     void *map;                /* owned mapping of the whole file, read-only */
     size_t map_bytes;
     size_t header_bytes;      /* N, without the 8 length bytes */
-    b2_st_tensor *tensors;    /* [count], ascending offset; owned */
+    b2_st_tensor *tensors;    /* [count], ascending offset (empty ones first, then by name); owned */
     int64_t count;
     int64_t *by_name;         /* [count] indices into tensors, ascending name; owned */
     char *strings;            /* owned: names and metadata */
-    const char **metadata;    /* [2 * metadata_count] key, value; owned array */
+    const char **metadata;    /* [2 * metadata_count] key, value, ascending key; owned array */
     int64_t metadata_count;
 } b2_st_file;
 
-/* Opens, maps and validates. On failure nothing is left open. */
+/* Opens, maps and validates. On failure nothing is left open. Whoever makes a mapped file shorter kills its readers
+ * (SIGBUS): replace files by renaming, as b2_st_write does. */
 int b2_st_open(b2_st_file *file, const char *path, b2_err *err);
-/* Validates a header in memory (for fuzzing): `bytes` is the whole file. */
+/* The same for a file in memory: `bytes` is borrowed and must outlive `file`. Only the header is read. */
 int b2_st_parse(b2_st_file *file, const void *bytes, size_t size, const char *path, b2_err *err);
 void b2_st_close(b2_st_file *file);
 
@@ -54,14 +59,16 @@ const b2_st_tensor *b2_st_find(const b2_st_file *file, const char *name);
 /* Gives the pages of one tensor back to the system (they can be read again): after packing, memory holds one copy. */
 void b2_st_drop_pages(const b2_st_file *file, const b2_st_tensor *tensor);
 
-/* Writer: tensors in the order given; written to `path`.tmp-<pid>, synced, renamed. On failure the old file is untouched.
+/* Writer. Tensors of larger elements come first, otherwise in the order given: with data that start at a multiple of 8,
+ * each is then aligned. The file is written to `path`.tmp-<pid>-<n>, synced and renamed: on failure the old file is
+ * untouched and nothing is left beside it. A symbolic link is replaced, not followed.
  * `metadata` [2 * metadata_count] key, value. */
 typedef struct b2_st_source {
     const char *name;
     b2_st_dtype dtype;
     int rank;
     int64_t shape[B2_ST_MAX_RANK];
-    /* Fills `out` with the tensor's bytes (row-major). */
+    /* Fills `out` with the tensor's bytes (row-major, little-endian). Not called for an empty tensor. */
     int (*fill)(void *owner, void *out, size_t bytes, b2_err *err);
     void *owner;
 } b2_st_source;

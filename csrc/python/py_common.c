@@ -44,6 +44,14 @@ PyObject *b2py_raise(b2py_state *state, const b2_err *err)
     PyObject *text = PyUnicode_DecodeUTF8(err->message, (Py_ssize_t)strlen(err->message), "replace");
     if (!text)
         return NULL;
+    if (err->code == B2_E_OS && err->os_error != 0) {
+        /* With an errno, OSError chooses its own subclass. */
+        PyObject *arguments = Py_BuildValue("(iN)", err->os_error, text);
+        if (arguments)
+            PyErr_SetObject(PyExc_OSError, arguments);
+        Py_XDECREF(arguments);
+        return NULL;
+    }
     PyErr_SetObject(exception_for(state, err->code), text);
     Py_DECREF(text);
     return NULL;
