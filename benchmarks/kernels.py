@@ -1,0 +1,144 @@
+"""Rates of the linear kernels beside the machine's ceilings and peers, all measured in the same run.
+
+    python benchmarks/kernels.py [--threads 2] [--rounds 7] [--only fc1,decode]
+
+Ceilings: multiply-adds in registers (the instruction set in use), and reading 512 MB of memory. Peers: torch's float32
+linear, and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated over at least 320 MB where few
+rows make memory the limit. Engines take turns within each round; the medians of all calls are printed.
+
+Other work on the machine shows in every figure: ratios between engines of one run mean more than rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from blip2c import _core, kernels
+
+F32 = np.float32
+ROTATED_BYTES = 320e6
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    rows: int
+    out: int
+    inner: int
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.out * self.inner
+
+
+SHAPES = [
+    Shape("ViT qkv", 257, 4224, 1408),
+    Shape("ViT fc1", 257, 6144, 1408),
+    Shape("ViT fc2", 257, 1408, 6144),
+    Shape("Q-Former", 32, 768, 768),
+    Shape("Q-Former fc", 32, 3072, 768),
+    Shape("OPT prefill fc1", 33, 10240, 2560),
+    Shape("OPT decode fc1", 1, 10240, 2560),
+    Shape("OPT decode fc2", 1, 2560, 10240),
+    Shape("OPT decode fc1, 5 beams", 5, 10240, 2560),
+]
+
+
+def flops_ceiling() -> float:
+    return max(_core._fma_peak() for _ in range(5))
+
+
+def read_ceiling() -> float:
+    """Bytes per second of the check for NaN, which does nothing but read."""
+    memory = np.ones((8192, 16384), F32)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        kernels.first_bad_row(memory)
+        times.append(time.perf_counter() - start)
+    return memory.nbytes / min(times)
+
+
+def own(x: np.ndarray, weights: list[object], item_rows: int = 0) -> Callable[[], list[float]]:
+    return lambda: _core._time_linear(x, weights, item_rows)
+
+
+def torch_linear(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[float]]:
+    tensors, row = [torch.from_numpy(w) for w in weights], torch.from_numpy(x)
+
+    def run() -> list[float]:
+        times = []
+        with torch.inference_mode():
+            for w in tensors:
+                start = time.perf_counter()
+                torch.nn.functional.linear(row, w)
+                times.append(time.perf_counter() - start)
+        return times
+
+    return run
+
+
+def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[[], list[float]], int]]:
+    """Name: (what runs it over all its weights once and returns seconds, bytes of one weight)."""
+    x = rng.standard_normal((shape.rows, shape.inner)).astype(F32)
+    elements = shape.out * shape.inner
+
+    def copies(size: int) -> int:
+        return 1 + int(ROTATED_BYTES // (elements * size)) if shape.rows < 8 else 1
+
+    w = rng.standard_normal((shape.out, shape.inner), dtype=F32)
+    plain = [w.copy() for _ in range(copies(4))]
+    found = {}
+    for dtype, size in (("float16", 2), ("bfloat16", 2), ("float32", 4)):
+        packed = [kernels.PackedWeight(w, dtype)._capsule for _ in range(copies(size))]
+        found[f"blip2c {dtype}"] = own(x, packed), elements * size
+    found["torch float32"] = torch_linear(x, plain), elements * 4
+    found["OpenBLAS float32"] = own(x, plain, shape.rows), elements * 4
+    return found
+
+
+def measure(shape: Shape, rounds: int, peak: float, read: float) -> None:
+    running = engines(shape, np.random.default_rng(0))
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for i in range(rounds + 1):
+        for name, (run, _) in running.items():
+            taken = run()
+            if i > 0:
+                times[name] += taken
+    print(f"\n{shape.name}: {shape.rows} x {shape.inner} -> {shape.out}")
+    reference = statistics.median(times["torch float32"])
+    for name, (_, size) in running.items():
+        t = statistics.median(times[name])
+        print(
+            f"  {name:18} {t * 1e3:8.3f} ms  {shape.flops / t / 1e9:5.0f} GF/s ({shape.flops / t / peak:4.0%})"
+            f"  {size / t / 1e9:5.1f} GB/s ({size / t / read:4.0%})  {reference / t:5.2f} x torch"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", default="", help="comma-separated parts of names")
+    arguments = parser.parse_args()
+    _core.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    peak, read = flops_ceiling(), read_ceiling()
+    info = _core.cpu_info()
+    print(f"{info['brand']}, {info['isa']}, {arguments.threads} threads, torch {torch.__version__}")
+    print(f"ceilings: {peak / 1e9:.0f} GF/s, reading {read / 1e9:.1f} GB/s")
+    for shape in SHAPES:
+        if any(part in shape.name for part in arguments.only.split(",")):
+            measure(shape, arguments.rounds, peak, read)
+    print(f"\nceilings again: {flops_ceiling() / 1e9:.0f} GF/s, reading {read_ceiling() / 1e9:.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
