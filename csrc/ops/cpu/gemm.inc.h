@@ -91,12 +91,12 @@ B2_INLINE void tile_body(float *restrict c, const float *restrict a, const char 
     }
 }
 
-/* Panels that a streaming kernel reads at once: enough chains to hide the latency of a multiply-add, few enough for
- * the registers. */
+/* Most panels that a streaming kernel reads at once: enough chains to hide the latency of a multiply-add, few enough
+ * for the registers. */
 B2_INLINE int panels_for(int rows)
 {
     int most = TILE_ROWS * TILE_VECTORS / (rows * NV);
-    return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+    return most >= 4 ? 4 : most >= 2 ? 2 : 1;
 }
 
 static int stream_panels(int rows)
@@ -135,6 +135,17 @@ B2_INLINE void stream_body(float *restrict c, const float *restrict a, const cha
         v_store(c + i * VW, acc[i]);
 }
 
+B2_INLINE void stream_some(float *c, const float *a, const char *w, int64_t k, const b2_dtype dtype, const int rows,
+                           int panels)
+{
+    if (panels == 4 && panels_for(rows) == 4)
+        stream_body(c, a, w, k, dtype, rows, 4);
+    else if (panels == 2 && panels_for(rows) >= 2)
+        stream_body(c, a, w, k, dtype, rows, 2);
+    else
+        stream_body(c, a, w, k, dtype, rows, 1);
+}
+
 /* One function per number of rows: the bounds become constants. */
 #define DEFINE_ROWS(R)                                                                                              \
     static void tile_##R(float *c, const float *a, const float *b0, const float *b1, int64_t kc, int first)         \
@@ -154,18 +165,12 @@ B2_INLINE void stream_body(float *restrict c, const float *restrict a, const cha
     }                                                                                                               \
     static void stream_##R(float *c, const float *a, const char *w, b2_dtype dtype, int panels, int64_t k)          \
     {                                                                                                               \
-        if (panels == panels_for(R) && dtype == B2_F32)                                                             \
-            stream_body(c, a, w, k, B2_F32, R, panels_for(R));                                                      \
-        else if (panels == panels_for(R) && dtype == B2_F16)                                                        \
-            stream_body(c, a, w, k, B2_F16, R, panels_for(R));                                                      \
-        else if (panels == panels_for(R))                                                                           \
-            stream_body(c, a, w, k, B2_BF16, R, panels_for(R));                                                     \
-        else if (dtype == B2_F32)                                                                                   \
-            stream_body(c, a, w, k, B2_F32, R, 1);                                                                  \
+        if (dtype == B2_F32)                                                                                        \
+            stream_some(c, a, w, k, B2_F32, R, panels);                                                             \
         else if (dtype == B2_F16)                                                                                   \
-            stream_body(c, a, w, k, B2_F16, R, 1);                                                                  \
+            stream_some(c, a, w, k, B2_F16, R, panels);                                                             \
         else                                                                                                        \
-            stream_body(c, a, w, k, B2_BF16, R, 1);                                                                 \
+            stream_some(c, a, w, k, B2_BF16, R, panels);                                                            \
     }
 
 DEFINE_ROWS(1)

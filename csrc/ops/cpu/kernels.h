@@ -41,8 +41,8 @@ typedef struct b2_cpu_kernels {
     void (*tile)(float *c, const float *a, const float *b0, const float *b1, int rows, int64_t kc, int first);
     /* The same from panels as stored, which it widens into b->at (fp32: it points b->at at them). */
     void (*tile_from)(float *c, const float *a, const b2_stored *stored, b2_panels *b, int rows, int64_t kc, int first);
-    /* c [rows][panels*16] = a [k][rows] . packed panels, rows <= tile_rows, panels <= stream_panels(rows): reads each
-     * weight once, straight from memory. */
+    /* c [rows][panels*16] = a [k][rows] . packed panels, rows <= tile_rows, panels = 1, 2 or 4 and at most
+     * stream_panels(rows): reads each weight once, straight from memory. */
     void (*stream)(float *c, const float *a, const void *w, b2_dtype dtype, int rows, int panels, int64_t k);
     int (*stream_panels)(int rows);
     /* out [rows, cols] (distance out_ld) from c [rows, >= cols] (distance c_ld); out may be c. */

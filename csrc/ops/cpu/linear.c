@@ -18,6 +18,7 @@ enum {
     CHUNK_PANELS = 8,       /* most panels per tile of work */
     CHUNK_ROWS = 280,       /* most rows per tile of work */
     GROUP_ROWS = 1120,      /* rows packed at a time */
+    FROM_DRAM = 4 << 20,    /* weights of so many bytes are not in a cache: fewer streams side by side are faster there */
     BLAS_COLUMNS = 256      /* columns per call of OpenBLAS: part of what defines its results */
 };
 
@@ -36,6 +37,7 @@ typedef struct linear_job {
     int64_t row_chunks;
     int64_t panels;            /* of w */
     int64_t panels_per_chunk;
+    int panels_at_once;        /* stream: read side by side */
     int64_t item_rows;
     b2_slots slots;
 } linear_job;
@@ -99,9 +101,9 @@ static void stream_tile(void *argument, int64_t index, int worker)
 {
     linear_job *job = argument;
     (void)worker;
-    int rows = (int)job->x.rows, at_once = job->kernels->stream_panels(rows);
+    int rows = (int)job->x.rows, at_once = job->panels_at_once;
     int64_t end = min64(job->panels, (index + 1) * job->panels_per_chunk);
-    float c[B2_TILE_ROWS_MAX * 8 * B2_PANEL]; /* [rows][width * 16], at most 28 vectors */
+    float c[B2_TILE_ROWS_MAX * 4 * B2_PANEL]; /* [rows][width * 16] */
     for (int64_t p = index * job->panels_per_chunk; p < end;) {
         int width = end - p >= at_once ? at_once : 1;
         job->kernels->stream(c, job->packed, panel_at(job->w, p), job->w->dtype, rows, width, job->w->k);
@@ -113,8 +115,11 @@ static void stream_tile(void *argument, int64_t index, int worker)
 
 static int run_stream(b2_ctx *ctx, linear_job *job, b2_err *err)
 {
-    int at_once = job->kernels->stream_panels((int)job->x.rows);
     double panel_bytes = (double)(job->w->k * B2_PANEL) * (double)b2_dtype_size(job->w->dtype);
+    int at_once = job->kernels->stream_panels((int)job->x.rows);
+    if (at_once > 2 && panel_bytes * (double)job->panels > FROM_DRAM)
+        at_once = 2;
+    job->panels_at_once = at_once;
     double panel_flops = 2.0 * (double)(job->w->k * B2_PANEL) * (double)job->x.rows;
     double panel_ns = panel_bytes * NS_PER_BYTE + panel_flops * NS_PER_FLOP;
     int64_t units = ceil_div(job->panels, at_once);
