@@ -2,14 +2,10 @@
 
 static void pack_keys(float *restrict dst, const float *const *rows, int64_t count, int64_t offset, int width)
 {
-    for (int64_t r = 0; r < count; r++) {
-        const float *row = rows[r] + offset;
-        for (int d = 0; d < width; d++)
-            dst[d * B2_PANEL + r] = row[d];
-    }
-    for (int64_t r = count; r < B2_PANEL; r++)
-        for (int d = 0; d < width; d++)
-            dst[d * B2_PANEL + r] = 0.0f;
+    const float *at[B2_PANEL];
+    for (int64_t r = 0; r < B2_PANEL; r++)
+        at[r] = r < count ? rows[r] + offset : NULL;
+    transpose_rows(dst, at, width);
 }
 
 static void pack_values(float *restrict dst, const float *const *rows, int64_t count, int64_t panel_rows,

@@ -13,15 +13,63 @@ enum { TILE_ROWS = 4, TILE_PANELS = 1 };
 #endif
 enum { TILE_VECTORS = TILE_PANELS * NV, TILE_COLUMNS = TILE_PANELS * B2_PANEL };
 
-static void pack_rows(float *restrict dst, const float *restrict x, int64_t ld, int rows, int64_t k)
+/* Stores of whole vectors run over into the next k and are overwritten there; only where they would leave the block
+ * are single elements stored. */
+B2_INLINE void pack_square(float *dst, const float *x, int64_t ld, int rows, int64_t k, int64_t i)
 {
+    vf t[VW];
+    B2_UNROLL
+    for (int r = 0; r < VW; r++)
+        t[r] = v_load(x + (r < rows ? r : rows - 1) * ld + i);
+    v_transpose(t);
+    if ((i + VW - 1) * rows + VW <= k * rows) {
+        B2_UNROLL
+        for (int j = 0; j < VW; j++)
+            v_store(dst + (i + j) * rows, t[j]);
+        return;
+    }
+    for (int j = 0; j < VW; j++) {
+        float lane[VW];
+        v_store(lane, t[j]);
+        for (int r = 0; r < rows; r++)
+            dst[(i + j) * rows + r] = lane[r];
+    }
+}
+
+static void pack_rows(float *dst, const float *x, int64_t ld, int rows, int64_t k)
+{
+    int64_t i = 0;
     if (rows == 1) {
         memcpy(dst, x, (size_t)k * sizeof *dst);
         return;
     }
-    for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < k; i++)
+    if (rows <= VW)
+        for (; i + VW <= k; i += VW)
+            pack_square(dst, x, ld, rows, k, i);
+    for (; i < k; i++)
+        for (int r = 0; r < rows; r++)
             dst[i * rows + r] = x[r * ld + i];
+}
+
+/* dst [count][16] = up to 16 rows of fp32 transposed, zeros for those that are missing (NULL). */
+B2_INLINE void transpose_rows(float *restrict dst, const float *const rows[B2_PANEL], int64_t count)
+{
+    int64_t i = 0;
+    for (; i + VW <= count; i += VW)
+        B2_UNROLL
+        for (int g = 0; g < NV; g++) {
+            vf t[VW];
+            B2_UNROLL
+            for (int r = 0; r < VW; r++)
+                t[r] = rows[g * VW + r] ? v_load(rows[g * VW + r] + i) : v_set1(0.0f);
+            v_transpose(t);
+            B2_UNROLL
+            for (int j = 0; j < VW; j++)
+                v_store(dst + (i + j) * B2_PANEL + g * VW, t[j]);
+        }
+    for (; i < count; i++)
+        for (int r = 0; r < B2_PANEL; r++)
+            dst[i * B2_PANEL + r] = rows[r] ? rows[r][i] : 0.0f;
 }
 
 B2_INLINE float load_one(const char *p, b2_dtype dtype)
@@ -40,6 +88,13 @@ static void widen_rows(float *restrict dst, const void *w, b2_dtype dtype, int64
                        int64_t kc)
 {
     int64_t size = (int64_t)b2_dtype_size(dtype);
+    if (dtype == B2_F32 && (uintptr_t)w % _Alignof(float) == 0) {
+        const float *at[B2_PANEL];
+        for (int r = 0; r < B2_PANEL; r++)
+            at[r] = r < rows ? (const float *)w + r * k + k0 : NULL;
+        transpose_rows(dst, at, kc);
+        return;
+    }
     for (int64_t r = 0; r < B2_PANEL; r++) {
         const char *row = (const char *)w + (r * k + k0) * size;
         for (int64_t i = 0; i < kc; i++)

@@ -56,6 +56,37 @@ B2_INLINE vf v_load_bf16(const void *p)
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
+/* Rows become columns: r[i][j] <-> r[j][i]. */
+B2_INLINE void v_transpose(vf r[VW])
+{
+    __m512d pairs[VW];
+    vf quads[VW];
+    B2_UNROLL
+    for (int i = 0; i < VW; i += 4) { /* 4 x 4 blocks inside each 128-bit lane */
+        vf a = _mm512_unpacklo_ps(r[i], r[i + 1]), b = _mm512_unpackhi_ps(r[i], r[i + 1]);
+        vf c = _mm512_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm512_unpackhi_ps(r[i + 2], r[i + 3]);
+        pairs[i] = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(c));
+        pairs[i + 1] = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(c));
+        pairs[i + 2] = _mm512_unpacklo_pd(_mm512_castps_pd(b), _mm512_castps_pd(d));
+        pairs[i + 3] = _mm512_unpackhi_pd(_mm512_castps_pd(b), _mm512_castps_pd(d));
+    }
+    B2_UNROLL
+    for (int i = 0; i < 4; i++) { /* lanes 0, 2 and 1, 3 of two groups of four rows */
+        vf a = _mm512_castpd_ps(pairs[i]), b = _mm512_castpd_ps(pairs[i + 4]);
+        vf c = _mm512_castpd_ps(pairs[i + 8]), d = _mm512_castpd_ps(pairs[i + 12]);
+        quads[i] = _mm512_shuffle_f32x4(a, b, 0x88);
+        quads[i + 4] = _mm512_shuffle_f32x4(a, b, 0xdd);
+        quads[i + 8] = _mm512_shuffle_f32x4(c, d, 0x88);
+        quads[i + 12] = _mm512_shuffle_f32x4(c, d, 0xdd);
+    }
+    B2_UNROLL
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_f32x4(quads[i], quads[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_f32x4(quads[i], quads[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_f32x4(quads[i + 4], quads[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_f32x4(quads[i + 4], quads[i + 12], 0xdd);
+    }
+}
 
 #elif defined(B2_SIMD_AVX2)
 
@@ -101,6 +132,24 @@ B2_INLINE vf v_load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(
 B2_INLINE vf v_load_bf16(const void *p)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+B2_INLINE void v_transpose(vf r[VW])
+{
+    vf t[VW];
+    B2_UNROLL
+    for (int i = 0; i < VW; i += 4) {
+        vf a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+        vf c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+        t[i] = _mm256_shuffle_ps(a, c, 0x44);
+        t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    B2_UNROLL
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
 }
 
 #else
@@ -156,6 +205,12 @@ B2_INLINE vf v_load_bf16(const void *p)
     uint16_t h[4];
     memcpy(h, p, sizeof h);
     return (vf){b2_bf16_to_f32(h[0]), b2_bf16_to_f32(h[1]), b2_bf16_to_f32(h[2]), b2_bf16_to_f32(h[3])};
+}
+B2_INLINE void v_transpose(vf r[VW])
+{
+    vf a = r[0], b = r[1], c = r[2], d = r[3];
+    for (int i = 0; i < VW; i++)
+        r[i] = (vf){a[i], b[i], c[i], d[i]};
 }
 
 #endif
