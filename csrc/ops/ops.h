@@ -119,7 +119,7 @@ int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor 
 /* out[i] += x[i mod x.rows]: the same rows (position embeddings) onto every picture. */
 int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
 
-/* The k largest of each row of x [N, V], largest first, equal values by ascending id: values, ids [N, k]. */
+/* The k largest of each row of x [N, V], largest first, equal values by ascending id, NaN last: values, ids [N, k]. */
 int b2_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err);
 
 /* In place over the last axis, as torch.log_softmax in fp32. */
