@@ -91,16 +91,16 @@ def test_keys_are_where_the_index_says(tmp_path: Path) -> None:
     write_index(tmp_path, good)
     assert resolve_files(tmp_path) == [tmp_path / "x.safetensors", tmp_path / "y.safetensors"]
     write_index(tmp_path, {**good, "d": "y.safetensors"})
-    with pytest.raises(CheckpointError, match='shard-keys: "d" is in no shard, expected it in y.safetensors'):
+    with pytest.raises(CheckpointError, match=r'shard-keys: "d" is in no shard, expected it in y.safetensors'):
         resolve_files(tmp_path)
     write_index(tmp_path, {**good, "b": "y.safetensors"})
     with pytest.raises(
-        CheckpointError, match='shard-keys: "b": expected it in y.safetensors, found it in x.safetensors'
+        CheckpointError, match=r'shard-keys: "b": expected it in y.safetensors, found it in x.safetensors'
     ):
         resolve_files(tmp_path)
     write_shard(tmp_path / "y.safetensors", "c", "a")
     write_index(tmp_path, good)
-    with pytest.raises(CheckpointError, match='shard-keys: "a" is in x.safetensors and in y.safetensors'):
+    with pytest.raises(CheckpointError, match=r'shard-keys: "a" is in x.safetensors and in y.safetensors'):
         resolve_files(tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_read_json_bounds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a.json: json-size"):
         read_json(path)
     path.write_text('{"a": {"b": 1, "b": 2}}')
-    with pytest.raises(CheckpointError, match='a.json: duplicate-key: the key "b" comes twice'):
+    with pytest.raises(CheckpointError, match=r'a.json: duplicate-key: the key "b" comes twice'):
         read_json(path)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "no.json")
