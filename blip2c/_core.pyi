@@ -34,6 +34,8 @@ class Model:
     @property
     def nbytes(self) -> int: ...
     """Bytes of all weights as held."""
+    def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
     def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection."""
     def encode_stages(self, pixel_values: NDArray[np.float32], hidden_states: bool = False) -> dict[str, Any]: ...
@@ -87,5 +89,16 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None: ...
 
+def search(
+    step: Callable[[Any], Any],
+    ids: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    options: Mapping[str, Any],
+    stacked: bool,
+    /,
+) -> dict[str, Any]: ...
+"""Greedy or beam search over a step function, see blip2c.search. Packed prompts: row b is ids[offsets[b]:offsets[b+1]].
+step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a list of n int64 arrays.
+{"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
+
 # kernels: see blip2c.kernels
-def greedy_search(step: Callable[..., Any], prompts: Sequence[NDArray[np.int64]], options: Mapping[str, Any]) -> dict[str, Any]: ...

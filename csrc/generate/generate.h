@@ -25,19 +25,20 @@ struct b2_step {
 
 typedef enum b2_early_stopping { B2_EARLY_STOPPING_FALSE = 0, B2_EARLY_STOPPING_TRUE, B2_EARLY_STOPPING_NEVER } b2_early_stopping;
 
-/* transformers' names. Python has resolved the defaults; here everything is explicit. */
+/* transformers' names. Python has resolved the defaults and which of two options wins; here everything is explicit,
+ * and every bound that is set holds. Lengths count from each row's own prompt. */
 typedef struct b2_generate_opts {
-    int64_t max_length;             /* prompt included; < 0: unset. max_new_tokens wins over it, as in transformers */
-    int64_t max_new_tokens;         /* < 0: unset; one of the two must be set */
+    int64_t max_length;             /* prompt included; < 0: unset */
+    int64_t max_new_tokens;         /* < 0: unset; one of the two must be set, of both the smaller holds */
     int64_t min_length;             /* 0: off; prompt included */
     int64_t min_new_tokens;         /* < 0: unset */
     int num_beams;                  /* 1: greedy */
     int num_return_sequences;
-    float length_penalty;
+    double length_penalty;          /* the power is taken in double, as Python does, then rounded to fp32 */
     b2_early_stopping early_stopping;
     float repetition_penalty;       /* 1: off */
     int no_repeat_ngram_size;       /* 0: off */
-    const int32_t *eos_ids;         /* [eos_count] */
+    const int32_t *eos_ids;         /* [eos_count]; an id outside the vocabulary never ends a row */
     int64_t eos_count;
     int32_t pad_id;                 /* fills ended rows */
     const int32_t *bad_words;       /* all words one after another */
@@ -53,6 +54,7 @@ typedef struct b2_prompts {
     int64_t rows;           /* B */
     const int32_t *ids;     /* [offsets[B]] */
     const int64_t *offsets; /* [B + 1] */
+    const int64_t *skip;    /* [B] or NULL: leading ids (masked pads) that the repetition penalty does not see */
 } b2_prompts;
 
 /* Owned by the caller, freed with b2_generated_release. Row o = b * num_return_sequences + j. */

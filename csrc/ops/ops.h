@@ -87,7 +87,13 @@ struct b2_ops {
     int (*top_k)(b2_ctx *, float *values, int32_t *ids, b2_tensor x, int k, b2_err *);
     int (*log_softmax)(b2_ctx *, b2_tensor x, b2_err *);
     int (*check_finite)(b2_ctx *, int64_t *first_bad_row, b2_tensor x, b2_err *);
+    size_t (*scratch_bytes)(const b2_ctx *, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim);
 };
+
+/* The most that any single operation takes from ctx->scratch, for activations of up to max_rows x max_width and
+ * attention over up to max_keys keys of a row in heads of up to max_head_dim. The owner of the arena reserves this
+ * besides its own activations; operations allocate nothing. ctx needs `ops` and `pool` only. */
+size_t b2_scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim);
 
 /* out [N, Dout] = act(x [N, Din] . w^T + bias) + residual.  w is [Dout, Din]. out must not overlap x. */
 int b2_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_linear_opts *opts, b2_err *err);

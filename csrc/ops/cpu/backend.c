@@ -1,8 +1,45 @@
+/* One table of operations per instruction set: the same drivers over different kernels. */
+#include "ops/cpu/common.h"
 #include "ops/cpu/cpu_ops.h"
 
-static const b2_ops empty = {.name = "cpu"};
+static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim)
+{
+    size_t linear = b2_cpu_linear_scratch(ctx, max_rows, max_width);
+    size_t attention = b2_cpu_attention_scratch(ctx, max_keys, max_head_dim);
+    return linear > attention ? linear : attention;
+}
+
+#define BACKEND(NAME, KERNELS)                                                                                      \
+    {                                                                                                               \
+        .ops = {.name = NAME,                                                                                       \
+                .linear = b2_cpu_linear,                                                                            \
+                .layer_norm = b2_cpu_layer_norm,                                                                    \
+                .attention = b2_cpu_attention,                                                                      \
+                .embedding = b2_cpu_embedding,                                                                      \
+                .patches = b2_cpu_patches,                                                                          \
+                .copy_rows = b2_cpu_copy_rows,                                                                      \
+                .add_rows = b2_cpu_add_rows,                                                                        \
+                .top_k = b2_cpu_top_k,                                                                              \
+                .log_softmax = b2_cpu_log_softmax,                                                                  \
+                .check_finite = b2_cpu_check_finite,                                                                \
+                .scratch_bytes = scratch_bytes},                                                                    \
+        .kernels = KERNELS                                                                                          \
+    }
+
+static const b2_cpu_backend generic = BACKEND("cpu generic", &b2_cpu_kernels_generic);
+#if defined(__x86_64__)
+static const b2_cpu_backend avx2 = BACKEND("cpu avx2", &b2_cpu_kernels_avx2);
+static const b2_cpu_backend avx512 = BACKEND("cpu avx512", &b2_cpu_kernels_avx512);
+#endif
+
 const b2_ops *b2_cpu_ops(b2_isa isa)
 {
+#if defined(__x86_64__)
+    if (isa == B2_ISA_AVX512)
+        return &avx512.ops;
+    if (isa == B2_ISA_AVX2)
+        return &avx2.ops;
+#endif
     (void)isa;
-    return &empty;
+    return &generic.ops;
 }

@@ -1,0 +1,164 @@
+"""Writes a random checkpoint of the true size of blip2-opt-2.7b (float16, 7.5 GB), for timing.
+
+The weights are scaled so that activations stay finite; the captions are nonsense, the work is that of the real model.
+
+    python benchmarks/make_checkpoint.py /tmp/blip2-opt-2.7b-random
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+VISION = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16}
+QFORMER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+TEXT = {"hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
+VOCABULARY, IMAGE_TOKEN, QUERIES, POSITIONS = 50304, 50265, 32, 2048
+IMAGE_SIZE, PATCH = 224, 14
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def config() -> dict[str, object]:
+    """config.json of blip2-opt-2.7b, as transformers writes it."""
+    return {
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        "dtype": "float16",
+        "num_query_tokens": QUERIES,
+        "image_token_index": IMAGE_TOKEN,
+        "tie_word_embeddings": True,
+        "vision_config": {"model_type": "blip_2_vision_model", "image_size": IMAGE_SIZE, "patch_size": PATCH, **VISION},
+        "qformer_config": {
+            "model_type": "blip_2_qformer", "cross_attention_frequency": 2, "encoder_hidden_size": 1408, **QFORMER,
+        },
+        "text_config": {
+            "model_type": "opt", "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "bos_token_id": 2,
+            "eos_token_id": 50118, "pad_token_id": 1, "word_embed_proj_dim": 2560, "tie_word_embeddings": True, **TEXT,
+        },
+    }  # fmt: skip
+
+
+def linear(name: str, rows: int, cols: int) -> Shapes:
+    return {f"{name}.weight": (rows, cols), f"{name}.bias": (rows,)}
+
+
+def norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def vision_shapes() -> Shapes:
+    width, inner = VISION["hidden_size"], VISION["intermediate_size"]
+    top = "vision_model."
+    shapes: Shapes = {
+        f"{top}embeddings.class_embedding": (1, 1, width),
+        f"{top}embeddings.position_embedding": (1, 1 + (IMAGE_SIZE // PATCH) ** 2, width),
+        f"{top}embeddings.patch_embedding.weight": (width, 3, PATCH, PATCH),
+        f"{top}embeddings.patch_embedding.bias": (width,),
+        **norm(f"{top}post_layernorm", width),
+    }
+    for i in range(VISION["num_hidden_layers"]):
+        layer = f"{top}encoder.layers.{i}."
+        shapes |= norm(f"{layer}layer_norm1", width) | norm(f"{layer}layer_norm2", width)
+        shapes |= linear(f"{layer}self_attn.qkv", 3 * width, width)
+        shapes |= linear(f"{layer}self_attn.projection", width, width)
+        shapes |= linear(f"{layer}mlp.fc1", inner, width) | linear(f"{layer}mlp.fc2", width, inner)
+    return shapes
+
+
+def qformer_shapes() -> Shapes:
+    width, inner = QFORMER["hidden_size"], QFORMER["intermediate_size"]
+    shapes: Shapes = {"query_tokens": (1, QUERIES, width), **norm("qformer.layernorm", width)}
+    for i in range(QFORMER["num_hidden_layers"]):
+        layer = f"qformer.encoder.layer.{i}."
+        sources = {"attention": width} | ({"crossattention": VISION["hidden_size"]} if i % 2 == 0 else {})
+        for part, source in sources.items():
+            shapes |= linear(f"{layer}{part}.attention.query", width, width)
+            shapes |= linear(f"{layer}{part}.attention.key", width, source)
+            shapes |= linear(f"{layer}{part}.attention.value", width, source)
+            shapes |= linear(f"{layer}{part}.output.dense", width, width)
+            shapes |= norm(f"{layer}{part}.output.LayerNorm", width)
+        shapes |= linear(f"{layer}intermediate_query.dense", inner, width)
+        shapes |= linear(f"{layer}output_query.dense", width, inner)
+        shapes |= norm(f"{layer}output_query.LayerNorm", width)
+    return shapes
+
+
+def text_shapes() -> Shapes:
+    width, inner = TEXT["hidden_size"], TEXT["ffn_dim"]
+    top = "language_model.model.decoder."
+    shapes: Shapes = {
+        f"{top}embed_tokens.weight": (VOCABULARY, width),
+        f"{top}embed_positions.weight": (POSITIONS + 2, width),
+        **norm(f"{top}final_layer_norm", width),
+        **linear("language_projection", width, QFORMER["hidden_size"]),
+    }
+    for i in range(TEXT["num_hidden_layers"]):
+        layer = f"{top}layers.{i}."
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{layer}self_attn.{part}", width, width)
+        shapes |= norm(f"{layer}self_attn_layer_norm", width) | norm(f"{layer}final_layer_norm", width)
+        shapes |= linear(f"{layer}fc1", inner, width) | linear(f"{layer}fc2", width, inner)
+    return shapes
+
+
+def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Normal numbers of a fitting size, cut from a pool at a random place: drawing 3.7 G of them would take minutes."""
+    count = int(np.prod(shape))
+    if "norm" in name.lower():
+        return np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float16)
+    fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 10_000
+    start = int(rng.integers(0, pool.size - 1))
+    flat = np.take(pool, np.arange(start, start + count), mode="wrap")
+    return (flat * np.float16(0.7 / fan_in**0.5)).astype(np.float16).reshape(shape)
+
+
+def tensors(shapes: Shapes, seed: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    pool = rng.standard_normal(1 << 24, dtype=np.float32).astype(np.float16)
+    for name, shape in shapes.items():
+        yield values(name, shape, pool, rng)
+
+
+def write(folder: Path, seed: int) -> int:
+    """The checkpoint, streamed tensor by tensor; returns its bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {**vision_shapes(), **qformer_shapes(), **text_shapes()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in tensors(shapes, seed):
+            file.write(array.tobytes())
+    (folder / "config.json").write_text(json.dumps(config(), indent=2))
+    preprocessor = {
+        "image_processor_type": "BlipImageProcessor", "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2))
+    return offset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    size = write(arguments.folder, arguments.seed)
+    print(f"{arguments.folder}: {size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

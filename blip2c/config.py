@@ -1,0 +1,452 @@
+"""Configurations: config.json in its old and new forms, with the names and defaults of transformers 5.23.
+
+`Blip2Config` holds what the file says and fills in what it leaves out; `core_config()` checks it and hands the numbers to
+the C part. Nothing is computed or allocated from a number that was not bounded here first.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from blip2c._core import CheckpointError, UnsupportedError
+from blip2c.checkpoint import read_json
+
+# Names of transformers' ACT2FN that the kernels compute, and what the C part calls them.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+MAX_DIMENSION = 1 << 16
+MAX_VOCABULARY = 1 << 22
+MAX_LAYERS = 1024
+MAX_IMAGE_TOKENS = 1 << 14
+
+
+class PretrainedConfig:
+    """Named values with defaults: the annotated attributes of a subclass; anything else it is given is kept as well."""
+
+    model_type: ClassVar[str] = ""
+    # What transformers calls by a second name.
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    dtype: str | None = None
+    architectures: list[str] | None = None
+    transformers_version: str | None = None
+
+    def __init__(self, **values: Any) -> None:
+        if "torch_dtype" in values:  # the name before transformers 4.56
+            legacy = values.pop("torch_dtype")
+            if values.get("dtype") is None:
+                values["dtype"] = legacy
+        if values.get("dtype") is not None:
+            values["dtype"] = str(values["dtype"]).removeprefix("torch.")
+        values.pop("model_type", None)
+        for name, default in self._defaults().items():
+            setattr(self, name, copy.copy(default))
+        for name, value in values.items():
+            setattr(self, self.attribute_map.get(name, name), value)
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        """Annotated attributes with their defaults, base classes first."""
+        return {
+            name: getattr(cls, name)
+            for base in reversed(cls.__mro__)
+            for name, kind in base.__dict__.get("__annotations__", {}).items()
+            if not str(kind).startswith("ClassVar")
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        target = type(self).attribute_map.get(name)
+        if target is not None:
+            return getattr(self, target)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, type(self).attribute_map.get(name, name), value)
+
+    @property
+    def torch_dtype(self) -> str | None:
+        """The name of `dtype` before transformers 4.56."""
+        return self.dtype
+
+    @torch_dtype.setter
+    def torch_dtype(self, value: Any) -> None:
+        self.dtype = None if value is None else str(value).removeprefix("torch.")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value called `name`, or `default`."""
+        return getattr(self, name, default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values as plain Python objects, as they would stand in config.json."""
+        values: dict[str, Any] = {"model_type": self.model_type}
+        for name, value in self.__dict__.items():
+            if isinstance(value, PretrainedConfig):
+                values[name] = value.to_dict()
+            elif value is not None or name not in PretrainedConfig._defaults():
+                values[name] = copy.deepcopy(value)
+        return values
+
+    def to_json_string(self) -> str:
+        """config.json's text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json's text to `path`."""
+        Path(path).write_text(self.to_json_string(), encoding="utf-8")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PretrainedConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+class Blip2VisionConfig(PretrainedConfig):
+    """The vision transformer (transformers: Blip2VisionConfig). Sizes are of pixels and of channels."""
+
+    model_type = "blip_2_vision_model"
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    image_size: int | list[int] = 224
+    patch_size: int | list[int] = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float = 0.0
+    initializer_range: float = 1e-10
+    qkv_bias: bool = True
+
+
+class Blip2QFormerConfig(PretrainedConfig):
+    """The Q-Former (transformers: Blip2QFormerConfig)."""
+
+    model_type = "blip_2_qformer"
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    cross_attention_frequency: int = 2
+    encoder_hidden_size: int = 1408
+    use_qformer_text_input: bool = False
+
+
+class OPTConfig(PretrainedConfig):
+    """The OPT language model (transformers: OPTConfig)."""
+
+    model_type = "opt"
+    is_encoder_decoder: ClassVar[bool] = False
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    ffn_dim: int = 3072
+    max_position_embeddings: int = 2048
+    do_layer_norm_before: bool = True
+    _remove_final_layer_norm: bool = False
+    word_embed_proj_dim: int | None = None
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    num_attention_heads: int = 12
+    activation_function: str = "relu"
+    layerdrop: float = 0.0
+    init_std: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    tie_word_embeddings: bool = True
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        if self.word_embed_proj_dim is None:
+            self.word_embed_proj_dim = self.hidden_size
+
+
+class UnknownTextConfig(PretrainedConfig):
+    """A language model of a kind that blip2c does not compute: its values are kept, loading it is refused."""
+
+    def __init__(self, model_type: str = "", **values: Any) -> None:
+        super().__init__(**values)
+        object.__setattr__(self, "model_type", model_type)
+
+
+TEXT_CONFIGS: dict[str, type[PretrainedConfig]] = {"opt": OPTConfig}
+
+
+def _part(kind: type[PretrainedConfig], name: str, values: Any) -> PretrainedConfig:
+    if isinstance(values, PretrainedConfig):
+        return values
+    if values is None:
+        return kind()
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"config.json: {name} must be an object, found {type(values).__name__}")
+    return kind(**values)
+
+
+def _text_part(values: Any) -> PretrainedConfig:
+    model_type = values.get("model_type") or "opt" if isinstance(values, Mapping) else "opt"
+    if model_type in TEXT_CONFIGS or not isinstance(values, Mapping):
+        return _part(TEXT_CONFIGS.get(model_type, OPTConfig), "text_config", values)
+    return UnknownTextConfig(**dict(values))
+
+
+class Blip2Config(PretrainedConfig):
+    """A whole BLIP-2: `vision_config`, `qformer_config`, `text_config` and what joins them (transformers: Blip2Config).
+
+    image_token_index (also image_token_id) is None in checkpoints of before transformers 4.46. The text part is an
+    OPTConfig, or holds the file's values unread where its model_type is another one.
+    """
+
+    model_type = "blip-2"
+    attribute_map: ClassVar[dict[str, str]] = {"image_token_id": "image_token_index"}
+    # Annotated in the order in which they are filled.
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+    image_token_index: int | None = None
+    initializer_factor: float = 1.0
+    initializer_range: float = 0.02
+
+    vision_config: Blip2VisionConfig = None  # type: ignore[assignment]
+    qformer_config: Blip2QFormerConfig = None  # type: ignore[assignment]
+    text_config: Any = None
+
+    def __init__(
+        self,
+        vision_config: Mapping[str, Any] | Blip2VisionConfig | None = None,
+        qformer_config: Mapping[str, Any] | Blip2QFormerConfig | None = None,
+        text_config: Mapping[str, Any] | PretrainedConfig | None = None,
+        **values: Any,
+    ) -> None:
+        super().__init__(**values)
+        self.vision_config = _part(Blip2VisionConfig, "vision_config", vision_config)  # type: ignore[assignment]
+        self.qformer_config = _part(Blip2QFormerConfig, "qformer_config", qformer_config)  # type: ignore[assignment]
+        self.text_config = _text_part(text_config)
+        # transformers overrides whatever the file says here.
+        self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
+        self.use_decoder_only_language_model = self.text_config.model_type not in ENCODER_DECODERS
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """True for T5 and its like."""
+        return not self.use_decoder_only_language_model
+
+    def get_text_config(self, decoder: bool = False) -> Any:
+        """The language model's configuration."""
+        return self.text_config
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> Blip2Config:
+        """From config.json's object. Raises CheckpointError if it is of another model."""
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"config.json: expected an object, found {type(values).__name__}")
+        model_type = values.get("model_type", "blip-2")
+        if model_type != "blip-2":
+            raise UnsupportedError(f"config.json: model_type is {model_type!r}; this class reads 'blip-2' only")
+        known = {k: v for k, v in values.items() if k not in ("model_type", "is_encoder_decoder")}
+        return cls(**{**known, **changes})
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> Blip2Config:
+        """From a config.json."""
+        return cls.from_dict(read_json(path))
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Blip2Config:
+        """From a folder, a config.json or a Hub id; options as in `Blip2ForConditionalGeneration.from_pretrained`."""
+        from blip2c.hub import pop_hub_options, resolve
+
+        hub = pop_hub_options(options)
+        path = Path(path_or_id)
+        if not path.is_file():
+            path = resolve(path_or_id, weights=False, **hub) / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent}: no config.json, so this is not a checkpoint")
+        return cls.from_dict(read_json(path), **options)
+
+    @classmethod
+    def from_vision_qformer_text_configs(
+        cls, vision_config: Blip2VisionConfig, qformer_config: Blip2QFormerConfig, text_config: Any, **values: Any
+    ) -> Blip2Config:
+        """From its three parts."""
+        return cls(vision_config, qformer_config, text_config, **values)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write directory/config.json."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_json_file(folder / "config.json")
+
+
+ENCODER_DECODERS = frozenset({"t5", "mt5", "umt5", "bart", "mbart", "pegasus", "longt5", "switch_transformers"})
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise CheckpointError(f"config.json: {name} must be an integer, found {value!r}")
+    if not low <= value <= high:
+        raise CheckpointError(f"config.json: {name} must be in {low}..{high}, found {value}")
+    return value
+
+
+def _epsilon(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= float(value) <= 1.0:
+        raise CheckpointError(f"config.json: {name} must be a number in 0..1, found {value!r}")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {name} must be true or false, found {value!r}")
+    return value
+
+
+def _activation(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise UnsupportedError(f"config.json: {name} {value!r} is not one of {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[value]
+
+
+def _square(name: str, value: Any) -> int:
+    """A side in pixels: an integer, or a pair of the same integer twice."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        if value[0] != value[1]:
+            raise UnsupportedError(f"config.json: {name} {list(value)} is not a square; blip2c computes squares only")
+        value = value[0]
+    return _integer(name, value, 1, MAX_DIMENSION)
+
+
+def _sizes(part: str, config: PretrainedConfig, feed_forward: str) -> dict[str, int]:
+    sizes = {
+        "hidden_size": _integer(f"{part}.hidden_size", config.get("hidden_size"), 1, MAX_DIMENSION),
+        "num_hidden_layers": _integer(f"{part}.num_hidden_layers", config.get("num_hidden_layers"), 1, MAX_LAYERS),
+        "num_attention_heads": _integer(f"{part}.num_attention_heads", config.get("num_attention_heads"), 1, 1024),
+        feed_forward: _integer(f"{part}.{feed_forward}", config.get(feed_forward), 1, 4 * MAX_DIMENSION),
+    }
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise CheckpointError(
+            f"config.json: {part}.hidden_size {sizes['hidden_size']} is not a multiple of"
+            f" num_attention_heads {sizes['num_attention_heads']}"
+        )
+    return sizes
+
+
+def _vision_core(config: Blip2VisionConfig) -> dict[str, Any]:
+    image = _square("vision_config.image_size", config.image_size)
+    patch = _square("vision_config.patch_size", config.patch_size)
+    if patch > image:
+        raise CheckpointError(f"config.json: vision_config.patch_size {patch} is larger than image_size {image}")
+    if (image // patch) ** 2 > MAX_IMAGE_TOKENS:
+        raise CheckpointError(
+            f"config.json: image_size {image} with patch_size {patch} makes {(image // patch) ** 2} patches,"
+            f" more than {MAX_IMAGE_TOKENS}"
+        )
+    channels = _integer("vision_config.num_channels", config.get("num_channels", 3), 1, 1024)
+    if channels != 3:
+        raise UnsupportedError(f"config.json: vision_config.num_channels {channels}; only pictures of 3 channels are read")
+    return {
+        **_sizes("vision_config", config, "intermediate_size"),
+        "image_size": image,
+        "patch_size": patch,
+        "num_channels": channels,
+        "layer_norm_eps": _epsilon("vision_config.layer_norm_eps", config.layer_norm_eps),
+        "hidden_act": _activation("vision_config.hidden_act", config.hidden_act),
+        "qkv_bias": _flag("vision_config.qkv_bias", config.qkv_bias),
+    }
+
+
+def _qformer_core(config: Blip2QFormerConfig) -> dict[str, Any]:
+    position = config.get("position_embedding_type", "absolute")
+    if position not in ("absolute", None):
+        raise UnsupportedError(f"config.json: qformer_config.position_embedding_type {position!r}; only 'absolute'")
+    return {
+        **_sizes("qformer_config", config, "intermediate_size"),
+        "layer_norm_eps": _epsilon("qformer_config.layer_norm_eps", config.layer_norm_eps),
+        "hidden_act": _activation("qformer_config.hidden_act", config.hidden_act),
+        "cross_attention_frequency": _integer(
+            "qformer_config.cross_attention_frequency", config.cross_attention_frequency, 1, MAX_LAYERS
+        ),
+        "encoder_hidden_size": _integer(
+            "qformer_config.encoder_hidden_size", config.encoder_hidden_size, 1, MAX_DIMENSION
+        ),
+        "use_qformer_text_input": _flag("qformer_config.use_qformer_text_input", config.use_qformer_text_input),
+    }
+
+
+def _opt_core(config: Any) -> dict[str, Any]:
+    sizes = _sizes("text_config", config, "ffn_dim")
+    if config.word_embed_proj_dim != config.hidden_size:
+        raise UnsupportedError(
+            f"config.json: text_config.word_embed_proj_dim {config.word_embed_proj_dim} differs from hidden_size"
+            f" {config.hidden_size} (OPT-350m): BLIP-2's projection does not fit such a model"
+        )
+    return {
+        "model_type": "opt",
+        **sizes,
+        "vocab_size": _integer("text_config.vocab_size", config.vocab_size, 1, MAX_VOCABULARY),
+        "max_position_embeddings": _integer(
+            "text_config.max_position_embeddings", config.max_position_embeddings, 1, MAX_VOCABULARY
+        ),
+        "activation_function": _activation("text_config.activation_function", config.activation_function),
+        "do_layer_norm_before": _flag("text_config.do_layer_norm_before", config.do_layer_norm_before),
+        "remove_final_layer_norm": _flag("text_config._remove_final_layer_norm", config._remove_final_layer_norm),
+        "enable_bias": _flag("text_config.enable_bias", config.enable_bias),
+        "layer_norm_elementwise_affine": _flag(
+            "text_config.layer_norm_elementwise_affine", config.layer_norm_elementwise_affine
+        ),
+        # Only the text part's own flag counts in transformers 5.23: the one beside it at the top is not looked at.
+        "tie_word_embeddings": _flag("text_config.tie_word_embeddings", config.tie_word_embeddings),
+    }
+
+
+TEXT_CORES = {"opt": _opt_core}
+
+
+def core_config(config: Blip2Config) -> dict[str, Any]:
+    """The checked numbers that the C part needs.
+
+    Raises CheckpointError for a value that is wrong and UnsupportedError for one that is right but not computed here;
+    both name the key. image_token_id is -1 where the checkpoint has none.
+    """
+    text = config.text_config
+    if text.model_type not in TEXT_CORES:
+        raise UnsupportedError(
+            f"config.json: text_config.model_type {text.model_type!r} is not computed by this version;"
+            f" known: {', '.join(sorted(TEXT_CORES))}"
+        )
+    core = {
+        "num_query_tokens": _integer("num_query_tokens", config.num_query_tokens, 1, 4096),
+        "vision": _vision_core(config.vision_config),
+        "qformer": _qformer_core(config.qformer_config),
+        "text": TEXT_CORES[text.model_type](text),
+    }
+    vocabulary = core["text"]["vocab_size"]
+    image_token = config.image_token_index
+    core["image_token_id"] = -1 if image_token is None else _integer("image_token_index", image_token, 0, vocabulary - 1)
+    return core

@@ -1,0 +1,505 @@
+"""Generation options with transformers' names, defaults, warnings and errors.
+
+`GenerationConfig` holds them; `core_options` decides, as transformers 5.23's `GenerationMixin.generate` does, what a
+call really asks for, and hands the C part a dict in which nothing is left to guess.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import operator
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2c._core import UnsupportedError
+
+__all__ = ["GenerationConfig", "core_options"]
+
+FILE_NAME = "generation_config.json"
+
+# What transformers fills in for an option that neither the caller nor the model's configuration sets.
+DEFAULTS: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "use_cache": True,
+    "early_stopping": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "remove_invalid_values": False,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "encoder_repetition_penalty": 1.0,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+}
+
+# Options that are done here.
+DONE = (
+    "max_length max_new_tokens min_length min_new_tokens early_stopping num_beams num_return_sequences length_penalty "
+    "repetition_penalty no_repeat_ngram_size bad_words_ids suppress_tokens pad_token_id bos_token_id eos_token_id "
+    "decoder_start_token_id"
+).split()
+
+# They choose among sampled tokens, which is not done here: without do_sample transformers ignores them, with a warning.
+SAMPLING = "temperature top_p min_p top_h typical_p top_k epsilon_cutoff eta_cutoff".split()
+
+# They read the encoder's input ids, which BLIP-2 does not have (its pictures enter as embeddings): ignored upstream.
+ENCODER_ONLY = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
+
+# They choose what generate() returns, and are ignored there unless return_dict_in_generate is set.
+EXTRA_OUTPUTS = "output_attentions output_hidden_states output_scores output_logits".split()
+
+# They change how transformers computes, not what comes out.
+INERT = (
+    "use_cache max_cache_len cache_config compile_config disable_compile num_assistant_tokens "
+    "num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind "
+    "target_lookbehind assistant_ensemble_weight speculation_type continuous_batching_config is_assistant "
+    "prefill_chunk_size transformers_version"
+).split()
+
+# Known to transformers, not done here: the values, beside None, that mean "off".
+NOT_DONE: dict[str, tuple[Any, ...]] = {
+    "do_sample": (False,),
+    "use_mtp": (False,),
+    "max_time": (),
+    "stop_strings": (),
+    "cache_implementation": ("dynamic",),
+    "renormalize_logits": (False,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "remove_invalid_values": (False,),
+    "exponential_decay_length_penalty": (),
+    "begin_suppress_tokens": (),
+    "sequence_bias": (),
+    "token_healing": (False,),
+    "guidance_scale": (1,),
+    "watermarking_config": (),
+    "return_dict_in_generate": (False,),
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "low_memory": (False,),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "diversity_penalty": (0,),
+    "num_beam_groups": (1,),
+    "constraints": (),
+    "force_words_ids": (),
+}
+
+# Arguments of generate() itself, not of its configuration.
+NOT_DONE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "logits_processor": ([],),
+    "stopping_criteria": ([],),
+    "prefix_allowed_tokens_fn": (),
+    "synced_gpus": (False,),
+    "assistant_model": (),
+    "assistant_tokenizer": (),
+    "streamer": (),
+    "negative_prompt_ids": (),
+    "negative_prompt_attention_mask": (),
+    "custom_generate": (),
+}
+INERT_ARGUMENTS = ("tokenizer", "trust_remote_code")
+
+NAMES: tuple[str, ...] = (*DONE, *SAMPLING, *ENCODER_ONLY, *EXTRA_OUTPUTS, *INERT, *NOT_DONE)
+METADATA = ("_from_model_config", "_commit_hash", "_original_object_hash", "transformers_version")
+
+
+class GenerationConfig:
+    """Options of `generate()` under transformers' names; None where unset.
+
+    Every option of transformers' class of this name can be held, saved and loaded, whether or not blip2c does it;
+    what it does not do is refused when it is used. Unknown names are kept as well, as transformers keeps them.
+    Raises ValueError for values that are wrong whatever the call. (transformers: `generation.GenerationConfig`.)
+    """
+
+    def __init__(self, **values: Any) -> None:
+        for name in NAMES:
+            setattr(self, name, values.pop(name, None))
+        from_model = values.pop("_from_model_config", None)
+        for name in METADATA:
+            values.pop(name, None)
+        if not from_model:
+            for name, value in values.items():
+                setattr(self, name, value)
+        self.validate()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"GenerationConfig has no option {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GenerationConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"GenerationConfig {self.to_json_string()}"
+
+    def validate(self) -> None:
+        """Raises ValueError naming the option that is wrong whatever else a call asks for."""
+        _check_early_stopping(self.early_stopping)
+        if self.max_new_tokens is not None:
+            _integer("max_new_tokens", self.max_new_tokens, 1)
+        for name in ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"):
+            if name in self.__dict__:
+                raise ValueError(
+                    f"Argument `{name}` is not a valid argument of `GenerationConfig`. It should be passed to "
+                    "`generate()` directly."
+                )
+
+    def update(self, **values: Any) -> dict[str, Any]:
+        """Sets the options that exist; returns the others."""
+        unused = {}
+        for name, value in values.items():
+            if name in self.__dict__:
+                setattr(self, name, value)
+            else:
+                unused[name] = value
+        self.validate()
+        return unused
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option, None where unset."""
+        return copy.deepcopy({name: value for name, value in self.__dict__.items() if name not in METADATA})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The options that are set."""
+        return {name: value for name, value in self.to_dict().items() if value is not None or name not in NAMES}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON of the options that are set, or of all of them."""
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = True) -> None:
+        """Writes `to_json_string()`."""
+        Path(path).write_text(self.to_json_string(use_diff), encoding="utf-8")
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes generation_config.json into `directory`, which is made if need be."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_json_file(folder / FILE_NAME)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> GenerationConfig:
+        """`values`, with `changes` on top."""
+        return cls(**{**values, **changes})
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str], **changes: Any) -> GenerationConfig:
+        """Reads a file; ValueError if it does not hold a JSON object."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {type(values).__name__}")
+        return cls.from_dict(values, **changes)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], **changes: Any) -> GenerationConfig:
+        """Reads generation_config.json from a folder."""
+        return cls.from_json_file(Path(directory) / FILE_NAME, **changes)
+
+    @classmethod
+    def from_model_config(cls, text_config: Any) -> GenerationConfig:
+        """What transformers makes of a language model's configuration: its special tokens and nothing else.
+
+        text_config: a mapping, or an object with to_dict(), in which the defaults of its model_type are filled in.
+        BLIP-2 generates with the configuration that is made so from `config.text_config`: neither a checkpoint's
+        generation_config.json nor what is assigned to the outer model's `generation_config` has an effect upstream.
+        """
+        values = text_config if isinstance(text_config, Mapping) else text_config.to_dict()
+        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache")
+        return cls(**{name: values[name] for name in names if values.get(name) is not None})
+
+
+def core_options(
+    config: GenerationConfig,
+    kwargs: Mapping[str, Any],
+    prompt_lengths: Sequence[int],
+    *,
+    max_positions: int | None = None,
+) -> dict[str, Any]:
+    """The options of one call as the C part wants them (csrc/python/py_search.h lists the keys).
+
+    config: the language model's own configuration. kwargs: what the caller gave to generate() beside the model's
+    inputs, `generation_config=` included: its values win over `config`, all other arguments win over both.
+    prompt_lengths: decoder tokens of each prompt, image tokens included. max_positions: the language model's
+    `max_position_embeddings`, which bounds the default length only, as in transformers.
+
+    Raises ValueError naming an option that is unknown, out of range or contradicts another, UnsupportedError
+    (a NotImplementedError) naming one that transformers knows and blip2c does not do. Warns where transformers does.
+    """
+    arguments = {name: value for name, value in kwargs.items() if name != "generation_config"}
+    given = kwargs.get("generation_config")
+    _refuse_unknown(arguments)
+    options = _merge(config, given, arguments)
+    _refuse_not_done(options, arguments)
+    _warn_of_ignored(options, arguments)
+    beams = _integer("num_beams", _or_default(options, "num_beams"), 1)
+    eos = _eos_ids(options["eos_token_id"])
+    result: dict[str, Any] = {
+        "num_beams": beams,
+        "num_return_sequences": _return_sequences(_or_default(options, "num_return_sequences"), beams),
+        "length_penalty": _number("length_penalty", _or_default(options, "length_penalty")),
+        "early_stopping": _check_early_stopping(_or_default(options, "early_stopping")),
+        "repetition_penalty": _penalty(_or_default(options, "repetition_penalty")),
+        "no_repeat_ngram_size": _integer("no_repeat_ngram_size", _or_default(options, "no_repeat_ngram_size"), 0),
+        "eos_ids": eos,
+        "pad_id": _pad_id(options["pad_token_id"], eos, beams),
+        "bad_words": _bad_words(options["bad_words_ids"], eos),
+        "suppress_ids": _id_list("suppress_tokens", options["suppress_tokens"]),
+    }
+    result.update(_lengths(options, prompt_lengths, max_positions))
+    return result
+
+
+def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
+    known = {*NAMES, *NOT_DONE_ARGUMENTS, *INERT_ARGUMENTS}
+    unused = [name for name, value in arguments.items() if name not in known and value is not None]
+    if unused:
+        raise ValueError(
+            f"The following `model_kwargs` are not used by the model: {unused} (note: typos in the generate arguments "
+            "will also show up in this list)"
+        )
+
+
+def _merge(config: GenerationConfig, given: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """arguments > generation_config > config; what is still None gets its default where it is read."""
+    options = {name: getattr(config, name) for name in NAMES}
+    if given is not None:
+        if not hasattr(given, "to_dict"):
+            raise TypeError(f"generation_config: expected a GenerationConfig, found {type(given).__name__}")
+        options.update({name: value for name, value in given.to_dict().items() if name in NAMES and value is not None})
+        both = sorted(name for name in arguments if name in NAMES)
+        if both:
+            warnings.warn(
+                f"Passing `generation_config` together with generation-related arguments=({both}) is deprecated in "
+                "transformers. Please pass either a `generation_config` object OR all generation parameters explicitly.",
+                stacklevel=4,
+            )
+    options.update({name: value for name, value in arguments.items() if name in NAMES})
+    return options
+
+
+def _or_default(options: Mapping[str, Any], name: str) -> Any:
+    value = options[name]
+    return DEFAULTS[name] if value is None else value
+
+
+def _is_off(value: Any, off: tuple[Any, ...]) -> bool:
+    if value is None:
+        return True
+    try:
+        return any(bool(value == item) for item in off)
+    except (TypeError, ValueError):  # an array is not "off"
+        return False
+
+
+def _refuse_not_done(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    checks = [(name, options[name], off) for name, off in NOT_DONE.items()]
+    checks += [(name, arguments.get(name), off) for name, off in NOT_DONE_ARGUMENTS.items()]
+    for name, value, off in checks:
+        if not _is_off(value, off):
+            raise UnsupportedError(f"{name}={value!r}: transformers knows this option, blip2c does not do it")
+
+
+def _warn_of_ignored(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """transformers' "minor issues": options that have no effect in the mode that the others choose."""
+    issues = []
+    for name in SAMPLING:
+        if _matters(name, options[name], "do_sample", arguments):
+            issues.append((name, f"`do_sample` is not set to `True`. However, `{name}` is set to `{options[name]}`"))
+    if _or_default(options, "num_beams") == 1:
+        for name in ("early_stopping", "length_penalty"):
+            if _matters(name, options[name], "num_beams", arguments):
+                issues.append((name, f"`num_beams` is set to 1. However, `{name}` is set to `{options[name]}`"))
+    issues += [
+        (name, f"`return_dict_in_generate` is NOT set to `True`, but `{name}` is")
+        for name in EXTRA_OUTPUTS
+        if options[name] is True
+    ]
+    if issues:
+        names = [name for name, _ in issues]
+        reasons = "; ".join(reason for _, reason in issues)
+        warnings.warn(
+            f"The following generation flags are not valid and may be ignored: {names}. {reasons}.", stacklevel=4
+        )
+    for name, off in ENCODER_ONLY.items():
+        if options[name] is not None and options[name] != off:
+            warnings.warn(
+                f"Passing `{name}` requires some form of `input_ids` to be passed to `generate`, ignoring the argument.",
+                stacklevel=4,
+            )
+
+
+def _matters(name: str, value: Any, mode: str, arguments: Mapping[str, Any]) -> bool:
+    """Is `name` worth a warning: set away from its default, and not just inherited while the caller chose the mode?"""
+    return value is not None and value != DEFAULTS.get(name) and (name in arguments or mode not in arguments)
+
+
+def _integer(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool):
+        raise ValueError(f"{name}: expected an integer, found {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected an integer, found {value!r}") from None
+    if number < low:
+        raise ValueError(f"{name}: expected at least {low}, found {number}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: expected a number, found {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, found {value!r}")
+    return number
+
+
+def _penalty(value: Any) -> float:
+    number = _number("repetition_penalty", value)
+    if not number > 0:
+        raise ValueError(f"repetition_penalty: expected a number above 0, found {value!r}")
+    return number
+
+
+def _check_early_stopping(value: Any) -> Any:
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and value == "never"):
+        return value
+    raise ValueError(f"`early_stopping` must be a boolean or 'never', but is {value}.")
+
+
+def _return_sequences(value: Any, beams: int) -> int:
+    count = _integer("num_return_sequences", value, 1)
+    if count > 1 and beams == 1:
+        raise ValueError(
+            "Greedy methods (do_sample != True) without beam search do not support `num_return_sequences` different "
+            f"than 1 (got {count})."
+        )
+    if count > beams:
+        raise ValueError(f"`num_return_sequences` ({count}) has to be smaller or equal to `num_beams` ({beams}).")
+    return count
+
+
+def _id_list(name: str, value: Any) -> list[int]:
+    """Ids of any iterable of integers, tensors and arrays included; [] for None."""
+    if value is None:
+        return []
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"{name}: expected a list of integers, found {value!r}")
+    return [_integer(name, item, -(2**31)) for item in value]
+
+
+def _eos_ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    is_one = not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
+    ids = [_integer("eos_token_id", value, -(2**31))] if is_one else _id_list("eos_token_id", value)
+    if any(i < 0 for i in ids):
+        warnings.warn(
+            f"`eos_token_id` should consist of positive integers, but is {value}. Your generation will not stop until "
+            "the maximum length is reached.",
+            stacklevel=4,
+        )
+    return ids
+
+
+def _pad_id(value: Any, eos: list[int], beams: int) -> int:
+    """What ended rows are filled with. Beam search upstream takes a pad id of 0 for "unset"."""
+    pad = None if value is None else _integer("pad_token_id", value, -(2**31))
+    if beams > 1:
+        return (pad or eos[0]) if eos else -1
+    if pad is not None:
+        return pad
+    return eos[0] if eos else -1
+
+
+def _bad_words(value: Any, eos: list[int]) -> list[list[int]]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"`bad_words_ids` has to be a non-empty list, but is {value!r}.")
+    if any(not isinstance(word, list) or not word for word in value):
+        raise ValueError(f"`bad_words_ids` has to be a list of non-empty lists, but is {value!r}.")
+    words = [[_integer("bad_words_ids", item, 0) for item in word] for word in value]
+    words = [word for word in words if not (len(word) == 1 and word[0] in eos)]
+    if not words:
+        raise ValueError(f"`bad_words_ids` holds nothing but end tokens, which can not be forbidden: {value!r}.")
+    return words
+
+
+def _lengths(options: Mapping[str, Any], prompt_lengths: Sequence[int], max_positions: int | None) -> dict[str, Any]:
+    """max_new_tokens wins over max_length, min_new_tokens over min_length; without either, 20 new tokens."""
+    max_length, max_new = options["max_length"], options["max_new_tokens"]
+    min_length, min_new = options["min_length"], options["min_new_tokens"]
+    max_length = None if max_length is None else _integer("max_length", max_length, 0)
+    max_new = None if max_new is None else _integer("max_new_tokens", max_new, 1)
+    min_new = None if min_new is None else _integer("min_new_tokens", min_new, 0)
+    if max_new is not None:
+        if max_length is not None:
+            _warn_both("max_new_tokens", max_new, "max_length", max_length)
+            max_length = None
+    elif max_length is None:
+        max_new, max_length = DEFAULTS["max_length"], max_positions
+        warnings.warn(
+            f"Using the model-agnostic default `max_length` (={max_new} new tokens) to control the generation length. "
+            "We recommend setting `max_new_tokens` to control the maximum length of the generation.",
+            stacklevel=4,
+        )
+    if min_new is not None and min_length is not None:
+        _warn_both("min_new_tokens", min_new, "min_length", min_length)
+    min_length = _integer("min_length", min_length, 0) if min_length is not None and min_new is None else 0
+    _check_feasible(prompt_lengths, max_length, max_new, min_length, min_new)
+    return {"max_length": max_length, "max_new_tokens": max_new, "min_length": min_length, "min_new_tokens": min_new}
+
+
+def _warn_both(winner: str, winning: int, loser: str, losing: int) -> None:
+    warnings.warn(
+        f"Both `{winner}` (={winning}) and `{loser}`(={losing}) seem to have been set. `{winner}` will take precedence.",
+        stacklevel=5,
+    )
+
+
+def _check_feasible(
+    prompt_lengths: Sequence[int], max_length: int | None, max_new: int | None, min_length: int, min_new: int | None
+) -> None:
+    for length in prompt_lengths:
+        bounds = [length + max_new if max_new is not None else None, max_length]
+        limit = min(bound for bound in bounds if bound is not None)
+        if length >= limit:
+            raise ValueError(
+                f"Input length of input_ids is {length}, but `max_length` is set to {limit}. This can lead to "
+                "unexpected behavior. You should consider increasing `max_length` or, better yet, setting "
+                "`max_new_tokens`."
+            )
+        if max(min_length, length + (min_new or 0)) > limit:
+            name, value = ("min_new_tokens", min_new) if min_new else ("min_length", min_length)
+            warnings.warn(
+                f"Unfeasible length constraints: `{name}` ({value}) is larger than the maximum possible length "
+                f"({limit}). Generation will stop at the defined maximum length. You should decrease the minimum "
+                "length and/or increase the maximum length.",
+                stacklevel=5,
+            )
+            return

@@ -1,0 +1,94 @@
+"""Folders and Hub ids: where a checkpoint lies on this machine, after downloading what of it is needed.
+
+Only json, txt and safetensors files are ever fetched: nothing that would have to be unpickled. With local_files_only, or
+HF_HUB_OFFLINE set, no socket is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from blip2c._core import CheckpointError
+
+CONFIG_FILES = [
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+]  # fmt: skip
+WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"]
+HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token", "force_download", "subfolder")
+
+_REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
+
+
+def pop_hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options that say where files come from out of `options`."""
+    if "use_auth_token" in options:  # the name before huggingface_hub 0.14
+        token = options.pop("use_auth_token")
+        options.setdefault("token", token)
+    for name in ("proxies", "resume_download", "user_agent"):  # accepted for old scripts; today's hub client has its own
+        if options.pop(name, None):
+            raise TypeError(f"{name} is not supported: set it up for huggingface_hub (environment variables)")
+    return {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+
+
+def resolve(
+    path_or_id: str | os.PathLike[str],
+    *,
+    weights: bool = True,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    subfolder: str = "",
+) -> Path:
+    """The folder of a checkpoint: `path_or_id` itself if it is a folder, else a Hub id's snapshot.
+
+    weights: fetch the safetensors files too. Raises CheckpointError saying what was looked for and why it is not there.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path / subfolder if subfolder else path
+    name = str(path_or_id)
+    if path.exists():
+        raise CheckpointError(f"{name}: is a file; expected a checkpoint's folder or a Hub id")
+    if not _REPO_ID.match(name) or name.startswith((".", "/", "~")) or ".." in name:
+        raise CheckpointError(f"{name}: no such folder, and not a Hub id of the form owner/name")
+    folder = _snapshot(
+        name,
+        [*CONFIG_FILES, *(WEIGHT_FILES if weights else [])],
+        subfolder,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        force_download=force_download,
+    )
+    return folder / subfolder if subfolder else folder
+
+
+def _snapshot(name: str, files: list[str], subfolder: str, **options: Any) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    patterns = [f"{subfolder}/{file}" for file in files] if subfolder else files
+    revision = options["revision"] or "main"
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, **options))
+    except errors.LocalEntryNotFoundError as error:
+        offline = options["local_files_only"] or huggingface_hub.constants.HF_HUB_OFFLINE
+        why = "only local files were allowed" if offline else "the Hub could not be reached"
+        raise CheckpointError(f"{name} (revision {revision}): not in the cache, and {why}") from error
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"{name}: access is gated: log in on the Hub and pass token=") from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{name}: has no revision {revision!r}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(f"{name}: no such folder here and no such repository on the Hub (private? pass token=)") from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{name}: not a valid Hub id: {error}") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise CheckpointError(f"{name} (revision {revision}): can not be fetched: {error}") from error

@@ -1,0 +1,197 @@
+#include "model/blip2.h"
+
+#include <stddef.h>
+
+#include "core/memory.h"
+
+static const b2_weight_row projection_table[] = {
+    {"language_projection.weight", offsetof(b2_blip2, projection_weight), B2_MATRIX_ITEM, {B2_DIM_D, B2_DIM_E}},
+    {"language_projection.bias", offsetof(b2_blip2, projection_bias), B2_VECTOR, {B2_DIM_D}},
+};
+enum { PROJECTION_COUNT = sizeof projection_table / sizeof *projection_table };
+
+/* Pictures that go through the vision encoder together: enough to keep the cores busy, few enough to stay small. */
+enum { PICTURES_AT_ONCE = 4 };
+
+static void fill_dims(int64_t dims[B2_DIM_COUNT], const b2_qformer_config *qformer, const b2_lm_config *text)
+{
+    dims[B2_DIM_D] = text->hidden_size;
+    dims[B2_DIM_E] = qformer->hidden_size;
+}
+
+static int check_config(const b2_blip2_config *c, b2_err *err)
+{
+    if (c->qformer.encoder_hidden_size != c->vision.hidden_size)
+        return b2_fail(err, B2_E_VALUE, "config: qformer encoder_hidden_size %lld is not the vision hidden_size %lld",
+                       (long long)c->qformer.encoder_hidden_size, (long long)c->vision.hidden_size);
+    return 0;
+}
+
+/* transformers keeps the Q-Former in float32 when the rest goes to float16 (_keep_in_fp32_modules), not for bfloat16. */
+static b2_dtype_policy qformer_policy(b2_dtype_policy policy)
+{
+    if (!policy.as_stored && policy.dtype == B2_F16)
+        policy.dtype = B2_F32;
+    return policy;
+}
+
+static int bind_all(b2_blip2 *model, const b2_blip2_config *config, b2_binder *binder, b2_err *err)
+{
+    b2_dtype_policy policy = binder->policy;
+    if (b2_vit_bind(&model->vit, &config->vision, binder, err) < 0)
+        return -1;
+    binder->policy = qformer_policy(policy);
+    if (b2_qformer_bind(&model->qformer, &config->qformer, binder, err) < 0)
+        return -1;
+    binder->policy = policy;
+    int64_t dims[B2_DIM_COUNT] = {0};
+    fill_dims(dims, &config->qformer, &config->text);
+    binder->dims = dims;
+    if (b2_bind(binder, model, projection_table, PROJECTION_COUNT, err) < 0)
+        return -1;
+    const b2_lm_class *class_ = b2_lm_class_of(config->text.model_type);
+    if (!class_)
+        return b2_fail(err, B2_E_UNSUPPORTED, "text_config: model_type %s is not supported", config->text.model_type);
+    model->lm = b2_alloc_zeroed(1, class_->size, "language model", err);
+    if (!model->lm)
+        return -1;
+    model->lm->class_ = class_;
+    model->lm->config = config->text;
+    return class_->bind(model->lm, binder, err);
+}
+
+typedef struct byte_counter {
+    b2_weight_visitor visitor;
+    int64_t bytes;
+    int64_t bytes_of[3]; /* by dtype */
+} byte_counter;
+
+static int count_bytes(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err)
+{
+    (void)shape, (void)rank, (void)err;
+    byte_counter *counter = (byte_counter *)visitor;
+    int64_t rows = weight->layout == B2_PANELS ? (weight->n + B2_PANEL - 1) / B2_PANEL * B2_PANEL : weight->n;
+    int64_t bytes = rows * weight->k * (int64_t)b2_dtype_size(weight->dtype);
+    counter->bytes += bytes;
+    counter->bytes_of[weight->dtype] += bytes;
+    return 0;
+}
+
+/* The dtype that holds most of the weights. */
+static int measure(b2_blip2 *model, b2_err *err)
+{
+    byte_counter counter = {.visitor = {count_bytes}};
+    if (b2_blip2_visit(model, &counter.visitor, err) < 0)
+        return -1;
+    model->bytes = counter.bytes;
+    model->dtype = B2_F32;
+    for (int d = B2_F16; d <= B2_BF16; d++)
+        if (counter.bytes_of[d] > counter.bytes_of[model->dtype])
+            model->dtype = (b2_dtype)d;
+    return 0;
+}
+
+int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
+                  b2_dtype_policy policy, b2_pool *pool, b2_err *err)
+{
+    *model = (b2_blip2){0};
+    if (check_config(config, err) < 0 || b2_checkpoint_open(&model->checkpoint, paths, path_count, err) < 0)
+        return -1;
+    b2_binder binder = {.checkpoint = &model->checkpoint, .policy = policy, .pool = pool};
+    int status = bind_all(model, config, &binder, err);
+    model->names = binder.names;
+    model->name_count = binder.name_count;
+    if (status == 0)
+        status = measure(model, err);
+    if (status < 0)
+        b2_blip2_release(model);
+    return status;
+}
+
+int b2_blip2_visit(const b2_blip2 *model, b2_weight_visitor *visitor, b2_err *err)
+{
+    int64_t dims[B2_DIM_COUNT] = {0};
+    fill_dims(dims, &model->qformer.config, &model->lm->config);
+    if (b2_vit_visit(&model->vit, visitor, err) < 0 || b2_qformer_visit(&model->qformer, visitor, err) < 0 ||
+        b2_visit_weights(visitor, model, projection_table, PROJECTION_COUNT, dims, err) < 0)
+        return -1;
+    return model->lm->class_->visit(model->lm, visitor, err);
+}
+
+void b2_blip2_release(b2_blip2 *model)
+{
+    b2_vit_release(&model->vit);
+    b2_qformer_release(&model->qformer);
+    b2_release_weights(model, projection_table, PROJECTION_COUNT);
+    if (model->lm) {
+        model->lm->class_->release(model->lm);
+        b2_free(model->lm);
+    }
+    for (int64_t i = 0; i < model->name_count; i++)
+        b2_free(model->names[i]);
+    b2_free(model->names);
+    b2_checkpoint_close(&model->checkpoint);
+    *model = (b2_blip2){0};
+}
+
+static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, int64_t pictures)
+{
+    int64_t tokens = b2_vit_tokens(&model->vit.config), queries = model->qformer.config.num_query_tokens;
+    size_t vit = b2_vit_scratch(ctx, &model->vit, pictures);
+    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, pictures, tokens);
+    return (vit > qformer ? vit : qformer) +
+           b2_arena_cost((size_t)(pictures * tokens * model->vit.config.hidden_size), sizeof(float)) +
+           b2_arena_cost((size_t)(pictures * queries * model->qformer.config.hidden_size), sizeof(float));
+}
+
+/* Rows [first, first + count) of a wanted output, or the same from the arena. */
+static int output_rows(b2_ctx *ctx, b2_tensor *out, b2_tensor wanted, int64_t first, int64_t count, int64_t cols,
+                       b2_err *err)
+{
+    if (wanted.data) {
+        *out = b2_rows(wanted, first, count);
+        return 0;
+    }
+    float *data = b2_arena_take(ctx->scratch, (size_t)(count * cols), sizeof *data, err);
+    *out = b2_tensor_of(data, count, cols);
+    return data ? 0 : -1;
+}
+
+static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t first,
+                        int64_t count, b2_err *err)
+{
+    const b2_vit_config *v = &model->vit.config;
+    int64_t tokens = b2_vit_tokens(v), queries = model->qformer.config.num_query_tokens;
+    b2_tensor vision, qformer, features = b2_rows(out->features, first * queries, count * queries);
+    b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = queries};
+    if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, v->hidden_size, err) < 0 ||
+        output_rows(ctx, &qformer, out->qformer, first * queries, count * queries, model->qformer.config.hidden_size,
+                    err) < 0)
+        return -1;
+    pixels += first * v->num_channels * v->image_size * v->image_size;
+    if (b2_vit_forward(ctx, &model->vit, vision, pixels, count, err) < 0)
+        return -1;
+    if (out->pooled.data && b2_vit_pool(ctx, &model->vit, b2_rows(out->pooled, first, count), vision, err) < 0)
+        return -1;
+    if (b2_qformer_forward(ctx, &model->qformer, qformer, vision, count, err) < 0)
+        return -1;
+    return b2_linear(ctx, features, qformer, &model->projection_weight, &project, err);
+}
+
+int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t pictures,
+                    b2_err *err)
+{
+    int64_t group = pictures < PICTURES_AT_ONCE ? pictures : PICTURES_AT_ONCE;
+    if (pictures == 0)
+        return 0;
+    if (b2_arena_reserve(ctx->scratch, encode_scratch(ctx, model, group), err) < 0)
+        return -1;
+    size_t mark = b2_arena_mark(ctx->scratch);
+    for (int64_t first = 0; first < pictures; first += group) {
+        int64_t count = pictures - first < group ? pictures - first : group;
+        if (encode_group(ctx, model, out, pixels, first, count, err) < 0)
+            return -1;
+        b2_arena_reset(ctx->scratch, mark);
+    }
+    return 0;
+}

@@ -1,0 +1,53 @@
+/* BLIP-2 for conditional generation: vision encoder, Q-Former, projection, language model
+ * (transformers' Blip2ForConditionalGeneration).
+ *
+ * A `b2_blip2` is immutable once loaded and may be shared by threads. It owns its packed weights and the mapped
+ * checkpoint that the others point into. */
+#ifndef B2_MODEL_BLIP2_H
+#define B2_MODEL_BLIP2_H
+
+#include "model/lm.h"
+#include "model/qformer.h"
+#include "model/vit.h"
+
+typedef struct b2_blip2_config {
+    b2_vit_config vision;
+    b2_qformer_config qformer;
+    b2_lm_config text;
+} b2_blip2_config;
+
+typedef struct b2_blip2 {
+    b2_checkpoint checkpoint;      /* owned */
+    char **names;                  /* [name_count], owned weight names */
+    int64_t name_count;
+    b2_vit vit;
+    b2_qformer qformer;
+    b2_weight projection_weight;   /* language_projection: [D_lm, D_qformer] */
+    b2_weight projection_bias;     /* [D_lm] */
+    b2_lm *lm;                     /* owned */
+    b2_dtype dtype;                /* of the language model's token table */
+    int64_t bytes;                 /* of all weights as held */
+} b2_blip2;
+
+/* Opens the files and binds every weight. `model` is filled in, or left empty on failure. */
+int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
+                  b2_dtype_policy policy, b2_pool *pool, b2_err *err);
+void b2_blip2_release(b2_blip2 *model);
+
+/* Every weight by name, for saving. */
+int b2_blip2_visit(const b2_blip2 *model, b2_weight_visitor *visitor, b2_err *err);
+
+/* What one picture's way through the encoder leaves behind; data NULL where it is not wanted. */
+typedef struct b2_encoded {
+    b2_tensor vision;   /* [B*T, D_v]: last hidden state after post_layernorm */
+    b2_tensor pooled;   /* [B, D_v] */
+    b2_tensor qformer;  /* [B*Q, D_q] */
+    b2_tensor features; /* [B*Q, D_lm]: what the language model reads; always wanted */
+} b2_encoded;
+
+/* pixels [B, C, S, S] -> out. Reserves the arena itself; pictures go through in groups that bound its size, which changes
+ * no bit. */
+int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t pictures,
+                    b2_err *err);
+
+#endif

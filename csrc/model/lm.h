@@ -1,0 +1,70 @@
+/* The language model behind the projection, whichever it is. A new one is a file that fills in `b2_lm_class` and one
+ * line in lm.c, where models are chosen by their config's model_type. */
+#ifndef B2_MODEL_LM_H
+#define B2_MODEL_LM_H
+
+#include "model/kv_cache.h"
+#include "model/weight_table.h"
+#include "ops/ops.h"
+
+/* The union of what the language models' configs say; each reads what concerns it. */
+typedef struct b2_lm_config {
+    char model_type[32];
+    int64_t hidden_size;             /* D */
+    int64_t ffn_dim;                 /* F */
+    int64_t vocab_size;              /* V */
+    int64_t max_position_embeddings; /* positions a sequence may have */
+    int num_hidden_layers;
+    int num_attention_heads;
+    b2_act act;
+    int do_layer_norm_before;
+    int remove_final_layer_norm;
+    int enable_bias;
+    int layer_norm_elementwise_affine;
+    int tie_word_embeddings;
+} b2_lm_config;
+
+/* One call of the model over packed tokens: prefill, decoding, or both. All pointers are in backend memory. */
+typedef struct b2_lm_batch {
+    b2_tensor x;                  /* [N, D] in: token embeddings or image features; overwritten */
+    int64_t rows;                 /* sequences in this call */
+    const int32_t *q_offsets;     /* [rows + 1] into the N tokens */
+    const int32_t *positions;     /* [N]: number of real tokens before this one in its sequence; a pad has -1 */
+    b2_kv_cache *cache;
+    const int32_t *cache_rows;    /* [N]: cache row of each token's key and value */
+    const int32_t *prefix_starts; /* [rows]: what each sequence reads, as in b2_attention_args */
+    const int32_t *prefix_lens;   /* [rows] */
+    const int32_t *suffix_slots;  /* [rows, suffix_ld] or NULL */
+    int64_t suffix_ld;
+    const int32_t *suffix_lens;   /* [rows] or NULL */
+    const uint8_t *key_mask;      /* [rows, key_mask_ld] or NULL */
+    int64_t key_mask_ld;
+    const int32_t *logit_rows;    /* [logits.rows]: tokens whose logits are wanted; NULL: the first logits.rows */
+    b2_tensor logits;             /* [.., V] out */
+} b2_lm_batch;
+
+typedef struct b2_lm b2_lm;
+
+typedef struct b2_lm_class {
+    const char *model_type;
+    size_t size; /* of the struct that begins with b2_lm */
+    int (*bind)(b2_lm *lm, b2_binder *binder, b2_err *err);
+    int (*visit)(const b2_lm *lm, b2_weight_visitor *visitor, b2_err *err);
+    void (*release)(b2_lm *lm);
+    size_t (*scratch)(const b2_ctx *ctx, const b2_lm *lm, int64_t tokens, int64_t keys, int64_t logits);
+    /* out [N, D] = embeddings of ids [N]; an id < 0 leaves its row. */
+    int (*embed)(b2_ctx *ctx, const b2_lm *lm, b2_tensor out, const int32_t *ids, b2_err *err);
+    int (*forward)(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err);
+} b2_lm_class;
+
+struct b2_lm {
+    const b2_lm_class *class_;
+    b2_lm_config config;
+};
+
+/* NULL for an unknown model_type. */
+const b2_lm_class *b2_lm_class_of(const char *model_type);
+
+extern const b2_lm_class b2_opt_class;
+
+#endif

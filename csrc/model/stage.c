@@ -1,0 +1,55 @@
+#include "model/stage.h"
+
+#include <math.h>
+
+size_t b2_stage_attention_scratch(int64_t items)
+{
+    return 3 * b2_arena_cost((size_t)(items + 1), sizeof(int32_t));
+}
+
+int b2_stage_equal_rows(b2_ctx *ctx, b2_stage_rows *rows, int64_t items, int64_t queries, int64_t keys, b2_err *err)
+{
+    rows->count = items;
+    rows->q_offsets = b2_arena_take(ctx->scratch, (size_t)(items + 1), sizeof(int32_t), err);
+    rows->k_starts = b2_arena_take(ctx->scratch, (size_t)(items + 1), sizeof(int32_t), err);
+    rows->k_lens = b2_arena_take(ctx->scratch, (size_t)(items + 1), sizeof(int32_t), err);
+    if (!rows->q_offsets || !rows->k_starts || !rows->k_lens)
+        return -1;
+    for (int64_t b = 0; b <= items; b++) {
+        rows->q_offsets[b] = (int32_t)(b * queries);
+        rows->k_starts[b] = (int32_t)(b * keys);
+        rows->k_lens[b] = (int32_t)keys;
+    }
+    return 0;
+}
+
+b2_attention_args b2_stage_attention(const b2_stage_rows *rows, b2_tensor out, b2_tensor q, b2_tensor k, b2_tensor v,
+                                     int heads)
+{
+    int head_dim = (int)(q.cols / heads);
+    return (b2_attention_args){.out = out,
+                               .q = q,
+                               .rows = rows->count,
+                               .q_offsets = rows->q_offsets,
+                               .k = k,
+                               .v = v,
+                               .prefix_starts = rows->k_starts,
+                               .prefix_lens = rows->k_lens,
+                               .heads = heads,
+                               .kv_heads = heads,
+                               .head_dim = head_dim,
+                               .scale = 1.0f / sqrtf((float)head_dim)};
+}
+
+int b2_stage_done(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err)
+{
+    int64_t bad = -1;
+    if (b2_check_finite(ctx, &bad, hidden, err) < 0)
+        return -1;
+    if (bad >= 0 && layer == 0)
+        return b2_fail(err, B2_E_NUMERIC, "%s embeddings: NaN or Inf in row %lld", stage, (long long)bad);
+    if (bad >= 0)
+        return b2_fail(err, B2_E_NUMERIC, "%s layer %d: NaN or Inf in row %lld of its output", stage, layer - 1,
+                       (long long)bad);
+    return ctx->tap ? ctx->tap->fn(ctx->tap, stage, layer, hidden, err) : 0;
+}

@@ -1,0 +1,232 @@
+#include "model/weight_table.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "core/memory.h"
+#include "ops/weights.h"
+
+int b2_checkpoint_open(b2_checkpoint *checkpoint, const char *const *paths, int64_t count, b2_err *err)
+{
+    *checkpoint = (b2_checkpoint){0};
+    checkpoint->files = b2_alloc_zeroed((size_t)count, sizeof *checkpoint->files, "checkpoint", err);
+    checkpoint->used = b2_alloc_zeroed((size_t)count, sizeof *checkpoint->used, "checkpoint", err);
+    if (!checkpoint->files || !checkpoint->used)
+        goto fail;
+    for (int64_t i = 0; i < count; i++) {
+        if (b2_st_open(&checkpoint->files[i], paths[i], err) < 0)
+            goto fail;
+        checkpoint->count = i + 1;
+        checkpoint->used[i] = b2_alloc_zeroed((size_t)checkpoint->files[i].count, 1, "checkpoint", err);
+        if (!checkpoint->used[i])
+            goto fail;
+    }
+    return 0;
+fail:
+    b2_checkpoint_close(checkpoint);
+    return -1;
+}
+
+void b2_checkpoint_close(b2_checkpoint *checkpoint)
+{
+    for (int64_t i = 0; i < checkpoint->count; i++) {
+        b2_st_close(&checkpoint->files[i]);
+        b2_free(checkpoint->used[i]);
+    }
+    b2_free(checkpoint->files);
+    b2_free(checkpoint->used);
+    *checkpoint = (b2_checkpoint){0};
+}
+
+static int64_t find_file(const b2_checkpoint *checkpoint, const char *name, const b2_st_tensor **tensor)
+{
+    for (int64_t i = 0; i < checkpoint->count; i++)
+        if ((*tensor = b2_st_find(&checkpoint->files[i], name)))
+            return i;
+    return -1;
+}
+
+const b2_st_tensor *b2_checkpoint_find(const b2_checkpoint *checkpoint, const char *name)
+{
+    const b2_st_tensor *tensor = NULL;
+    find_file(checkpoint, name, &tensor);
+    return tensor;
+}
+
+void b2_checkpoint_unused(const b2_checkpoint *checkpoint, void (*fn)(void *owner, const char *name), void *owner)
+{
+    for (int64_t i = 0; i < checkpoint->count; i++)
+        for (int64_t j = 0; j < checkpoint->files[i].count; j++)
+            if (!checkpoint->used[i][j])
+                fn(owner, checkpoint->files[i].tensors[j].name);
+}
+
+const char *b2_binder_name(b2_binder *binder, const char *pattern, b2_err *err)
+{
+    char text[256];
+    const char *slot = strstr(pattern, "%d");
+    if (slot)
+        snprintf(text, sizeof text, "%.*s%d%s", (int)(slot - pattern), pattern, binder->layer, slot + 2);
+    else
+        snprintf(text, sizeof text, "%s", pattern);
+    if (binder->name_count == binder->name_capacity) {
+        int64_t capacity = binder->name_capacity ? 2 * binder->name_capacity : 256;
+        char **names = b2_alloc((size_t)capacity, sizeof *names, "weight names", err);
+        if (!names)
+            return NULL;
+        if (binder->name_count)
+            memcpy(names, binder->names, (size_t)binder->name_count * sizeof *names);
+        b2_free(binder->names);
+        binder->names = names;
+        binder->name_capacity = capacity;
+    }
+    char *name = b2_alloc(strlen(text) + 1, 1, "weight name", err);
+    if (!name)
+        return NULL;
+    strcpy(name, text);
+    return binder->names[binder->name_count++] = name;
+}
+
+static int shape_of(int64_t shape[4], const unsigned char *codes, const int64_t *dims)
+{
+    int rank = 0;
+    while (codes[rank] != B2_DIM_END) {
+        shape[rank] = dims[codes[rank]];
+        rank++;
+    }
+    return rank;
+}
+
+static void print_shape(char *out, size_t size, const int64_t *shape, int rank)
+{
+    size_t used = (size_t)snprintf(out, size, "[");
+    for (int i = 0; i < rank && used < size; i++)
+        used += (size_t)snprintf(out + used, size - used, i ? ", %lld" : "%lld", (long long)shape[i]);
+    if (used < size)
+        snprintf(out + used, size - used, "]");
+}
+
+static int check_tensor(const b2_st_tensor *tensor, const int64_t *shape, int rank, b2_err *err)
+{
+    if (tensor->rank != rank || memcmp(tensor->shape, shape, (size_t)rank * sizeof *shape) != 0) {
+        char expected[96], found[160];
+        print_shape(expected, sizeof expected, shape, rank);
+        print_shape(found, sizeof found, tensor->shape, tensor->rank);
+        return b2_fail(err, B2_E_FORMAT, "%.200s: expected shape %s from the config, found %s", tensor->name, expected,
+                       found);
+    }
+    return 0;
+}
+
+const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const unsigned char *shape_codes, b2_err *err)
+{
+    const b2_st_tensor *tensor = NULL;
+    int64_t file = find_file(binder->checkpoint, name, &tensor);
+    if (!tensor)
+        return NULL;
+    int64_t shape[4];
+    int rank = shape_of(shape, shape_codes, binder->dims);
+    if (check_tensor(tensor, shape, rank, err) < 0)
+        return NULL;
+    binder->checkpoint->used[file][tensor - binder->checkpoint->files[file].tensors] = 1;
+    return tensor;
+}
+
+int b2_stored_view(b2_weight *view, const b2_st_tensor *tensor, int split, b2_err *err)
+{
+    *view = (b2_weight){.name = tensor->name, .data = tensor->data, .n = 1, .k = 1, .layout = B2_ROWS};
+    for (int i = 0; i < tensor->rank; i++)
+        *(i < split ? &view->n : &view->k) *= tensor->shape[i];
+    switch (tensor->dtype) {
+    case B2_ST_F32: view->dtype = B2_F32; return 0;
+    case B2_ST_F16: view->dtype = B2_F16; return 0;
+    case B2_ST_BF16: view->dtype = B2_BF16; return 0;
+    default:
+        return b2_fail(err, B2_E_FORMAT, "%.200s: expected dtype F32, F16 or BF16, found %s", tensor->name,
+                       b2_st_dtype_name(tensor->dtype));
+    }
+}
+
+static int split_of(const b2_weight_row *row, int rank)
+{
+    if (row->kind == B2_VECTOR)
+        return rank;
+    return row->kind == B2_TABLE ? rank - 1 : 1;
+}
+
+static void drop_source(b2_binder *binder, const b2_st_tensor *tensor)
+{
+    const b2_st_tensor *same = NULL;
+    int64_t file = find_file(binder->checkpoint, tensor->name, &same);
+    if (file >= 0)
+        b2_st_drop_pages(&binder->checkpoint->files[file], tensor);
+}
+
+static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, const b2_st_tensor *tensor,
+                const char *name, b2_err *err)
+{
+    b2_weight stored;
+    if (b2_stored_view(&stored, tensor, split_of(row, tensor->rank), err) < 0)
+        return -1;
+    stored.name = name;
+    if (row->kind == B2_VECTOR || row->kind == B2_TABLE) {
+        if (b2_weight_copy(weight, &stored, B2_F32, err) < 0)
+            return -1;
+    } else {
+        b2_dtype dtype = binder->policy.as_stored ? stored.dtype : binder->policy.dtype;
+        /* Widening a stored half to fp32 would change no product and cost twice the memory. */
+        if (dtype == B2_F32)
+            dtype = stored.dtype;
+        if (row->kind == B2_MATRIX_ITEM && dtype == B2_F32 && (uintptr_t)stored.data % sizeof(float) == 0) {
+            *weight = stored;
+            return 0; /* read where it lies */
+        }
+        if (b2_weight_pack(weight, &stored, dtype, binder->pool, err) < 0)
+            return -1;
+    }
+    drop_source(binder, tensor);
+    return 0;
+}
+
+int b2_bind_optional(b2_binder *binder, void *base, const b2_weight_row *row, int *found, b2_err *err)
+{
+    const char *name = b2_binder_name(binder, row->name, err);
+    if (!name)
+        return -1;
+    const b2_st_tensor *tensor = b2_binder_find(binder, name, row->shape, err);
+    *found = tensor != NULL;
+    if (!tensor)
+        return err->code == B2_OK ? 0 : -1;
+    return hold(binder, (b2_weight *)((char *)base + row->offset), row, tensor, name, err);
+}
+
+int b2_bind(b2_binder *binder, void *base, const b2_weight_row *table, size_t count, b2_err *err)
+{
+    for (size_t i = 0; i < count; i++) {
+        int found = 0;
+        if (b2_bind_optional(binder, base, &table[i], &found, err) < 0)
+            return -1;
+        if (!found)
+            return b2_fail(err, B2_E_FORMAT, "%s: missing from the checkpoint", binder->names[binder->name_count - 1]);
+    }
+    return 0;
+}
+
+int b2_visit_weights(b2_weight_visitor *visitor, const void *base, const b2_weight_row *table, size_t count,
+                     const int64_t *dims, b2_err *err)
+{
+    for (size_t i = 0; i < count; i++) {
+        const b2_weight *weight = (const b2_weight *)((const char *)base + table[i].offset);
+        int64_t shape[4];
+        int rank = shape_of(shape, table[i].shape, dims);
+        if (weight->data && visitor->fn(visitor, weight, shape, rank, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+void b2_release_weights(void *base, const b2_weight_row *table, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        b2_weight_release((b2_weight *)((char *)base + table[i].offset));
+}

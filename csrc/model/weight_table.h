@@ -1,0 +1,96 @@
+/* Weight tables: one list per submodel says which tensor of a checkpoint goes where. The same list binds, validates,
+ * saves and releases; there is no second one.
+ *
+ * Memory: a bound model owns its packed weights (b2_weights_release); weights that stay mapped point into the
+ * checkpoint, which must outlive them. Names point into the store. */
+#ifndef B2_MODEL_WEIGHT_TABLE_H
+#define B2_MODEL_WEIGHT_TABLE_H
+
+#include "core/error.h"
+#include "core/pool.h"
+#include "core/tensor.h"
+#include "io/safetensors.h"
+
+/* The shards of one checkpoint. Owns the mappings. */
+typedef struct b2_checkpoint {
+    b2_st_file *files;      /* [count], owned */
+    int64_t count;
+    unsigned char **used;   /* [count][files[i].count]: 1 once bound; owned */
+} b2_checkpoint;
+
+int b2_checkpoint_open(b2_checkpoint *checkpoint, const char *const *paths, int64_t count, b2_err *err);
+void b2_checkpoint_close(b2_checkpoint *checkpoint);
+/* NULL when absent. */
+const b2_st_tensor *b2_checkpoint_find(const b2_checkpoint *checkpoint, const char *name);
+/* Names nobody bound: calls fn for each. */
+void b2_checkpoint_unused(const b2_checkpoint *checkpoint, void (*fn)(void *owner, const char *name), void *owner);
+
+/* How a weight is held. */
+typedef enum b2_kind {
+    B2_VECTOR,      /* norms, biases: F32, in order */
+    B2_TABLE,       /* rows that are added or copied (positions, query tokens): F32 [n, k] */
+    B2_MATRIX_ITEM, /* a linear layer on whole pictures: F32 stays mapped for OpenBLAS, F16 and BF16 are packed */
+    B2_MATRIX       /* a linear layer on single tokens: packed */
+} b2_kind;
+
+/* Lengths that shapes are made of; each submodel fills an array indexed by these. */
+typedef enum b2_dim {
+    B2_DIM_END = 0, /* no further axis */
+    B2_DIM_1,
+    B2_DIM_D,       /* width of the submodel */
+    B2_DIM_3D,
+    B2_DIM_F,       /* width of its feed-forward */
+    B2_DIM_E,       /* width of what it reads (Q-Former: the vision width) */
+    B2_DIM_T,       /* positions */
+    B2_DIM_Q,       /* queries */
+    B2_DIM_V,       /* vocabulary */
+    B2_DIM_C,       /* picture channels */
+    B2_DIM_P,       /* patch side */
+    B2_DIM_COUNT
+} b2_dim;
+
+typedef struct b2_weight_row {
+    const char *name;      /* checkpoint name; a %d is the layer */
+    size_t offset;         /* of the b2_weight inside the struct */
+    b2_kind kind;
+    unsigned char shape[5];/* b2_dim codes, B2_DIM_END-terminated */
+} b2_weight_row;
+
+/* How matrices are held: as stored, or in one dtype. */
+typedef struct b2_dtype_policy {
+    int as_stored;
+    b2_dtype dtype; /* if not as_stored */
+} b2_dtype_policy;
+
+typedef struct b2_binder {
+    b2_checkpoint *checkpoint;
+    b2_dtype_policy policy;
+    b2_pool *pool;
+    const int64_t *dims; /* [B2_DIM_COUNT] */
+    int layer;           /* fills %d */
+    char **names;        /* owned list of weight names, grows; handed to the model */
+    int64_t name_count;
+    int64_t name_capacity;
+} b2_binder;
+
+/* Binds each row of `table` into the struct at `base`: finds the tensor, checks its shape, holds it as its kind says. */
+int b2_bind(b2_binder *binder, void *base, const b2_weight_row *table, size_t count, b2_err *err);
+/* As b2_bind for one row whose tensor may be absent: *found says so. */
+int b2_bind_optional(b2_binder *binder, void *base, const b2_weight_row *row, int *found, b2_err *err);
+/* The name with the layer filled in, owned by the binder; NULL on failure. */
+const char *b2_binder_name(b2_binder *binder, const char *pattern, b2_err *err);
+/* Finds a tensor, checks its shape against `shape` codes, marks it used; NULL + no error when absent. */
+const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const unsigned char *shape, b2_err *err);
+/* A view of a tensor as stored, [n, k] with n the product of the first `split` axes. */
+int b2_stored_view(b2_weight *view, const b2_st_tensor *tensor, int split, b2_err *err);
+
+/* Visits every present weight of a bound model: for saving and for counting. `shape` [rank] is the checkpoint's. */
+typedef struct b2_weight_visitor {
+    int (*fn)(struct b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err);
+} b2_weight_visitor;
+
+int b2_visit_weights(b2_weight_visitor *visitor, const void *base, const b2_weight_row *table, size_t count,
+                     const int64_t *dims, b2_err *err);
+void b2_release_weights(void *base, const b2_weight_row *table, size_t count);
+
+#endif

@@ -1,0 +1,278 @@
+/* Products: c[i][j] = sum over ascending k of a[i][k] * b[j][k], one chain of fused multiply-adds from 0 for every
+ * element. All kernels here keep that chain, so they give the same bits.
+ *
+ * Accumulators live in local arrays whose loops have constant bounds and unroll fully: that keeps them in registers.
+ * A loop bound that is not a constant here spills the whole tile. */
+
+#if defined(B2_SIMD_AVX512)
+enum { TILE_ROWS = 14, TILE_PANELS = 2 }; /* 28 accumulators + 2 columns + 1 broadcast of 32 registers */
+#elif defined(B2_SIMD_AVX2)
+enum { TILE_ROWS = 6, TILE_PANELS = 1 }; /* 12 + 2 + 1 of 16 */
+#else
+enum { TILE_ROWS = 4, TILE_PANELS = 1 };
+#endif
+enum { TILE_VECTORS = TILE_PANELS * NV, TILE_COLUMNS = TILE_PANELS * B2_PANEL };
+
+static void pack_rows(float *restrict dst, const float *restrict x, int64_t ld, int rows, int64_t k)
+{
+    if (rows == 1) {
+        memcpy(dst, x, (size_t)k * sizeof *dst);
+        return;
+    }
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < k; i++)
+            dst[i * rows + r] = x[r * ld + i];
+}
+
+static void widen(float *restrict dst, const void *src, b2_dtype dtype, int64_t count)
+{
+    if (dtype == B2_F16)
+        for (int64_t i = 0; i < count; i += VW)
+            v_store(dst + i, v_load_f16((const uint16_t *)src + i));
+    else if (dtype == B2_BF16)
+        for (int64_t i = 0; i < count; i += VW)
+            v_store(dst + i, v_load_bf16((const uint16_t *)src + i));
+    else
+        memcpy(dst, src, (size_t)count * sizeof *dst);
+}
+
+B2_INLINE float load_one(const char *p, b2_dtype dtype)
+{
+    if (dtype == B2_F32) {
+        float value;
+        memcpy(&value, p, sizeof value);
+        return value;
+    }
+    uint16_t half;
+    memcpy(&half, p, sizeof half);
+    return dtype == B2_F16 ? b2_f16_to_f32(half) : b2_bf16_to_f32(half);
+}
+
+static void widen_rows(float *restrict dst, const void *w, b2_dtype dtype, int64_t k, int64_t rows, int64_t k0,
+                       int64_t kc)
+{
+    int64_t size = (int64_t)b2_dtype_size(dtype);
+    for (int64_t r = 0; r < B2_PANEL; r++) {
+        const char *row = (const char *)w + (r * k + k0) * size;
+        for (int64_t i = 0; i < kc; i++)
+            dst[i * B2_PANEL + r] = r < rows ? load_one(row + i * size, dtype) : 0.0f;
+    }
+}
+
+B2_INLINE vf tile_load(const float *b0, const float *b1, int64_t k, int v)
+{
+    return v < NV ? v_load(b0 + k * B2_PANEL + v * VW) : v_load(b1 + k * B2_PANEL + (v - NV) * VW);
+}
+
+B2_INLINE void tile_body(float *restrict c, const float *restrict a, const float *restrict b0,
+                         const float *restrict b1, int64_t kc, int first, const int rows)
+{
+    vf acc[TILE_ROWS][TILE_VECTORS];
+    B2_UNROLL
+    for (int r = 0; r < rows; r++) {
+        B2_UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++)
+            acc[r][v] = first ? v_set1(0.0f) : v_load(c + r * TILE_COLUMNS + v * VW);
+    }
+    for (int64_t k = 0; k < kc; k++) {
+        vf b[TILE_VECTORS];
+        B2_UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++)
+            b[v] = tile_load(b0, b1, k, v);
+        B2_UNROLL
+        for (int r = 0; r < rows; r++) {
+            vf x = v_set1(a[k * rows + r]);
+            B2_UNROLL
+            for (int v = 0; v < TILE_VECTORS; v++)
+                acc[r][v] = v_fma(x, b[v], acc[r][v]);
+        }
+    }
+    B2_UNROLL
+    for (int r = 0; r < rows; r++) {
+        B2_UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++)
+            v_store(c + r * TILE_COLUMNS + v * VW, acc[r][v]);
+    }
+}
+
+/* Panels that a streaming kernel reads at once: enough chains to hide the latency of a multiply-add, few enough for
+ * the registers. */
+B2_INLINE int panels_for(int rows)
+{
+    int most = TILE_ROWS * TILE_VECTORS / (rows * NV);
+    return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
+
+static int stream_panels(int rows)
+{
+    return panels_for(rows);
+}
+
+enum { PREFETCH_BYTES = 4096 };
+
+B2_INLINE void stream_body(float *restrict c, const float *restrict a, const char *restrict w, int64_t k,
+                           const b2_dtype dtype, const int rows, const int panels)
+{
+    const int64_t size = dtype == B2_F32 ? 4 : 2;
+    const int64_t row_bytes = B2_PANEL * size, stride = k * row_bytes;
+    vf acc[TILE_ROWS * TILE_VECTORS];
+    B2_UNROLL
+    for (int i = 0; i < rows * panels * NV; i++)
+        acc[i] = v_set1(0.0f);
+    for (int64_t i = 0; i < k; i++) {
+        B2_UNROLL
+        for (int p = 0; p < panels; p++) {
+            const char *row = w + p * stride + i * row_bytes;
+            __builtin_prefetch(row + PREFETCH_BYTES);
+            B2_UNROLL
+            for (int v = 0; v < NV; v++) {
+                vf weight = v_load_as(row + v * VW * size, dtype);
+                B2_UNROLL
+                for (int r = 0; r < rows; r++)
+                    acc[(r * panels + p) * NV + v] =
+                        v_fma(v_set1(a[i * rows + r]), weight, acc[(r * panels + p) * NV + v]);
+            }
+        }
+    }
+    B2_UNROLL
+    for (int i = 0; i < rows * panels * NV; i++)
+        v_store(c + i * VW, acc[i]);
+}
+
+/* One function per number of rows: the bounds become constants. */
+#define DEFINE_ROWS(R)                                                                                              \
+    static void tile_##R(float *c, const float *a, const float *b0, const float *b1, int64_t kc, int first)         \
+    {                                                                                                               \
+        tile_body(c, a, b0, b1, kc, first, R);                                                                      \
+    }                                                                                                               \
+    static void stream_##R(float *c, const float *a, const char *w, b2_dtype dtype, int panels, int64_t k)          \
+    {                                                                                                               \
+        if (panels == panels_for(R) && dtype == B2_F32)                                                             \
+            stream_body(c, a, w, k, B2_F32, R, panels_for(R));                                                      \
+        else if (panels == panels_for(R) && dtype == B2_F16)                                                        \
+            stream_body(c, a, w, k, B2_F16, R, panels_for(R));                                                      \
+        else if (panels == panels_for(R))                                                                           \
+            stream_body(c, a, w, k, B2_BF16, R, panels_for(R));                                                     \
+        else if (dtype == B2_F32)                                                                                   \
+            stream_body(c, a, w, k, B2_F32, R, 1);                                                                  \
+        else if (dtype == B2_F16)                                                                                   \
+            stream_body(c, a, w, k, B2_F16, R, 1);                                                                  \
+        else                                                                                                        \
+            stream_body(c, a, w, k, B2_BF16, R, 1);                                                                 \
+    }
+
+DEFINE_ROWS(1)
+DEFINE_ROWS(2)
+DEFINE_ROWS(3)
+DEFINE_ROWS(4)
+#if defined(B2_SIMD_AVX2) || defined(B2_SIMD_AVX512)
+DEFINE_ROWS(5)
+DEFINE_ROWS(6)
+#endif
+#if defined(B2_SIMD_AVX512)
+DEFINE_ROWS(7)
+DEFINE_ROWS(8)
+DEFINE_ROWS(9)
+DEFINE_ROWS(10)
+DEFINE_ROWS(11)
+DEFINE_ROWS(12)
+DEFINE_ROWS(13)
+DEFINE_ROWS(14)
+#endif
+
+typedef void (*tile_fn)(float *, const float *, const float *, const float *, int64_t, int);
+typedef void (*stream_fn)(float *, const float *, const char *, b2_dtype, int, int64_t);
+
+#if defined(B2_SIMD_AVX512)
+#define ALL_ROWS(NAME)                                                                                              \
+    {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6, NAME##_7, NAME##_8, NAME##_9, NAME##_10, NAME##_11,\
+     NAME##_12, NAME##_13, NAME##_14}
+#elif defined(B2_SIMD_AVX2)
+#define ALL_ROWS(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6}
+#else
+#define ALL_ROWS(NAME) {NAME##_1, NAME##_2, NAME##_3, NAME##_4}
+#endif
+
+static const tile_fn tiles_of[TILE_ROWS] = ALL_ROWS(tile);
+static const stream_fn streams_of[TILE_ROWS] = ALL_ROWS(stream);
+
+static void tile(float *c, const float *a, const float *b0, const float *b1, int rows, int64_t kc, int first)
+{
+    tiles_of[rows - 1](c, a, b0, b1, kc, first);
+}
+
+static void stream(float *c, const float *a, const void *w, b2_dtype dtype, int rows, int panels, int64_t k)
+{
+    streams_of[rows - 1](c, a, w, dtype, panels, k);
+}
+
+B2_INLINE vf finish_one(vf x, const float *bias, const float *residual, b2_act act)
+{
+    if (bias)
+        x = v_add(x, v_load(bias));
+    x = v_act(x, act);
+    return residual ? v_add(x, v_load(residual)) : x;
+}
+
+/* What does not fill a vector goes through a full one. */
+static void finish_tail(float *out, const float *c, int64_t count, const float *bias, const float *residual, b2_act act)
+{
+    float x[VW] = {0}, b[VW] = {0}, r[VW] = {0};
+    for (int64_t i = 0; i < count; i++) {
+        x[i] = c[i];
+        b[i] = bias ? bias[i] : 0.0f;
+        r[i] = residual ? residual[i] : 0.0f;
+    }
+    v_store(x, finish_one(v_load(x), bias ? b : NULL, residual ? r : NULL, act));
+    for (int64_t i = 0; i < count; i++)
+        out[i] = x[i];
+}
+
+B2_INLINE void finish_rows(float *out, int64_t out_ld, const float *c, int64_t c_ld, int64_t rows, int64_t cols,
+                           const b2_epilogue *e, const b2_act act)
+{
+    int64_t whole = cols / VW * VW;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *residual = e->residual ? e->residual + r * e->residual_ld : NULL;
+        for (int64_t j = 0; j < whole; j += VW)
+            v_store(out + r * out_ld + j, finish_one(v_load(c + r * c_ld + j), e->bias ? e->bias + j : NULL,
+                                                     residual ? residual + j : NULL, act));
+        if (whole < cols)
+            finish_tail(out + r * out_ld + whole, c + r * c_ld + whole, cols - whole, e->bias ? e->bias + whole : NULL,
+                        residual ? residual + whole : NULL, act);
+    }
+}
+
+static void finish(float *out, int64_t out_ld, const float *c, int64_t c_ld, int64_t rows, int64_t cols,
+                   const b2_epilogue *e)
+{
+    switch (e->act) {
+    case B2_ACT_NONE: finish_rows(out, out_ld, c, c_ld, rows, cols, e, B2_ACT_NONE); break;
+    case B2_ACT_GELU_ERF: finish_rows(out, out_ld, c, c_ld, rows, cols, e, B2_ACT_GELU_ERF); break;
+    case B2_ACT_RELU: finish_rows(out, out_ld, c, c_ld, rows, cols, e, B2_ACT_RELU); break;
+    case B2_ACT_GELU_TANH: finish_rows(out, out_ld, c, c_ld, rows, cols, e, B2_ACT_GELU_TANH); break;
+    case B2_ACT_QUICK_GELU: finish_rows(out, out_ld, c, c_ld, rows, cols, e, B2_ACT_QUICK_GELU); break;
+    case B2_ACT_SILU: finish_rows(out, out_ld, c, c_ld, rows, cols, e, B2_ACT_SILU); break;
+    }
+}
+
+static double fma_peak(int64_t rounds, float *sink)
+{
+    enum { CHAINS = 10 };
+    vf acc[CHAINS], x = v_set1(0.999f), y = v_set1(0.001f);
+    B2_UNROLL
+    for (int i = 0; i < CHAINS; i++)
+        acc[i] = v_set1((float)i);
+    for (int64_t n = 0; n < rounds; n++) {
+        B2_UNROLL
+        for (int i = 0; i < CHAINS; i++)
+            acc[i] = v_fma(acc[i], x, y);
+    }
+    float t[VW];
+    *sink = 0;
+    for (int i = 0; i < CHAINS; i++) {
+        v_store(t, acc[i]);
+        *sink += t[0];
+    }
+    return 2.0 * (double)rounds * CHAINS * VW;
+}

@@ -1,0 +1,186 @@
+/* Operations on rows: each row is one unit of work and is computed alike wherever it stands. No scratch. */
+#include <string.h>
+
+#include "ops/cpu/common.h"
+#include "ops/half.h"
+
+typedef struct rows_job {
+    const b2_cpu_kernels *kernels;
+    b2_tensor out, x;
+    const float *gamma, *beta;
+    float eps;
+    const b2_weight *table;
+    const int32_t *ids, *out_rows, *x_rows;
+    int accumulate;
+    const float *pixels;
+    int64_t channels, side, patch;
+    float *values;
+    int32_t *top_ids;
+    int k;
+    atomic_llong first_bad;
+    void (*row)(struct rows_job *job, int64_t row);
+    int64_t count, per_tile;
+} rows_job;
+
+static void rows_tile(void *argument, int64_t index, int worker)
+{
+    rows_job *job = argument;
+    (void)worker;
+    int64_t end = (index + 1) * job->per_tile;
+    end = end < job->count ? end : job->count;
+    for (int64_t i = index * job->per_tile; i < end; i++)
+        job->row(job, i);
+}
+
+static int run_rows(b2_ctx *ctx, rows_job *job, int64_t count, double row_ns, b2_err *err)
+{
+    int64_t tiles = b2_cpu_tile_count(ctx, count, row_ns, 10e3);
+    job->count = count;
+    job->per_tile = (count + tiles - 1) / tiles;
+    return b2_cpu_run(ctx, (count + job->per_tile - 1) / job->per_tile, rows_tile, job, row_ns * (double)count, err);
+}
+
+static const float *vector_of(const b2_weight *w)
+{
+    return w && w->data ? w->data : NULL;
+}
+
+static void norm_one(rows_job *job, int64_t i)
+{
+    job->kernels->norm_row(job->out.data + i * job->out.ld, job->x.data + i * job->x.ld, job->gamma, job->beta,
+                           job->x.cols, job->eps);
+}
+
+int b2_cpu_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
+                      b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .gamma = vector_of(gamma),
+                    .beta = vector_of(beta), .eps = eps, .row = norm_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3, err);
+}
+
+static float table_value(const b2_weight *table, int64_t row, int64_t column)
+{
+    int64_t at = table->layout == B2_ROWS ? row * table->k + column
+                                          : (row / B2_PANEL * table->k + column) * B2_PANEL + row % B2_PANEL;
+    const char *p = (const char *)table->data + (size_t)at * b2_dtype_size(table->dtype);
+    uint16_t half;
+    float value;
+    if (table->dtype == B2_F32) {
+        memcpy(&value, p, sizeof value);
+        return value;
+    }
+    memcpy(&half, p, sizeof half);
+    return table->dtype == B2_F16 ? b2_f16_to_f32(half) : b2_bf16_to_f32(half);
+}
+
+static void embed_one(rows_job *job, int64_t i)
+{
+    float *out = job->out.data + i * job->out.ld;
+    if (job->ids[i] < 0)
+        return;
+    for (int64_t j = 0; j < job->table->k; j++) {
+        float value = table_value(job->table, job->ids[i], j);
+        out[j] = job->accumulate ? out[j] + value : value;
+    }
+}
+
+int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate,
+                     b2_err *err)
+{
+    rows_job job = {.out = out, .table = table, .ids = ids, .accumulate = accumulate, .row = embed_one};
+    return run_rows(ctx, &job, out.rows, (double)table->k * 2, err);
+}
+
+static void patch_one(rows_job *job, int64_t i)
+{
+    int64_t grid = job->side / job->patch, picture = i / (grid * grid), cell = i % (grid * grid);
+    float *out = job->out.data + i * job->out.ld;
+    for (int64_t c = 0; c < job->channels; c++)
+        for (int64_t y = 0; y < job->patch; y++) {
+            int64_t line = (picture * job->channels + c) * job->side + cell / grid * job->patch + y;
+            memcpy(out, job->pixels + line * job->side + cell % grid * job->patch, (size_t)job->patch * sizeof *out);
+            out += job->patch;
+        }
+}
+
+int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
+                   int64_t patch, b2_err *err)
+{
+    rows_job job = {.out = out, .pixels = pixels, .channels = channels, .side = side, .patch = patch, .row = patch_one};
+    int64_t grid = side / patch;
+    return run_rows(ctx, &job, pictures * grid * grid, (double)out.cols * 0.3, err);
+}
+
+static void copy_one(rows_job *job, int64_t i)
+{
+    const float *from = job->x.data + (job->x_rows ? job->x_rows[i] : i) * job->x.ld;
+    memmove(job->out.data + (job->out_rows ? job->out_rows[i] : i) * job->out.ld, from,
+            (size_t)job->x.cols * sizeof *from);
+}
+
+/* On one thread: the same output row may be named twice, and then the last one stays. */
+int b2_cpu_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
+                     b2_err *err)
+{
+    rows_job job = {.out = out, .x = x, .out_rows = out_rows, .x_rows = x_rows};
+    if (b2_cancel_poll(ctx->cancel))
+        return b2_fail(err, B2_E_CANCEL, "cancelled");
+    for (int64_t i = 0; i < n; i++)
+        copy_one(&job, i);
+    return 0;
+}
+
+static void add_one(rows_job *job, int64_t i)
+{
+    job->kernels->add_row(job->out.data + i * job->out.ld, job->x.data + i % job->x.rows * job->x.ld, job->x.cols);
+}
+
+int b2_cpu_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .row = add_one};
+    return run_rows(ctx, &job, out.rows, (double)x.cols * 0.2, err);
+}
+
+static void top_one(rows_job *job, int64_t i)
+{
+    job->kernels->top_k_row(job->values + i * job->k, job->top_ids + i * job->k, job->x.data + i * job->x.ld,
+                            job->x.cols, job->k);
+}
+
+int b2_cpu_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .x = x, .values = values, .top_ids = ids, .k = k, .row = top_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3, err);
+}
+
+static void log_softmax_one(rows_job *job, int64_t i)
+{
+    job->kernels->log_softmax_row(job->x.data + i * job->x.ld, job->x.cols);
+}
+
+int b2_cpu_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .x = x, .row = log_softmax_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.5, err);
+}
+
+static void check_one(rows_job *job, int64_t i)
+{
+    if (job->kernels->row_is_finite(job->x.data + i * job->x.ld, job->x.cols))
+        return;
+    long long before = atomic_load(&job->first_bad);
+    while (i < before && !atomic_compare_exchange_weak(&job->first_bad, &before, i)) {
+    }
+}
+
+int b2_cpu_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .x = x, .row = check_one};
+    atomic_init(&job.first_bad, INT64_MAX);
+    if (run_rows(ctx, &job, x.rows, (double)x.cols * 0.15, err) < 0)
+        return -1;
+    long long bad = atomic_load(&job.first_bad);
+    *first_bad_row = bad == INT64_MAX ? -1 : bad;
+    return 0;
+}

@@ -1,0 +1,201 @@
+"""Small random checkpoints, written by transformers, for comparing blip2c with it.
+
+A fresh transformers BLIP-2 can not be compared with: its queries and biases are zero and its vision weights have a
+spread of 1e-10, so no picture changes a token. Here every parameter is drawn anew, wide enough that pictures matter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+CORPUS = [
+    "a small red circle to the left of a large blue square",
+    "two green triangles above a yellow star",
+    "Question: what colour is the circle? Answer: red",
+    "Question: how many cats are there? Answer: two",
+    "there is a dog on the beach, and a woman sits beside it.",
+    "a photo of a purple cross below an orange ring",
+]
+
+BOS, PAD, EOS = 2, 1, 2
+IMAGE_TOKEN = "<image>"
+
+
+def small_tokenizer(vocab_size: int = 320, image_token: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of OPT's kind: </s> (id 2) is put in front, <pad> is 1, the last id is <image>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - (1 if image_token else 0),
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", 2)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="</s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="</s>",
+        model_max_length=int(1e30),
+    )
+    if image_token:
+        fast.add_tokens([transformers.AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+    return fast
+
+
+def random_config(
+    *,
+    vision: dict[str, Any] | None = None,
+    qformer: dict[str, Any] | None = None,
+    text: dict[str, Any] | None = None,
+    num_query_tokens: int = 4,
+    image_token: bool = True,
+    tied: bool = True,
+) -> transformers.Blip2Config:
+    """A small Blip2Config over OPT; vision, qformer and text replace single keys. The image token is the last id."""
+    vision_config = {
+        "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14, **(vision or {}),
+    }  # fmt: skip
+    qformer_config = {
+        "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "vocab_size": 64, "max_position_embeddings": 32, **(qformer or {}),
+    }  # fmt: skip
+    text_config = {
+        "model_type": "opt", "vocab_size": 320, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "ffn_dim": 36, "max_position_embeddings": 160, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
+        "tie_word_embeddings": tied, **(text or {}),
+    }  # fmt: skip
+    return transformers.Blip2Config(
+        vision_config=vision_config,
+        qformer_config=qformer_config,
+        text_config=text_config,
+        num_query_tokens=num_query_tokens,
+        image_token_index=text_config["vocab_size"] - 1 if image_token else None,
+        tie_word_embeddings=tied,
+    )
+
+
+def randomize(model: torch.nn.Module, seed: int, gain: float = 1.3) -> None:
+    """Draw every parameter anew: matrices by their fan-in, norms around one, biases and embeddings of visible size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("decoder.final_layer_norm.weight"):
+                # Signs at random: with a tied head the model would otherwise repeat its last token for ever.
+                value = noise
+            elif "norm" in name.lower() and name.endswith("weight"):
+                value = 1.0 + 0.2 * noise
+            elif name.endswith("bias"):
+                value = 0.2 * noise
+            elif "embed" in name and "patch" not in name:
+                value = 0.5 * noise
+            elif name.endswith("query_tokens"):
+                value = 0.5 * noise
+            else:
+                fan_in = int(np.prod(parameter.shape[1:])) if parameter.dim() > 1 else parameter.numel()
+                # The path of the picture is made wider, so that a token really depends on it.
+                wide = 3.0 if "crossattention" in name or "language_projection" in name else 1.0
+                value = noise * gain * wide / max(fan_in, 1) ** 0.5
+            parameter.copy_(value.to(parameter.dtype))
+
+
+def random_model(config: transformers.Blip2Config, seed: int = 0, gain: float = 1.3) -> Any:
+    """transformers' Blip2ForConditionalGeneration with every parameter random, float32, ready to compare with."""
+    torch.manual_seed(seed)
+    model = transformers.Blip2ForConditionalGeneration(config).eval().float()
+    randomize(model, seed, gain)
+    return model
+
+
+def random_checkpoint(
+    path: str | Path,
+    seed: int = 0,
+    *,
+    dtype: str = "float32",
+    tokenizer: bool = False,
+    max_shard_size: str | None = None,
+    gain: float = 1.3,
+    **overrides: Any,
+) -> Path:
+    """Write a random checkpoint with transformers and return its folder.
+
+    overrides go to random_config(). dtype is what the weights are stored as. tokenizer=True adds a Blip2Processor.
+    Load the reference with reference_model(path): the stored values in float32.
+    """
+    path = Path(path)
+    config = random_config(**overrides)
+    model = random_model(config, seed, gain).to(getattr(torch, dtype))
+    # One dtype throughout, as the Hub's files have it: transformers alone would keep the Q-Former in float32.
+    shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    model.save_pretrained(path, **shards)
+    if tokenizer:
+        random_processor(config).save_pretrained(path)
+    return path
+
+
+def random_processor(config: transformers.Blip2Config) -> transformers.Blip2Processor:
+    """transformers' processor (the exact, Pillow one) for a random_config()."""
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    size = config.vision_config.image_size
+    has_image_token = config.image_token_index is not None
+    text = small_tokenizer(config.text_config.vocab_size, has_image_token)
+    image = BlipImageProcessorPil(size={"height": size, "width": size})
+    return transformers.Blip2Processor(image, text, num_query_tokens=config.num_query_tokens if has_image_token else None)
+
+
+def reference_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint in transformers with exactly its stored values, computing in `dtype` (float32 or float64)."""
+    # Eager attention: one formula everywhere, and the only one that returns attention weights.
+    model = transformers.Blip2ForConditionalGeneration.from_pretrained(
+        str(path), dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval().to(dtype)
+
+
+def random_pixels(config: Any, batch: int, seed: int = 0) -> np.ndarray:
+    """[batch, 3, S, S] float32 of the spread that a normalised picture has."""
+    size = config.vision_config.image_size
+    return np.random.default_rng(seed).normal(size=(batch, 3, size, size)).astype(np.float32)
+
+
+def prompt_ids(config: Any, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    """[batch, Q + 1 + length] int64: the image tokens, bos, then random text ids."""
+    rng = np.random.default_rng(seed)
+    image = np.full((batch, config.num_query_tokens), config.image_token_index, np.int64)
+    bos = np.full((batch, 1), config.text_config.bos_token_id, np.int64)
+    text = rng.integers(4, config.text_config.vocab_size - 1, (batch, length))
+    return np.concatenate([image, bos, text], axis=1)
+
+
+def edit_config(path: str | Path, **changes: Any) -> dict[str, Any]:
+    """Change keys of path/config.json (text_config__hidden_size reaches inside, None removes); returns the new one."""
+    file = Path(path) / "config.json"
+    config = json.loads(file.read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        inner = config
+        for parent in parents:
+            inner = inner[parent]
+        if value is None:
+            inner.pop(last, None)
+        else:
+            inner[last] = value
+    file.write_text(json.dumps(config))
+    return config
