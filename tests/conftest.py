@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _leave_unbuilt_sources_alone() -> None:
-    """`python -m pytest` puts the current folder first; without a built _core its blip2c would hide the installed one."""
+    """`python -m pytest` puts this folder first; without a built _core its blip2c would hide the installed one."""
     if not any((ROOT / "blip2c").glob("_core.*.so")):
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
