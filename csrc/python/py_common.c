@@ -1,5 +1,12 @@
 #include "python/py_common.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 b2py_state *b2py_state_of_module(PyObject *module)
 {
     return PyModule_GetState(module);
@@ -62,17 +69,17 @@ static int poll_signals(void *owner)
     return raised;
 }
 
+/* Signals are answered on the process's first thread. Asked of the system, not of Python: running Python code here
+ * would handle a waiting signal, and its exception would be lost. */
 static int on_main_thread(void)
 {
-    PyObject *threading = PyImport_ImportModule("threading");
-    PyObject *main_thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
-    PyObject *ident = main_thread ? PyObject_GetAttrString(main_thread, "ident") : NULL;
-    int same = ident && PyLong_Check(ident) && PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident();
-    Py_XDECREF(ident);
-    Py_XDECREF(main_thread);
-    Py_XDECREF(threading);
-    PyErr_Clear(); /* not knowing only means: do not poll */
-    return same;
+#if defined(__linux__)
+    return (pid_t)syscall(SYS_gettid) == getpid();
+#elif defined(__APPLE__)
+    return pthread_main_np();
+#else
+    return 1; /* polling elsewhere finds nothing, and costs little */
+#endif
 }
 
 b2_cancel *b2py_call_begin(b2py_call *call)
