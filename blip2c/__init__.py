@@ -1,1 +1,98 @@
-from blip2c import _core
+"""blip2c: BLIP-2 in C. Captions of pictures and answers about them, exact and small, without a GPU.
+
+    import blip2c
+    model = blip2c.load()
+    print(model.caption("picture.jpg"))
+    print(model.ask("picture.jpg", "what colour is the circle?"))
+
+The transformers spelling is here too: Blip2Processor, Blip2ForConditionalGeneration. Names are loaded when first used.
+"""
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING, Any
+
+from blip2c._core import (
+    CheckpointError,
+    NumericError,
+    UnsupportedError,
+    cpu_info,
+    get_num_threads,
+    set_num_threads,
+)
+
+if TYPE_CHECKING:
+    from blip2c import kernels
+    from blip2c.api import Caption, Captioner, Captions, load, sample_path
+    from blip2c.batch import BatchFeature
+    from blip2c.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+    from blip2c.generation import GenerationConfig
+    from blip2c.image_processing import BlipImageProcessor
+    from blip2c.images import PictureError, load_image
+    from blip2c.modeling import Blip2ForConditionalGeneration
+    from blip2c.processing import AutoProcessor, Blip2Processor
+    from blip2c.tokenizer import Blip2Tokenizer
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "AutoProcessor": "processing",
+    "BatchFeature": "batch",
+    "Blip2Config": "config",
+    "Blip2ForConditionalGeneration": "modeling",
+    "Blip2Processor": "processing",
+    "Blip2QFormerConfig": "config",
+    "Blip2Tokenizer": "tokenizer",
+    "Blip2VisionConfig": "config",
+    "BlipImageProcessor": "image_processing",
+    "Caption": "api",
+    "Captioner": "api",
+    "Captions": "api",
+    "GenerationConfig": "generation",
+    "OPTConfig": "config",
+    "PictureError": "images",
+    "load": "api",
+    "load_image": "images",
+    "sample_path": "api",
+}
+
+__all__ = [
+    "AutoProcessor",
+    "BatchFeature",
+    "Blip2Config",
+    "Blip2ForConditionalGeneration",
+    "Blip2Processor",
+    "Blip2QFormerConfig",
+    "Blip2Tokenizer",
+    "Blip2VisionConfig",
+    "BlipImageProcessor",
+    "Caption",
+    "Captioner",
+    "Captions",
+    "CheckpointError",
+    "GenerationConfig",
+    "NumericError",
+    "OPTConfig",
+    "PictureError",
+    "UnsupportedError",
+    "cpu_info",
+    "get_num_threads",
+    "kernels",
+    "load",
+    "load_image",
+    "sample_path",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "kernels":
+        return _import_module("blip2c.kernels")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'blip2c' has no attribute {name!r}")
+    value = getattr(_import_module(f"blip2c.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,332 @@
+"""The friendly spelling: `m = blip2c.load(); m.caption("cat.jpg"); m.ask("cat.jpg", "how many cats are there?")`.
+
+Rows of a batch are packed, never padded: a picture gets the same words, to the bit of every score, whatever stands
+beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2c._core import NumericError
+from blip2c.images import is_picture, is_torch, load_image
+from blip2c.inputs import check_pixels, check_positions, pack_ragged
+from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
+from blip2c.processing import Blip2Processor
+
+QUESTION = "Question: {} Answer:"
+DEFAULT_BATCH = 8
+# What one row may raise without being the fault of the others.
+ROW_ERRORS = (ValueError, TypeError, OSError, NumericError)
+
+
+class Caption(str):
+    """A caption or an answer: a string that also knows its token ids and, where it is empty or cut off, why.
+
+    ids: the new tokens. finished: whether the model ended it itself (eos) rather than max_new_tokens.
+    reason: None, or why it is empty.
+    """
+
+    ids: list[int]
+    finished: bool
+    reason: str | None
+
+    def __new__(cls, text: str, ids: Sequence[int] = (), finished: bool = True) -> Caption:
+        self = super().__new__(cls, text)
+        self.ids = list(ids)
+        self.finished = finished
+        self.reason = None if text else _why_empty(self.ids, finished)
+        return self
+
+    def __reduce__(self) -> Any:
+        return Caption, (str(self), self.ids, self.finished)
+
+
+def _why_empty(ids: Sequence[int], finished: bool) -> str:
+    if not ids:
+        return "no token was asked for"
+    if finished and len(ids) == 1:
+        return "the model ended its text with its first token"
+    return f"the model wrote only special tokens or spaces ({len(ids)} tokens: {', '.join(map(str, ids[:8]))})"
+
+
+class Captions(list[Any]):
+    """Captions of several pictures, in order; errors="return" puts the exception where a picture failed.
+
+    Prints as one line a picture. names: what the pictures were called.
+    """
+
+    def __init__(self, items: Iterable[Any], names: Sequence[str]) -> None:
+        super().__init__(items)
+        self.names = list(names)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: {f'[{type(item).__name__}: {item}]' if isinstance(item, Exception) else item}"
+            for name, item in zip(self.names, self, strict=True)
+        ]
+        return "\n".join(lines)
+
+
+def sample_path() -> Path:
+    """The folder of the small checkpoint inside the package, in the Hub's format. Raises FileNotFoundError without it."""
+    folder = Path(__file__).resolve().parent / "sample"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: this installation carries no sample checkpoint; name one: load(path_or_id)")
+    return folder
+
+
+def load(path_or_id: str | os.PathLike[str] | None = None, **options: Any) -> Captioner:
+    """A model with its processor, ready to caption. Without path_or_id: the small checkpoint inside the package.
+
+    options: as in `Blip2ForConditionalGeneration.from_pretrained` (dtype, revision, cache_dir, local_files_only, token ...).
+    """
+    from blip2c.hub import pop_hub_options, resolve
+
+    hub = pop_hub_options(options)
+    folder = sample_path() if path_or_id is None else resolve(path_or_id, **hub)
+    model = Blip2ForConditionalGeneration.from_pretrained(folder, **options)
+    model.name_or_path = str(folder if path_or_id is None else path_or_id)
+    return Captioner(model, Blip2Processor.from_pretrained(folder))
+
+
+class Captioner:
+    """A loaded BLIP-2 for people: caption() and ask(). `model` and `processor` are the transformers-like parts."""
+
+    def __init__(self, model: Blip2ForConditionalGeneration, processor: Blip2Processor) -> None:
+        self.model = model
+        self.processor = processor
+
+    def caption(
+        self,
+        images: Any,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        max_new_tokens: int = 30,
+        num_beams: int = 1,
+        batch_size: int = DEFAULT_BATCH,
+        progress: bool | None = None,
+        errors: str = "raise",
+        **generate_options: Any,
+    ) -> Any:
+        """A Caption (a str) of one picture, or Captions (a list) of several.
+
+        images: a path, bytes, Pillow image or array (H, W, 3), or an iterable of them. prompt: a beginning to go on from,
+        for all or one each. progress: True, False, or None for a bar where stderr is a terminal and there is more than
+        one batch. errors: "raise", or "return" to get the exception in place of a picture's caption. Other options go to
+        `generate`. Raises PictureError or FileNotFoundError naming the picture.
+        """
+        single = is_picture(images)
+        pictures = [images] if single else list(images)
+        prompts = [prompt] * len(pictures) if prompt is None or isinstance(prompt, str) else list(prompt)
+        if len(prompts) != len(pictures):
+            raise ValueError(f"{len(prompts)} prompts for {len(pictures)} pictures; pass one, or one each")
+        rows = list(zip(range(len(pictures)), prompts, strict=True))
+        options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **generate_options}
+        found = self._collect(pictures, rows, options, batch_size, progress, errors)
+        return found[0] if single else Captions(found, [picture_name(p, i) for i, p in enumerate(pictures)])
+
+    def ask(
+        self,
+        images: Any,
+        questions: str | Sequence[str],
+        template: str = QUESTION,
+        *,
+        max_new_tokens: int = 20,
+        num_beams: int = 1,
+        batch_size: int = DEFAULT_BATCH,
+        progress: bool | None = None,
+        errors: str = "raise",
+        **generate_options: Any,
+    ) -> Any:
+        """An answer (a str) to one question on one picture; else a list of answers.
+
+        One picture and several questions: the picture is encoded once. Several pictures: one question for all, or one
+        each. template: how a question is put, with {} for it. Other arguments as in caption().
+        """
+        if "{}" not in template:
+            raise ValueError(f"template must hold {{}} where the question goes, found {template!r}")
+        one_picture, one_question = is_picture(images), isinstance(questions, str)
+        pictures = [images] if one_picture else list(images)
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        if one_picture:
+            pairs = [(0, question) for question in asked]
+        elif one_question:
+            pairs = [(index, asked[0]) for index in range(len(pictures))]
+        elif len(asked) == len(pictures):
+            pairs = list(enumerate(asked))
+        else:
+            raise ValueError(f"{len(asked)} questions for {len(pictures)} pictures; pass one, or one each")
+        rows = [(index, template.replace("{}", question)) for index, question in pairs]
+        options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **generate_options}
+        found = self._collect(pictures, rows, options, batch_size, progress, errors)
+        if one_picture and one_question:
+            return found[0]
+        names = [picture_name(pictures[i], i) if one_question else q for i, q in pairs]
+        return Captions(found, names)
+
+    def stream(
+        self,
+        pictures: Sequence[Any],
+        rows: Sequence[tuple[int, str | None]],
+        batch_size: int = DEFAULT_BATCH,
+        **generate_options: Any,
+    ) -> Iterator[Any]:
+        """For each row (number of a picture, prompt) in order its Caption, or the exception that it met.
+
+        Work is done batch by batch, as results are taken. Errors of options (not of a row) are raised.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, found {batch_size!r}")
+        several = generate_options.get("num_return_sequences")
+        if several not in (None, 1):
+            raise ValueError(f"num_return_sequences={several}: one caption a picture; use model.generate for more")
+        options = self.model._options(generate_options, [])
+        features: dict[int, NDArray[np.float32] | Exception] = {}
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            wanted = list(dict.fromkeys(index for index, _ in batch))
+            features = {index: value for index, value in features.items() if index in wanted}
+            self._encode(pictures, [index for index in wanted if index not in features], features)
+            yield from self._batch(batch, features, options)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _collect(
+        self,
+        pictures: Sequence[Any],
+        rows: Sequence[tuple[int, str | None]],
+        options: dict[str, Any],
+        batch_size: int,
+        progress: bool | None,
+        errors: str,
+    ) -> list[Any]:
+        if errors not in ("raise", "return"):
+            raise ValueError(f'errors must be "raise" or "return", found {errors!r}')
+        if not pictures:
+            raise ValueError("images is empty")
+        if not rows:
+            raise ValueError("questions is empty")
+        results: list[Any] = []
+        with progress_bar(len(rows), batch_size, progress) as bar:
+            for result in self.stream(pictures, rows, batch_size, **options):
+                if isinstance(result, Exception) and errors == "raise":
+                    raise result
+                results.append(result)
+                bar.update(1)
+        return results
+
+    def _encode(
+        self, pictures: Sequence[Any], wanted: Sequence[int], features: dict[int, NDArray[np.float32] | Exception]
+    ) -> None:
+        """Puts the image features [Q, D] of each wanted picture, or what it failed with, into `features`."""
+        size = int(self.model._core_config["vision"]["image_size"])
+        pixels: dict[int, NDArray[np.float32]] = {}
+        for index in wanted:
+            try:
+                image = load_image(pictures[index])
+                pixels[index] = check_pixels(self.processor.image_processor(image, return_tensors="np")["pixel_values"], size)
+            except ROW_ERRORS as error:
+                features[index] = error
+        if pixels:
+            encoded = self.model._core.encode(np.concatenate(list(pixels.values())))
+            features.update(zip(pixels, encoded, strict=True))
+
+    def _batch(
+        self,
+        batch: Sequence[tuple[int, str | None]],
+        features: dict[int, NDArray[np.float32] | Exception],
+        options: dict[str, Any],
+    ) -> Iterator[Any]:
+        results: dict[int, Any] = {}
+        ready: list[tuple[int, NDArray[np.float32], list[int]]] = []
+        for place, (index, prompt) in enumerate(batch):
+            picture = features[index]
+            try:
+                if isinstance(picture, Exception):
+                    raise picture
+                ready.append((place, picture, self._prompt_ids(prompt, options)))
+            except ROW_ERRORS as error:
+                results[place] = error
+        if ready:
+            captions = self._generate(np.stack([f for _, f, _ in ready]), [ids for _, _, ids in ready], options)
+            results.update(zip((place for place, _, _ in ready), captions, strict=True))
+        for place in range(len(batch)):
+            yield results[place]
+
+    def _prompt_ids(self, prompt: str | None, options: dict[str, Any]) -> list[int]:
+        """Ids of a row behind its image. Raises ValueError for a prompt that the model has no room for."""
+        if prompt is None:
+            ids = [int(self.model._start_ids(1)[0, -1])]
+        elif isinstance(prompt, str):
+            ids = list(self.processor.tokenizer(prompt)["input_ids"])
+        else:
+            raise TypeError(f"a prompt must be a string, found {type(prompt).__name__}")
+        vocabulary = int(self.model._core_config["text"]["vocab_size"])
+        if not ids:
+            raise ValueError("the prompt is empty, and the tokenizer puts nothing in front of it")
+        if max(ids) >= vocabulary:
+            raise ValueError(f"prompt: token {max(ids)} is outside the model's vocabulary of {vocabulary}")
+        if self.model._image_token is not None and self.model._image_token in ids:
+            raise ValueError("the prompt holds <image>: the picture is put in front by itself")
+        queries = int(self.model._core_config["num_query_tokens"])
+        room = new_tokens(options, queries + len(ids))
+        if room == 0:
+            raise ValueError(
+                f"the prompt is {queries + len(ids)} tokens long (image included), max_length is {options['max_length']}"
+            )
+        check_positions(pack_ragged([ids], self.model._image_token, queries), self.model._positions, room)
+        return ids
+
+    def _generate(
+        self, features: NDArray[np.float32], prompts: list[list[int]], options: dict[str, Any]
+    ) -> list[Caption]:
+        """features [B, Q, D], a prompt each."""
+        rows = pack_ragged(prompts, self.model._image_token, int(self.model._core_config["num_query_tokens"]))
+        out = self.model._core.generate(features, rows.ids, rows.offsets, None, rows.rule_ids, options)
+        ends = set(int(i) for i in np.atleast_1d(np.asarray(options.get("eos_ids", []), np.int64)))
+        captions = []
+        for ids, length in zip(np.asarray(out["ids"]), np.asarray(out["lengths"]), strict=True):
+            new = [int(i) for i in ids[: int(length)]]
+            text = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+            captions.append(Caption(text, new, finished=bool(new) and new[-1] in ends))
+        return captions
+
+    def __repr__(self) -> str:
+        return f"Captioner({self.model!r})"
+
+
+def picture_name(picture: Any, index: int) -> str:
+    """What to call a picture in a list: its path, or its number and kind."""
+    if isinstance(picture, str | os.PathLike):
+        return str(os.fspath(picture))
+    filename = getattr(picture, "filename", None)
+    if isinstance(filename, str) and filename:
+        return filename
+    kind = "tensor" if is_torch(picture) else "array" if isinstance(picture, np.ndarray) else "picture"
+    return f"{kind} {index}"
+
+
+class _NoBar:
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def update(self, count: int = 1) -> None: ...
+
+
+def progress_bar(total: int, batch_size: int, progress: bool | None) -> Any:
+    """A tqdm bar on stderr, or something that does nothing where none is wanted."""
+    if progress is False or (progress is None and total <= batch_size):
+        return _NoBar()
+    from tqdm import tqdm
+
+    # disable=None: only where stderr is a terminal.
+    return tqdm(total=total, unit="picture", disable=None if progress is None else False)

@@ -1,0 +1,254 @@
+"""The command line: blip2c caption PICTURE_OR_FOLDER..., blip2c ask PICTURE QUESTION, blip2c info [MODEL].
+
+Results go to stdout, one line a picture (or a JSON object a line with --json), everything else to stderr. Exit codes:
+0 all went well, 1 some pictures failed, 2 wrong usage or a model that can not be loaded, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2c import _core
+
+FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, found {text!r}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="blip2c", description="BLIP-2 in C: captions of pictures and answers about them.")
+    parser.add_argument("--version", action="version", version=f"blip2c {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    caption = commands.add_parser("caption", help="describe pictures", description="Describe pictures.")
+    caption.add_argument("pictures", nargs="+", metavar="PICTURE_OR_FOLDER")
+    caption.add_argument("--prompt", help="a beginning for the caption to go on from")
+    caption.add_argument("--recursive", action="store_true", help="look into folders of folders")
+    _model_options(caption)
+    _generation_options(caption, 30)
+
+    ask = commands.add_parser("ask", help="answer questions on a picture", description="Answer questions on a picture.")
+    ask.add_argument("picture", metavar="PICTURE")
+    ask.add_argument("questions", nargs="+", metavar="QUESTION")
+    ask.add_argument("--template", "--prompt", dest="template", help='how to put a question ("Question: {} Answer:")')
+    _model_options(ask)
+    _generation_options(ask, 20)
+
+    info = commands.add_parser("info", help="about this machine and a model", description="About this machine and a model.")
+    info.add_argument("model", nargs="?", metavar="MODEL", help="folder or Hub id (default: the sample inside)")
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    info.add_argument("--local-files-only", action="store_true", help="never go to the Hub")
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="folder or Hub id (default: the small sample inside the package)")
+    group.add_argument("--revision", help="branch, tag or commit on the Hub")
+    group.add_argument("--local-files-only", action="store_true", help="never go to the Hub")
+    group.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
+    group.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
+    group.add_argument("--json", action="store_true", help="a JSON object a line")
+    group.add_argument("--no-progress", action="store_true", help="no bar")
+
+
+def _generation_options(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+    group = parser.add_argument_group("generation")
+    group.add_argument("--num-beams", type=_positive, default=1, metavar="N")
+    group.add_argument("--max-new-tokens", type=_positive, default=new_tokens, metavar="N", help=f"default {new_tokens}")
+    group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
+
+
+def _version() -> str:
+    from blip2c import __version__
+
+    return __version__
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    print(f"blip2c: {message}", file=sys.stderr, flush=True)
+
+
+def find_pictures(names: Sequence[str], recursive: bool = False) -> list[str]:
+    """The files of `names`, folders replaced by the pictures in them, sorted. Missing files stay: they become row errors."""
+    from blip2c.images import EXTENSIONS
+
+    found: list[str] = []
+    for name in names:
+        if not os.path.isdir(name):
+            found.append(name)
+            continue
+        inside = Path(name).rglob("*") if recursive else Path(name).iterdir()
+        found.extend(sorted(str(p) for p in inside if p.suffix.lower() in EXTENSIONS and p.is_file()))
+    return found
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from blip2c.api import load
+
+    if args.threads is not None:
+        _core.set_num_threads(args.threads)
+    return load(args.model, dtype=args.dtype, revision=args.revision, local_files_only=args.local_files_only)
+
+
+def _report(results: Iterator[Any], names: Sequence[str], key: str, text_key: str, args: argparse.Namespace) -> int:
+    """Prints each result as it comes; returns how many failed."""
+    from blip2c.api import progress_bar
+
+    failed = 0
+    with progress_bar(len(names), args.batch_size, False if args.no_progress else None) as bar:
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, Exception):
+                failed += 1
+            _print_row(name, result, key, text_key, args.json, len(names) == 1, bar)
+            bar.update(1)
+    return failed
+
+
+def _print_row(name: str, result: Any, key: str, text_key: str, as_json: bool, alone: bool, bar: Any) -> None:
+    if as_json:
+        row: dict[str, Any] = {key: name}
+        if isinstance(result, Exception):
+            row["error"] = f"{type(result).__name__}: {result}"
+        else:
+            row[text_key] = str(result)
+            if result.reason:
+                row["reason"] = result.reason
+        line = json.dumps(row, ensure_ascii=False)
+    elif isinstance(result, Exception):
+        say(str(result) if name in str(result) else f"{name}: {result}")
+        return
+    else:
+        text = str(result) if result else f"(empty: {result.reason})"
+        line = text if alone else f"{name}: {text}"
+    if hasattr(bar, "clear"):
+        bar.clear()
+    print(line, flush=True)
+
+
+def _caption(args: argparse.Namespace) -> int:
+    names = find_pictures(args.pictures, args.recursive)
+    if not names:
+        say(f"no pictures in {', '.join(args.pictures)}")
+        return USAGE
+    model = _load(args)
+    options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    rows = [(index, args.prompt) for index in range(len(names))]
+    failed = _report(model.stream(names, rows, args.batch_size, **options), names, "image", "caption", args)
+    if failed:
+        say(f"{failed} of {len(names)} pictures failed")
+    return FAILED if failed else 0
+
+
+def _ask(args: argparse.Namespace) -> int:
+    from blip2c.api import QUESTION
+
+    template = args.template or QUESTION
+    if "{}" not in template:
+        say(f"--template must hold {{}} where the question goes, found {template!r}")
+        return USAGE
+    model = _load(args)
+    rows = [(0, template.replace("{}", question)) for question in args.questions]
+    options = {"max_new_tokens": args.max_new_tokens, "num_beams": args.num_beams}
+    results = model.stream([args.picture], rows, args.batch_size, **options)
+    return FAILED if _report(results, args.questions, "question", "answer", args) else 0
+
+
+def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any]:
+    """What `blip2c info` says: of this machine, and of a checkpoint, from its config and headers (no weights are read)."""
+    from blip2c.api import sample_path
+    from blip2c.checkpoint import resolve_files
+    from blip2c.config import Blip2Config, core_config
+    from blip2c.hub import resolve
+
+    folder = sample_path() if model is None else resolve(model, local_files_only=local_files_only)
+    config = Blip2Config.from_pretrained(folder)
+    core = core_config(config)
+    count, size, dtypes = 0, 0, set()
+    for path in resolve_files(folder):
+        file = _core.SafetensorsFile(str(path))
+        size += os.path.getsize(path)
+        for name in file.names():
+            dtype, shape = file.info(name)
+            dtypes.add(dtype)
+            elements = 1
+            for side in shape:
+                elements *= side
+            count += elements
+    return {
+        "blip2c": _version(),
+        "threads": _core.get_num_threads(),
+        "cpu": _core.cpu_info(),
+        "model": {
+            "folder": str(folder),
+            "parameters": count,
+            "bytes": size,
+            "stored_as": sorted(dtypes),
+            **core,
+        },
+    }
+
+
+def _info(args: argparse.Namespace) -> int:
+    facts = describe(args.model, args.local_files_only)
+    if args.json:
+        print(json.dumps(facts, ensure_ascii=False, default=str))
+        return 0
+    model = facts["model"]
+    vision, qformer, text = model["vision"], model["qformer"], model["text"]
+    print(f"blip2c {facts['blip2c']}, {facts['threads']} threads")
+    print("cpu:      " + ", ".join(f"{key} {value}" for key, value in facts["cpu"].items()))
+    print(f"model:    {model['folder']}")
+    print(f"weights:  {model['parameters'] / 1e6:.1f} M, {model['bytes'] / 1e6:.1f} MB as {', '.join(model['stored_as'])}")
+    print(
+        f"vision:   {vision['image_size']}x{vision['image_size']} in patches of {vision['patch_size']},"
+        f" {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
+    )
+    print(
+        f"q-former: {model['num_query_tokens']} queries, {qformer['num_hidden_layers']} layers of {qformer['hidden_size']}"
+    )
+    print(
+        f"text:     {text['model_type']}, {text['num_hidden_layers']} layers of {text['hidden_size']},"
+        f" {text['vocab_size']} tokens, {text['max_position_embeddings']} positions"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    command = {"caption": _caption, "ask": _ask, "info": _info}[args.command]
+    try:
+        code = command(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        say("interrupted; what is printed above is done")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone. Keep the interpreter from complaining when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except (ValueError, OSError, NotImplementedError, ArithmeticError, MemoryError, TypeError) as error:
+        say(f"{type(error).__name__}: {error}")
+        return USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""From the arrays and tensors that callers hand over to the packed rows that the C part computes, with every check.
+
+transformers is silently blind where an input does not fit: it drops pictures without placeholders, shifts features into
+the wrong row, truncates position embeddings. Here each of these raises and names the row, what was found and expected.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2c._core import NumericError
+from blip2c.images import is_torch
+
+
+class PackedRows(NamedTuple):
+    """Rows of a prompt, one after another: row b is ids[offsets[b]:offsets[b + 1]].
+
+    ids [N]: -1 where the next image feature goes. mask [N]: 0 is a pad; None where nothing is padded. rule_ids [N]: what
+    repetition and n-gram rules see (the image token where ids has -1, or -1 where the checkpoint has none).
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    mask: NDArray[np.uint8] | None
+    rule_ids: NDArray[np.int32]
+
+
+def to_numpy(value: Any) -> NDArray[Any]:
+    """An array of an array, list or tensor; bfloat16 tensors, which NumPy has no type for, become float32."""
+    if is_torch(value):
+        tensor = value.detach().cpu()
+        return np.asarray(tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy())
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+        return np.from_dlpack(value)
+    return np.asarray(value)
+
+
+def check_pixels(value: Any, image_size: int) -> NDArray[np.float32]:
+    """pixel_values as C-contiguous float32 [B, 3, S, S]. Raises TypeError, ValueError or NumericError (NaN)."""
+    if value is None:
+        raise ValueError("pixel_values must be given")
+    pixels = to_numpy(value)
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise TypeError(f"pixel_values must be floats (the processor's), found {pixels.dtype}")
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixel_values must be [batch, 3, height, width], found shape {pixels.shape}")
+    if pixels.shape[0] == 0:
+        raise ValueError("pixel_values is an empty batch")
+    if pixels.shape[2:] != (image_size, image_size):
+        raise ValueError(
+            f"pixel_values are {pixels.shape[2]}x{pixels.shape[3]}, this model takes {image_size}x{image_size}"
+        )
+    pixels = np.ascontiguousarray(pixels, dtype=np.float32)
+    finite = np.isfinite(pixels).all(axis=(1, 2, 3))
+    if not finite.all():
+        raise NumericError(f"pixel_values: picture {int(np.argmin(finite))} holds values that are not finite")
+    return pixels
+
+
+def check_ids(value: Any, vocabulary: int, name: str = "input_ids") -> NDArray[np.int64]:
+    """Token ids [B, T], each below the vocabulary. Raises TypeError or ValueError naming row and column."""
+    ids = to_numpy(value)
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"{name} must be integers, found {ids.dtype}")
+    if ids.ndim != 2:
+        raise ValueError(f"{name} must be [batch, length], found shape {ids.shape}")
+    if 0 in ids.shape:
+        raise ValueError(f"{name} is empty: shape {ids.shape}")
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(f"{name}[{row}, {column}] is {ids[row, column]}, expected 0..{vocabulary - 1}")
+    return ids.astype(np.int64)
+
+
+def check_mask(value: Any, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """attention_mask [B, T] of zeros and ones. Raises ValueError."""
+    mask = to_numpy(value)
+    if mask.shape != shape:
+        raise ValueError(f"attention_mask has shape {mask.shape}, input_ids has {shape}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask must hold zeros and ones only")
+    mask = mask.astype(np.uint8)
+    if not mask.any(axis=1).all():
+        raise ValueError(f"attention_mask is all zeros in row {int(np.argmin(mask.any(axis=1)))}")
+    return mask
+
+
+def pack(
+    ids: NDArray[np.int64], mask: NDArray[np.uint8] | None, image_token: int | None, queries: int, pictures: int
+) -> PackedRows:
+    """ids [B, T] to packed rows, image tokens to -1; without an image token the queries go in front.
+
+    Raises ValueError if a row has not exactly `queries` image tokens, or there is not one picture a row.
+    """
+    batch, length = ids.shape
+    if batch != pictures:
+        raise ValueError(f"input_ids has {batch} rows, pixel_values has {pictures} pictures: one picture a row is expected")
+    if image_token is None:
+        front = np.full((batch, queries), -1, np.int64)
+        inputs = np.concatenate([front, ids], axis=1)
+        rules = inputs
+        if mask is not None:
+            mask = np.concatenate([np.ones((batch, queries), np.uint8), mask], axis=1)
+    else:
+        found = (ids == image_token).sum(axis=1)
+        if (found != queries).any():
+            row = int(np.argmax(found != queries))
+            raise ValueError(
+                f"input_ids row {row} holds {int(found[row])} image placeholders (token {image_token}), expected {queries}:"
+                " pass text and images to the processor together"
+            )
+        inputs = np.where(ids == image_token, -1, ids)
+        rules = ids
+    length = inputs.shape[1]
+    return PackedRows(
+        ids=inputs.astype(np.int32).reshape(-1),
+        offsets=np.arange(batch + 1, dtype=np.int64) * length,
+        mask=None if mask is None or mask.all() else np.ascontiguousarray(mask.reshape(-1)),
+        rule_ids=rules.astype(np.int32).reshape(-1),
+    )
+
+
+def pack_ragged(rows: list[list[int]], image_token: int | None, queries: int) -> PackedRows:
+    """Texts of unequal length, each behind its `queries` image features: no pads, no mask."""
+    ids = np.concatenate([np.array([-1] * queries + row, np.int32) for row in rows])
+    rule = -1 if image_token is None else image_token
+    rules = np.concatenate([np.array([rule] * queries + row, np.int32) for row in rows])
+    lengths = [0] + [queries + len(row) for row in rows]
+    return PackedRows(ids, np.cumsum(np.array(lengths, np.int64)), None, rules)
+
+
+def check_positions(rows: PackedRows, positions: int, new_tokens: int = 0) -> None:
+    """Raises ValueError if a row, with what it may grow by, is longer than the model has positions for."""
+    for row, (start, end) in enumerate(zip(rows.offsets[:-1], rows.offsets[1:], strict=True)):
+        live = int(end - start) if rows.mask is None else int(rows.mask[start:end].sum())
+        # The last new token is never fed back.
+        if live > positions or live + max(new_tokens - 1, 0) > positions:
+            extra = f" and up to {new_tokens} new ones" if live <= positions else ""
+            raise ValueError(
+                f"row {row}: {live} tokens (image included){extra}, but the model has {positions} positions"
+            )

@@ -1,0 +1,44 @@
+"""`ModelOutput`: what models return; entries by name, by attribute or, as a tuple's, by number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+class ModelOutput(dict[str, Any]):
+    """An ordered dictionary of the entries that are not None (upstream: transformers.utils.ModelOutput).
+
+    An entry that was left out (None) still answers as an attribute.
+    """
+
+    def __init__(self, **entries: Any) -> None:
+        super().__init__({name: value for name, value in entries.items() if value is not None})
+        object.__setattr__(self, "_names", frozenset(entries))
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return super().__getitem__(name)
+        if name in self.__dict__.get("_names", ()):
+            return None
+        raise AttributeError(f"this output has no {name!r}, only {', '.join(self)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (dict(self), sorted(self.__dict__["_names"]))
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The entries in order; outputs inside become tuples too."""
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in self.values())
+
+
+def _rebuild(entries: dict[str, Any], names: list[str]) -> ModelOutput:
+    return ModelOutput(**{**dict.fromkeys(names), **entries})
