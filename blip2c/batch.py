@@ -87,7 +87,7 @@ class BatchFeature(UserDict[str, Any]):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Cast and move, in place: only floating entries are cast. Accepts (device), (dtype), (device, dtype), keywords.
+        """Cast and move, in place: only floating entries are cast. (device), (dtype), (device, dtype), keywords.
 
         Tensors go through torch's own `to`. Arrays have no device: "cpu" is accepted; bfloat16, which NumPy lacks,
         leaves them in float32 with the values rounded to bfloat16.
