@@ -76,11 +76,9 @@ class BatchFeature(UserDict[str, Any]):
                 continue
             try:
                 array = np.asarray(value)
-                if array.dtype == object:
-                    raise ValueError("rows differ in length")
-            except ValueError as error:
+            except ValueError:  # NumPy's "inhomogeneous shape"
                 raise ValueError(
-                    f"can not make an array of {key}: {error}; pass padding=True for rows of one length,"
+                    f"can not make an array of {key}: rows differ in length; pass padding=True for rows of one length,"
                     " or return_tensors=None for lists"
                 ) from None
             self.data[key] = torch_module().from_numpy(array) if kind == "pt" else array

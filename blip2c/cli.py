@@ -177,7 +177,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any]:
-    """What `blip2c info` says of this machine and of a checkpoint, from its config and headers (no weights are read)."""
+    """What `blip2c info` says of this machine and of a checkpoint, whose weights are not read for it."""
     from blip2c.api import sample_path
     from blip2c.checkpoint import resolve_files
     from blip2c.config import Blip2Config, core_config
@@ -229,7 +229,8 @@ def _info(args: argparse.Namespace) -> int:
         f" {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
     )
     print(
-        f"q-former: {model['num_query_tokens']} queries, {qformer['num_hidden_layers']} layers of {qformer['hidden_size']}"
+        f"q-former: {model['num_query_tokens']} queries,"
+        f" {qformer['num_hidden_layers']} layers of {qformer['hidden_size']}"
     )
     print(
         f"text:     {text['model_type']}, {text['num_hidden_layers']} layers of {text['hidden_size']},"

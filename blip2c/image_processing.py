@@ -294,7 +294,8 @@ def _channels_first(image: Any, convert: bool, layout: str | None) -> NDArray[An
             raise PictureError(f"{getattr(image, 'filename', '') or 'image'}: can not be decoded: {error}") from error
         return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     array = np.asarray(image.detach().cpu().numpy() if is_torch(image) else image)
-    if array.dtype == object or array.ndim not in (2, 3) or 0 in array.shape:
+    is_number = array.dtype.kind in "biuf"
+    if not is_number or array.ndim not in (2, 3) or 0 in array.shape:
         raise PictureError(
             f"array: shape {array.shape} of {array.dtype}; expected (H, W), (H, W, 3), (3, H, W) or (H, W, 4) numbers"
         )
