@@ -363,8 +363,6 @@ def _vision_core(config: Blip2VisionConfig) -> dict[str, Any]:
     patch = _square("vision_config.patch_size", config.patch_size)
     if patch > image:
         raise CheckpointError(f"config.json: vision_config.patch_size {patch} is larger than image_size {image}")
-    if image % patch:
-        raise UnsupportedError(f"config.json: vision_config.image_size {image} is not a multiple of patch_size {patch}")
     if (image // patch) ** 2 > MAX_IMAGE_TOKENS:
         raise CheckpointError(
             f"config.json: image_size {image} with patch_size {patch} makes {(image // patch) ** 2} patches,"

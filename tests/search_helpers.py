@@ -29,7 +29,9 @@ class TableModel(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.function = function
         self.unused = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> CausalLMOutput:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutput:
         logits = torch.from_numpy(self.function(input_ids.numpy()))
         return CausalLMOutput(logits=logits[:, None, :])
 

@@ -382,12 +382,11 @@ static int check_names(parser *p, b2_err *err)
     return 0;
 }
 
-/* The tensors cover the data section [0, data_bytes) exactly. */
+/* The tensors, in order, cover the data section [0, data_bytes) exactly. */
 static int check_layout(parser *p, const unsigned char *data, size_t data_bytes, b2_err *err)
 {
     char message[160];
     size_t end = 0;
-    heap_sort(p->file, p->file->count, tensor_less, tensor_swap);
     for (int64_t i = 0; i < p->file->count; i++) {
         b2_st_tensor *tensor = &p->file->tensors[i];
         b2_json_label(&p->json, tensor->name, strlen(tensor->name));
@@ -463,8 +462,9 @@ static int parse(parser *p, const unsigned char *bytes, size_t size, const char 
     if (p->count != p->file->count || p->metadata_count != p->file->metadata_count)
         return fail_changed(p, err);
     b2_json_label(&p->json, NULL, 0);
+    heap_sort(p->file, p->file->count, tensor_less, tensor_swap);
     size_t data = LENGTH_BYTES + header;
-    return check_layout(p, bytes + data, size - data, err) < 0 ? -1 : check_names(p, err);
+    return check_names(p, err) < 0 ? -1 : check_layout(p, bytes + data, size - data, err);
 }
 
 int b2_st_parse(b2_st_file *file, const void *bytes, size_t size, const char *path, b2_err *err)

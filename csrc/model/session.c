@@ -24,6 +24,7 @@ typedef struct session {
     int32_t *starts;          /* [B + 1] */
     int32_t *lens;            /* [B] */
     int32_t *real_tokens;     /* [B]: without pads */
+    int64_t *leading_pads;    /* [B] */
     int has_pads;
     int64_t longest;          /* tokens of the longest prompt */
     /* Of the running rows. */
@@ -91,7 +92,8 @@ static int own_prompt_tables(session *s, b2_err *err)
     s->starts = own(s, (size_t)rows + 1, sizeof(int32_t), err);
     s->lens = own(s, (size_t)rows, sizeof(int32_t), err);
     s->real_tokens = own(s, (size_t)rows, sizeof(int32_t), err);
-    return s->positions && s->cache_rows && s->starts && s->lens && s->real_tokens ? 0 : -1;
+    s->leading_pads = own(s, (size_t)rows, sizeof(int64_t), err);
+    return s->positions && s->cache_rows && s->starts && s->lens && s->real_tokens && s->leading_pads ? 0 : -1;
 }
 
 /* Positions as OPT counts them: cumsum(mask) * mask - 1. */
@@ -108,6 +110,7 @@ static void fill_prompt_tables(session *s)
             s->positions[i] = real ? seen - 1 : -1;
             s->cache_rows[i] = (int32_t)i;
             s->has_pads |= !real;
+            s->leading_pads[b] += seen == 0;
         }
         s->real_tokens[b] = seen;
         if (s->lens[b] > s->longest)
@@ -388,7 +391,7 @@ static int64_t steps_needed(const b2_rows_in *in, const b2_generate_opts *opts, 
 static int run_search(session *s, const int32_t *rule_ids, const b2_generate_opts *opts, b2_generated *out,
                       b2_session_stats *stats, b2_err *err)
 {
-    b2_prompts prompts = {s->in->rows, rule_ids, s->in->offsets};
+    b2_prompts prompts = {s->in->rows, rule_ids, s->in->offsets, s->leading_pads};
     if (reserve(s, s->running, err) < 0)
         return -1;
     if (b2_generate(out, &prompts, opts, &s->step, s->ctx->pool, s->ctx->cancel, err) < 0)
