@@ -103,15 +103,15 @@ class LanguageModel:
 class Blip2ForConditionalGeneration:
     """BLIP-2 that writes text about pictures (upstream: transformers' class of the same name).
 
-    Made by `from_pretrained`. Weights are immutable and may be shared by threads. `generation_config` is what the folder's
-    generation_config.json says; as in transformers 5.23 it has no effect on generate(), which takes its defaults from
-    `language_model.generation_config` (made from text_config).
+    Made by `from_pretrained`. Weights are immutable and may be shared by threads. `generation_config` is what the
+    folder's generation_config.json says; as in transformers 5.23 it has no effect on generate(), which takes its
+    defaults from `language_model.generation_config` (made from text_config).
     """
 
     main_input_name = "pixel_values"
 
     def __init__(self, config: Blip2Config, files: list[str], *, dtype: str = "auto") -> None:
-        """config: checked here. files: safetensors paths. dtype: "auto" (as stored), "float32", "float16", "bfloat16"."""
+        """config: checked here. files: safetensors paths. dtype: "auto" (as stored), float32, float16 or bfloat16."""
         self.config = config
         self._core_config = core_config(config)
         self._files = [str(file) for file in files]
@@ -149,8 +149,8 @@ class Blip2ForConditionalGeneration:
         string, NumPy or torch dtype; arithmetic is float32 always. revision, cache_dir, local_files_only, token,
         force_download, subfolder: as in huggingface_hub. device, device_map: what means the CPU.
 
-        Raises FileNotFoundError or OSError where there is no checkpoint, CheckpointError where it is damaged or disagrees
-        with its config, UnsupportedError (naming it) for an architecture or option that is not computed here.
+        Raises FileNotFoundError or OSError where there is no checkpoint, CheckpointError where it is damaged or
+        disagrees with its config, UnsupportedError (naming it) for an architecture or option that is not computed here.
         """
         from blip2c.hub import pop_hub_options, resolve
 
@@ -214,9 +214,11 @@ class Blip2ForConditionalGeneration:
         if kwargs:
             raise TypeError(f"to has no option {', '.join(kwargs)}")
         for argument in args:
-            if is_torch_dtype(argument) or isinstance(argument, np.dtype | type):
-                dtype = argument
-            elif isinstance(argument, str) and argument in ("float32", "float16", "bfloat16"):
+            if (
+                is_torch_dtype(argument)
+                or isinstance(argument, np.dtype | type)
+                or (isinstance(argument, str) and argument in ("float32", "float16", "bfloat16"))
+            ):
                 dtype = argument
             elif argument is not None:
                 device = argument
@@ -294,7 +296,10 @@ class Blip2ForConditionalGeneration:
             for name in file.names():
                 if name not in unexpected:
                     sizes[name] = int(np.prod(file.info(name)[1], dtype=np.int64))
-        if self._core_config["text"]["tie_word_embeddings"] and "language_model.model.decoder.embed_tokens.weight" in sizes:
+        if (
+            self._core_config["text"]["tie_word_embeddings"]
+            and "language_model.model.decoder.embed_tokens.weight" in sizes
+        ):
             sizes.pop("language_model.lm_head.weight", None)
         return sum(sizes.values())
 
@@ -338,14 +343,20 @@ class Blip2ForConditionalGeneration:
             logits=logits,
             vision_outputs=vision,
             qformer_outputs=qformer,
-            language_model_outputs=ModelOutput(logits=logits, past_key_values=None, hidden_states=None, attentions=None),
+            language_model_outputs=ModelOutput(
+                logits=logits, past_key_values=None, hidden_states=None, attentions=None
+            ),
         )
         return result if return_dict is None or return_dict else result.to_tuple()
 
     def get_image_features(
-        self, pixel_values: Any, interpolate_pos_encoding: bool | None = False, return_dict: bool | None = None, **options: Any
+        self,
+        pixel_values: Any,
+        interpolate_pos_encoding: bool | None = False,
+        return_dict: bool | None = None,
+        **options: Any,
     ) -> Any:
-        """The projected queries as pooler_output [B, Q, D_lm]; last_hidden_state [B, T, D_vision] is the vision model's.
+        """The projected queries as pooler_output [B, Q, D_lm]; last_hidden_state [B, T, Dv] is the vision model's.
 
         Beside them vision_outputs and qformer_outputs, as transformers 5.23 returns it.
         """
@@ -429,7 +440,7 @@ class Blip2ForConditionalGeneration:
         return np.tile(np.array([[*image, bos]], np.int64), (batch, 1))
 
     def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
-        """generate()'s options as the C part takes them, over the language model's defaults; lengths: of the prompts."""
+        """generate()'s options as the C part takes them, over the language model's defaults; lengths of prompts."""
         return core_options(
             self.language_model.generation_config, generate_kwargs, lengths, max_positions=self._positions
         )
