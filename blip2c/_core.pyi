@@ -102,3 +102,56 @@ step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a 
 {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
 
 # kernels: see blip2c.kernels
+def _pack_weight(weight: NDArray[Any], dtype: str | None, /) -> Any: ...
+def _unpack_weight(capsule: Any, /) -> NDArray[Any]: ...
+def _convert(x: NDArray[Any], dtype: str, /) -> tuple[NDArray[Any], int]: ...
+def _linear(
+    x: NDArray[np.float32],
+    weight: Any,
+    bias: NDArray[np.float32] | None,
+    residual: NDArray[np.float32] | None,
+    activation: int,
+    item_rows: int,
+    /,
+) -> NDArray[np.float32]: ...
+def _time_linear(x: NDArray[np.float32], weights: list[Any], item_rows: int, /) -> list[float]: ...
+def _layer_norm(
+    x: NDArray[np.float32], weight: NDArray[np.float32] | None, bias: NDArray[np.float32] | None, eps: float, /
+) -> NDArray[np.float32]: ...
+def _activation(x: NDArray[np.float32], activation: int, /) -> NDArray[np.float32]: ...
+def _log_softmax(x: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+def _top_k(x: NDArray[np.float32], k: int, /) -> tuple[NDArray[np.float32], NDArray[np.int32]]: ...
+def _first_bad_row(x: NDArray[np.float32], /) -> int: ...
+def _embedding(
+    table: Any, ids: NDArray[np.int32], added_to: NDArray[np.float32] | None, /
+) -> NDArray[np.float32]: ...
+def _patches(pixels: NDArray[np.float32], patch: int, /) -> NDArray[np.float32]: ...
+def _copy_rows(
+    out: NDArray[np.float32],
+    out_rows: NDArray[np.int32] | None,
+    x: NDArray[np.float32],
+    x_rows: NDArray[np.int32] | None,
+    n: int,
+    /,
+) -> NDArray[np.float32]: ...
+def _add_rows(x: NDArray[np.float32], rows: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+def _attention(
+    q: NDArray[np.float32],
+    q_offsets: NDArray[np.int32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    prefix_starts: NDArray[np.int32],
+    prefix_lens: NDArray[np.int32],
+    k_suffix: NDArray[np.float32] | None,
+    v_suffix: NDArray[np.float32] | None,
+    suffix_slots: NDArray[np.int32] | None,
+    suffix_lens: NDArray[np.int32] | None,
+    key_mask: NDArray[np.uint8] | None,
+    causal: bool,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    scale: float,
+    /,
+) -> NDArray[np.float32]: ...
+def _fma_peak() -> float: ...

@@ -12,7 +12,9 @@ import blip2c
 TESTS = Path(__file__).resolve().parent
 
 
-def run_python(code: str, *arguments: object, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, *arguments: object, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`code` in a new process, away from the source tree; its output is captured, its status not checked."""
     paths = [str(Path(blip2c.__file__).resolve().parent.parent), str(TESTS)]
     return subprocess.run(

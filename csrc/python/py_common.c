@@ -1,5 +1,12 @@
 #include "python/py_common.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#elif defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 b2py_state *b2py_state_of_module(PyObject *module)
 {
     return PyModule_GetState(module);
@@ -54,23 +61,25 @@ PyObject *b2py_raise(b2py_state *state, const b2_err *err)
 static int poll_signals(void *owner)
 {
     b2py_call *call = owner;
+    if (PyThread_get_thread_ident() != call->starter)
+        return 0; /* a worker that runs nested work by itself has no thread state to restore */
     PyEval_RestoreThread(call->thread);
     int raised = PyErr_CheckSignals() < 0; /* does nothing outside the main thread */
     call->thread = PyEval_SaveThread();
     return raised;
 }
 
+/* Signals are answered on the process's first thread. Asked of the system, not of Python: running Python code here
+ * would handle a waiting signal, and its exception would be lost. */
 static int on_main_thread(void)
 {
-    PyObject *threading = PyImport_ImportModule("threading");
-    PyObject *main_thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
-    PyObject *ident = main_thread ? PyObject_GetAttrString(main_thread, "ident") : NULL;
-    int same = ident && PyLong_Check(ident) && PyLong_AsUnsignedLong(ident) == PyThread_get_thread_ident();
-    Py_XDECREF(ident);
-    Py_XDECREF(main_thread);
-    Py_XDECREF(threading);
-    PyErr_Clear(); /* not knowing only means: do not poll */
-    return same;
+#if defined(__linux__)
+    return (pid_t)syscall(SYS_gettid) == getpid();
+#elif defined(__APPLE__)
+    return pthread_main_np();
+#else
+    return 1; /* polling elsewhere finds nothing, and costs little */
+#endif
 }
 
 b2_cancel *b2py_call_begin(b2py_call *call)
@@ -78,6 +87,7 @@ b2_cancel *b2py_call_begin(b2py_call *call)
     *call = (b2py_call){0};
     call->cancel.poll = on_main_thread() ? poll_signals : NULL;
     call->cancel.owner = call;
+    call->starter = PyThread_get_thread_ident();
     call->thread = PyEval_SaveThread();
     return &call->cancel;
 }

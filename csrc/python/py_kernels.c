@@ -1,7 +1,720 @@
+/* The kernels one by one on NumPy arrays: for tests and for people who want to see what they do. blip2c/kernels.py
+ * gives them their public signatures. Outputs start as NaN, so that an element that a kernel forgot shows.
+ *
+ * A packed weight is a capsule that owns a b2_weight. */
+#define _POSIX_C_SOURCE 200809L
 #include "python/py_common.h"
+
+#include <time.h>
+
+#include "core/memory.h"
+#include "ops/cpu/common.h"
+#include "ops/weights.h"
+
+static const char weight_capsule[] = "blip2c.weight";
+
+/* ---- the frame around one operation ---- */
+
+typedef struct kernel_call {
+    b2py_call call;
+    b2_ctx ctx;
+    b2_arena arena;
+    b2_err err;
+} kernel_call;
+
+typedef struct plan {
+    int64_t rows, width, keys;
+    int head_dim;
+} plan;
+
+/* Reserves scratch and releases the GIL, or returns -1 with the exception set. */
+static int kernel_begin(kernel_call *k, PyObject *module, plan plan)
+{
+    b2py_state *state = b2py_state_of_module(module);
+    *k = (kernel_call){0};
+    k->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &k->arena};
+    size_t bytes = b2_scratch_bytes(&k->ctx, plan.rows, plan.width, plan.keys, plan.head_dim);
+    if (b2_arena_reserve(&k->arena, bytes, &k->err) < 0) {
+        b2py_raise(state, &k->err);
+        return -1;
+    }
+    if (getenv("BLIP2C_POISON")) /* tests: what scratch holds before must not matter */
+        memset(k->arena.base, 0xff, k->arena.size);
+    k->ctx.cancel = b2py_call_begin(&k->call);
+    return 0;
+}
+
+static int kernel_end(kernel_call *k, PyObject *module, int status)
+{
+    b2py_call_end(&k->call);
+    b2_arena_release(&k->arena);
+    if (status < 0)
+        b2py_raise(b2py_state_of_module(module), &k->err);
+    return status;
+}
+
+/* ---- arguments ---- */
+
+/* None becomes NULL without an error. */
+static int optional_array(PyArrayObject **out, PyObject *object, const char *name, int type, int ndim)
+{
+    *out = NULL;
+    if (object == Py_None)
+        return 0;
+    *out = b2py_array(object, name, type, ndim);
+    return *out ? 0 : -1;
+}
+
+/* [..., cols] as [rows, cols]; an array without axes is one row of one. */
+static b2_tensor view_of(PyArrayObject *array)
+{
+    int ndim = PyArray_NDIM(array);
+    int64_t cols = ndim > 0 ? PyArray_DIM(array, ndim - 1) : 1, rows = 1;
+    for (int i = 0; i + 1 < ndim; i++)
+        rows *= PyArray_DIM(array, i);
+    return b2_tensor_of(PyArray_DATA(array), rows, cols);
+}
+
+/* At least one axis, so that there is a last one. */
+static PyArrayObject *rows_array(PyObject *object, const char *name)
+{
+    PyArrayObject *array = b2py_array(object, name, NPY_FLOAT32, -1);
+    if (array && PyArray_NDIM(array) == 0) {
+        PyErr_Format(PyExc_ValueError, "%s: expected at least 1 axis, found 0", name);
+        Py_CLEAR(array);
+    }
+    return array;
+}
+
+static PyArrayObject *poisoned(int ndim, const npy_intp *shape)
+{
+    PyArrayObject *out = (PyArrayObject *)PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
+    if (out)
+        memset(PyArray_DATA(out), 0xff, (size_t)PyArray_NBYTES(out));
+    return out;
+}
+
+/* As `like`, with the last axis `cols` long. */
+static PyArrayObject *poisoned_like(PyArrayObject *like, int64_t cols)
+{
+    npy_intp shape[NPY_MAXDIMS];
+    int ndim = PyArray_NDIM(like);
+    memcpy(shape, PyArray_DIMS(like), (size_t)ndim * sizeof *shape);
+    shape[ndim - 1] = (npy_intp)cols;
+    return poisoned(ndim, shape);
+}
+
+static b2_weight vector_of(PyArrayObject *array)
+{
+    if (!array)
+        return (b2_weight){0};
+    return (b2_weight){.data = PyArray_DATA(array), .n = PyArray_DIM(array, 0), .k = 1};
+}
+
+/* A matrix as stored: float32, float16, or uint16 with bfloat16 bits. */
+static PyArrayObject *matrix(b2_weight *w, PyObject *object, const char *name)
+{
+    int type = PyArray_Check(object) ? PyArray_TYPE((PyArrayObject *)object) : NPY_FLOAT32;
+    if (type != NPY_FLOAT32 && type != NPY_FLOAT16 && type != NPY_UINT16) {
+        PyErr_Format(PyExc_TypeError, "%s: expected an array of float32, float16 or uint16 (bfloat16 bits), found %S",
+                     name, (PyObject *)PyArray_DESCR((PyArrayObject *)object));
+        return NULL;
+    }
+    PyArrayObject *array = b2py_array(object, name, type, 2);
+    if (!array)
+        return NULL;
+    *w = (b2_weight){.name = name, .data = PyArray_DATA(array), .n = PyArray_DIM(array, 0), .k = PyArray_DIM(array, 1)};
+    w->dtype = type == NPY_FLOAT16 ? B2_F16 : type == NPY_UINT16 ? B2_BF16 : B2_F32;
+    w->layout = B2_ROWS;
+    if (w->n < 1 || w->k < 1) {
+        PyErr_Format(PyExc_ValueError, "%s: expected a matrix with elements, found shape [%zd, %zd]", name,
+                     (Py_ssize_t)w->n, (Py_ssize_t)w->k);
+        Py_CLEAR(array);
+    }
+    return array;
+}
+
+/* A packed weight or an array; *owner keeps it alive (NULL: error). */
+static int weight_argument(b2_weight *w, PyObject **owner, PyObject *object, const char *name)
+{
+    if (PyCapsule_IsValid(object, weight_capsule)) {
+        *w = *(b2_weight *)PyCapsule_GetPointer(object, weight_capsule);
+        *owner = Py_NewRef(object);
+        return 0;
+    }
+    *owner = (PyObject *)matrix(w, object, name);
+    return *owner ? 0 : -1;
+}
+
+/* ---- weights ---- */
+
+static void release_weight(PyObject *capsule)
+{
+    b2_weight *w = PyCapsule_GetPointer(capsule, weight_capsule);
+    b2_weight_release(w);
+    b2_free(w);
+}
+
+static int dtype_named(b2_dtype *dtype, const char *name)
+{
+    static const char *const names[] = {"float32", "float16", "bfloat16"};
+    for (int i = 0; i < 3; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *dtype = (b2_dtype)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "dtype: expected float32, float16 or bfloat16, found %s", name);
+    return -1;
+}
+
+static PyObject *pack_weight(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    const char *dtype_name = NULL;
+    if (!PyArg_ParseTuple(args, "Oz", &object, &dtype_name))
+        return NULL;
+    b2_err err = {0};
+    b2_weight source;
+    PyArrayObject *array = matrix(&source, object, "weight");
+    if (!array)
+        return NULL;
+    b2_dtype dtype = source.dtype;
+    if (dtype_name && dtype_named(&dtype, dtype_name) < 0) {
+        Py_DECREF(array);
+        return NULL;
+    }
+    b2_weight *packed = b2_alloc_zeroed(1, sizeof *packed, "packed weight", &err);
+    int status = packed ? 0 : -1;
+    if (packed) {
+        Py_BEGIN_ALLOW_THREADS
+        status = b2_weight_pack(packed, &source, dtype, b2py_state_of_module(module)->pool, &err);
+        Py_END_ALLOW_THREADS
+    }
+    Py_DECREF(array);
+    PyObject *capsule = NULL;
+    if (status == 0 && (capsule = PyCapsule_New(packed, weight_capsule, release_weight)))
+        return capsule;
+    if (packed)
+        b2_weight_release(packed);
+    b2_free(packed);
+    return status < 0 ? b2py_raise(b2py_state_of_module(module), &err) : NULL;
+}
+
+static int numpy_type(b2_dtype dtype)
+{
+    return dtype == B2_F32 ? NPY_FLOAT32 : dtype == B2_F16 ? NPY_FLOAT16 : NPY_UINT16;
+}
+
+static PyObject *unpack_weight(PyObject *module, PyObject *capsule)
+{
+    const b2_weight *w = PyCapsule_GetPointer(capsule, weight_capsule);
+    if (!w)
+        return NULL;
+    npy_intp shape[2] = {(npy_intp)w->n, (npy_intp)w->k};
+    PyObject *out = PyArray_SimpleNew(2, shape, numpy_type(w->dtype));
+    b2_err err = {0};
+    if (out && b2_weight_unpack(PyArray_DATA((PyArrayObject *)out), w, &err) < 0) {
+        Py_DECREF(out);
+        return b2py_raise(b2py_state_of_module(module), &err);
+    }
+    return out;
+}
+
+static PyObject *convert(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    const char *name;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Os", &object, &name))
+        return NULL;
+    b2_weight source;
+    b2_dtype dtype;
+    PyArrayObject *array = matrix(&source, object, "x");
+    if (!array || dtype_named(&dtype, name) < 0) {
+        Py_XDECREF(array);
+        return NULL;
+    }
+    PyObject *out = PyArray_SimpleNew(2, PyArray_DIMS(array), numpy_type(dtype));
+    int64_t overflows = 0;
+    if (out)
+        overflows = b2_convert(PyArray_DATA((PyArrayObject *)out), dtype, source.data, source.dtype,
+                               source.n * source.k);
+    Py_DECREF(array);
+    return out ? Py_BuildValue("NL", out, (long long)overflows) : NULL;
+}
+
+/* ---- linear ---- */
+
+typedef struct linear_arguments {
+    PyArrayObject *x, *bias, *residual;
+    int act;
+    Py_ssize_t item_rows;
+} linear_arguments;
+
+static void drop_linear(linear_arguments *a)
+{
+    Py_CLEAR(a->x);
+    Py_CLEAR(a->bias);
+    Py_CLEAR(a->residual);
+}
+
+static int read_linear(linear_arguments *a, PyObject *x, PyObject *bias, PyObject *residual)
+{
+    a->x = a->bias = a->residual = NULL;
+    if (!(a->x = rows_array(x, "x")) || optional_array(&a->bias, bias, "bias", NPY_FLOAT32, 1) < 0 ||
+        optional_array(&a->residual, residual, "residual", NPY_FLOAT32, -1) < 0) {
+        drop_linear(a);
+        return -1;
+    }
+    return 0;
+}
+
+static int run_linear(kernel_call *k, PyArrayObject *out, const linear_arguments *a, const b2_weight *w)
+{
+    b2_weight bias = vector_of(a->bias);
+    b2_linear_opts opts = {.bias = a->bias ? &bias : NULL, .act = (b2_act)a->act, .item_rows = a->item_rows};
+    if (a->residual)
+        opts.residual = view_of(a->residual);
+    return b2_linear(&k->ctx, view_of(out), view_of(a->x), w, &opts, &k->err);
+}
+
+static PyObject *linear(PyObject *module, PyObject *args)
+{
+    PyObject *x, *weight, *bias, *residual, *owner;
+    linear_arguments a;
+    b2_weight w;
+    if (!PyArg_ParseTuple(args, "OOOOin", &x, &weight, &bias, &residual, &a.act, &a.item_rows) ||
+        weight_argument(&w, &owner, weight, "weight") < 0)
+        return NULL;
+    if (read_linear(&a, x, bias, residual) < 0) {
+        Py_DECREF(owner);
+        return NULL;
+    }
+    PyArrayObject *out = poisoned_like(a.x, w.n);
+    b2_tensor view = view_of(a.x);
+    kernel_call k;
+    if (out && kernel_begin(&k, module, (plan){view.rows, view.cols, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (out && kernel_end(&k, module, run_linear(&k, out, &a, &w)) < 0)
+        Py_CLEAR(out);
+    drop_linear(&a);
+    Py_DECREF(owner);
+    return (PyObject *)out;
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Seconds per call of linear over each of `weights` in turn, with scratch reserved once, as a session runs it. */
+static PyObject *time_linear(PyObject *module, PyObject *args)
+{
+    PyObject *x, *weights, *times = NULL;
+    linear_arguments a = {0};
+    if (!PyArg_ParseTuple(args, "OO!n", &x, &PyList_Type, &weights, &a.item_rows))
+        return NULL;
+    Py_ssize_t item_rows = a.item_rows, count = PyList_Size(weights);
+    if (read_linear(&a, x, Py_None, Py_None) < 0)
+        return NULL;
+    a.item_rows = item_rows;
+    b2_tensor view = view_of(a.x);
+    kernel_call k;
+    if (kernel_begin(&k, module, (plan){view.rows, view.cols, 0, 1}) < 0) {
+        drop_linear(&a);
+        return NULL;
+    }
+    b2py_call_hold(&k.call);
+    times = PyList_New(0);
+    int status = times ? 0 : -1;
+    for (Py_ssize_t i = 0; i < count && status == 0; i++) {
+        b2_weight w;
+        PyObject *owner;
+        if (weight_argument(&w, &owner, PyList_GetItem(weights, i), "weights") < 0)
+            break;
+        PyArrayObject *out = poisoned_like(a.x, w.n);
+        b2py_call_resume(&k.call);
+        double start = seconds();
+        status = out ? run_linear(&k, out, &a, &w) : -1;
+        double taken = seconds() - start;
+        b2py_call_hold(&k.call);
+        PyObject *time = PyFloat_FromDouble(taken);
+        if (!time || PyList_Append(times, time) < 0)
+            status = -1;
+        Py_XDECREF(time);
+        Py_XDECREF(out);
+        Py_DECREF(owner);
+    }
+    b2py_call_resume(&k.call);
+    kernel_end(&k, module, k.err.code != B2_OK ? -1 : 0);
+    drop_linear(&a);
+    if (PyErr_Occurred())
+        Py_CLEAR(times);
+    return times;
+}
+
+/* ---- rows ---- */
+
+static PyObject *layer_norm(PyObject *module, PyObject *args)
+{
+    PyObject *x_object, *gamma_object, *beta_object;
+    float eps;
+    PyArrayObject *x = NULL, *gamma = NULL, *beta = NULL, *out = NULL;
+    if (!PyArg_ParseTuple(args, "OOOf", &x_object, &gamma_object, &beta_object, &eps))
+        return NULL;
+    if (!(x = rows_array(x_object, "x")) || optional_array(&gamma, gamma_object, "weight", NPY_FLOAT32, 1) < 0 ||
+        optional_array(&beta, beta_object, "bias", NPY_FLOAT32, 1) < 0)
+        goto done;
+    b2_weight g = vector_of(gamma), b = vector_of(beta);
+    b2_tensor view = view_of(x);
+    kernel_call k;
+    if (!(out = poisoned_like(x, view.cols)))
+        goto done;
+    if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (kernel_end(&k, module, b2_layer_norm(&k.ctx, view_of(out), view, &g, &b, eps, &k.err)) < 0)
+        Py_CLEAR(out);
+done:
+    Py_XDECREF(x);
+    Py_XDECREF(gamma);
+    Py_XDECREF(beta);
+    return (PyObject *)out;
+}
+
+static PyObject *activation(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    int act;
+    if (!PyArg_ParseTuple(args, "Oi", &object, &act))
+        return NULL;
+    PyArrayObject *x = b2py_array(object, "x", NPY_FLOAT32, -1);
+    PyArrayObject *out = x ? poisoned(PyArray_NDIM(x), PyArray_DIMS(x)) : NULL;
+    if (out) {
+        int64_t count = PyArray_SIZE(x);
+        const b2_epilogue epilogue = {.act = (b2_act)act};
+        const b2_ctx ctx = {.ops = b2py_state_of_module(module)->ops};
+        Py_BEGIN_ALLOW_THREADS
+        b2_cpu_kernels_of(&ctx)->finish(PyArray_DATA(out), count, PyArray_DATA(x), count, 1, count, &epilogue);
+        Py_END_ALLOW_THREADS
+    }
+    Py_XDECREF(x);
+    return (PyObject *)out;
+}
+
+static PyObject *log_softmax(PyObject *module, PyObject *object)
+{
+    PyArrayObject *x = rows_array(object, "x");
+    PyArrayObject *out = x ? (PyArrayObject *)PyArray_NewCopy(x, NPY_CORDER) : NULL;
+    Py_XDECREF(x);
+    kernel_call k;
+    if (!out)
+        return NULL;
+    if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (kernel_end(&k, module, b2_log_softmax(&k.ctx, view_of(out), &k.err)) < 0)
+        Py_CLEAR(out);
+    return (PyObject *)out;
+}
+
+static PyObject *top_k(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    int count;
+    if (!PyArg_ParseTuple(args, "Oi", &object, &count))
+        return NULL;
+    PyArrayObject *x = rows_array(object, "x"), *values = NULL;
+    PyObject *ids = NULL;
+    if (x && (values = poisoned_like(x, count < 0 ? 0 : count)))
+        ids = PyArray_SimpleNew(PyArray_NDIM(values), PyArray_DIMS(values), NPY_INT32);
+    int status = -1;
+    kernel_call k;
+    if (ids && kernel_begin(&k, module, (plan){1, 1, 0, 1}) == 0)
+        status = kernel_end(&k, module,
+                            b2_top_k(&k.ctx, PyArray_DATA(values), PyArray_DATA((PyArrayObject *)ids), view_of(x),
+                                     count, &k.err));
+    Py_XDECREF(x);
+    if (status == 0)
+        return Py_BuildValue("NN", values, ids);
+    Py_XDECREF(values);
+    Py_XDECREF(ids);
+    return NULL;
+}
+
+static PyObject *first_bad_row(PyObject *module, PyObject *object)
+{
+    PyArrayObject *x = rows_array(object, "x");
+    int64_t bad = -1;
+    int status = -1;
+    kernel_call k;
+    if (x && kernel_begin(&k, module, (plan){1, 1, 0, 1}) == 0)
+        status = kernel_end(&k, module, b2_check_finite(&k.ctx, &bad, view_of(x), &k.err));
+    Py_XDECREF(x);
+    return status == 0 ? PyLong_FromLongLong(bad) : NULL;
+}
+
+static PyObject *embedding(PyObject *module, PyObject *args)
+{
+    PyObject *table_object, *ids_object, *added_object, *owner = NULL;
+    PyArrayObject *ids = NULL, *added = NULL, *out = NULL;
+    b2_weight table;
+    if (!PyArg_ParseTuple(args, "OOO", &table_object, &ids_object, &added_object) ||
+        weight_argument(&table, &owner, table_object, "table") < 0)
+        return NULL;
+    if (!(ids = b2py_array(ids_object, "ids", NPY_INT32, 1)) ||
+        optional_array(&added, added_object, "added_to", NPY_FLOAT32, 2) < 0)
+        goto done;
+    npy_intp shape[2] = {PyArray_DIM(ids, 0), (npy_intp)table.k};
+    out = added ? (PyArrayObject *)PyArray_NewCopy(added, NPY_CORDER) : poisoned(2, shape);
+    if (out && PyArray_DIM(out, 0) != shape[0]) {
+        PyErr_Format(PyExc_ValueError, "added_to: expected %zd rows, found %zd", (Py_ssize_t)shape[0],
+                     (Py_ssize_t)PyArray_DIM(out, 0));
+        Py_CLEAR(out);
+    }
+    kernel_call k;
+    if (!out)
+        goto done;
+    if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (kernel_end(&k, module,
+                        b2_embedding(&k.ctx, view_of(out), &table, PyArray_DATA(ids), added != NULL, &k.err)) < 0)
+        Py_CLEAR(out);
+done:
+    Py_XDECREF(owner);
+    Py_XDECREF(ids);
+    Py_XDECREF(added);
+    return (PyObject *)out;
+}
+
+static PyObject *patches(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    Py_ssize_t patch;
+    if (!PyArg_ParseTuple(args, "On", &object, &patch))
+        return NULL;
+    PyArrayObject *pixels = b2py_array(object, "pixels", NPY_FLOAT32, 4), *out = NULL;
+    if (!pixels)
+        return NULL;
+    npy_intp *shape = PyArray_DIMS(pixels);
+    npy_intp grid = patch > 0 ? shape[2] / patch : 0;
+    npy_intp out_shape[3] = {shape[0], grid * grid, patch > 0 ? shape[1] * patch * patch : 0};
+    kernel_call k;
+    if (shape[2] != shape[3])
+        PyErr_Format(PyExc_ValueError, "pixels: expected square pictures, found %zd x %zd", (Py_ssize_t)shape[2],
+                     (Py_ssize_t)shape[3]);
+    else
+        out = poisoned(3, out_shape);
+    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (out && kernel_end(&k, module,
+                               b2_patches(&k.ctx, view_of(out), PyArray_DATA(pixels), shape[0], shape[1], shape[2],
+                                          patch, &k.err)) < 0)
+        Py_CLEAR(out);
+    Py_DECREF(pixels);
+    return (PyObject *)out;
+}
+
+static PyObject *copy_rows(PyObject *module, PyObject *args)
+{
+    PyObject *out_object, *out_rows_object, *x_object, *x_rows_object;
+    PyArrayObject *base = NULL, *out_rows = NULL, *x = NULL, *x_rows = NULL, *out = NULL;
+    Py_ssize_t n;
+    if (!PyArg_ParseTuple(args, "OOOOn", &out_object, &out_rows_object, &x_object, &x_rows_object, &n))
+        return NULL;
+    if ((base = b2py_array(out_object, "out", NPY_FLOAT32, 2)) && (x = b2py_array(x_object, "x", NPY_FLOAT32, 2)) &&
+        optional_array(&out_rows, out_rows_object, "out_rows", NPY_INT32, 1) == 0 &&
+        optional_array(&x_rows, x_rows_object, "x_rows", NPY_INT32, 1) == 0)
+        out = (PyArrayObject *)PyArray_NewCopy(base, NPY_CORDER);
+    if (out && ((out_rows && PyArray_DIM(out_rows, 0) < n) || (x_rows && PyArray_DIM(x_rows, 0) < n))) {
+        PyErr_Format(PyExc_ValueError, "n: %zd rows, more than a list of rows holds", n);
+        Py_CLEAR(out);
+    }
+    kernel_call k;
+    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (out && kernel_end(&k, module,
+                               b2_copy_rows(&k.ctx, view_of(out), out_rows ? PyArray_DATA(out_rows) : NULL, view_of(x),
+                                            x_rows ? PyArray_DATA(x_rows) : NULL, n, &k.err)) < 0)
+        Py_CLEAR(out);
+    Py_XDECREF(base);
+    Py_XDECREF(out_rows);
+    Py_XDECREF(x);
+    Py_XDECREF(x_rows);
+    return (PyObject *)out;
+}
+
+static PyObject *add_rows(PyObject *module, PyObject *args)
+{
+    PyObject *a_object, *b_object;
+    if (!PyArg_ParseTuple(args, "OO", &a_object, &b_object))
+        return NULL;
+    PyArrayObject *a = rows_array(a_object, "x"), *b = a ? rows_array(b_object, "rows") : NULL;
+    PyArrayObject *out = b ? (PyArrayObject *)PyArray_NewCopy(a, NPY_CORDER) : NULL;
+    kernel_call k;
+    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (out && kernel_end(&k, module, b2_add_rows(&k.ctx, view_of(out), view_of(b), &k.err)) < 0)
+        Py_CLEAR(out);
+    Py_XDECREF(a);
+    Py_XDECREF(b);
+    return (PyObject *)out;
+}
+
+/* ---- attention ---- */
+
+enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_COUNT };
+
+static const struct {
+    const char *name;
+    int type, ndim, optional;
+} attention_inputs[A_COUNT] = {
+    {"q", NPY_FLOAT32, 2, 0},          {"q_offsets", NPY_INT32, 1, 0},    {"k", NPY_FLOAT32, 2, 0},
+    {"v", NPY_FLOAT32, 2, 0},          {"prefix_starts", NPY_INT32, 1, 0}, {"prefix_lens", NPY_INT32, 1, 0},
+    {"k_suffix", NPY_FLOAT32, 2, 1},   {"v_suffix", NPY_FLOAT32, 2, 1},   {"suffix_slots", NPY_INT32, 2, 1},
+    {"suffix_lens", NPY_INT32, 1, 1},  {"key_mask", NPY_UINT8, 2, 1},
+};
+
+static int check_length(PyArrayObject *array, const char *name, int64_t rows)
+{
+    if (!array || PyArray_DIM(array, 0) == rows)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected %zd rows, found %zd", name, (Py_ssize_t)rows,
+                 (Py_ssize_t)PyArray_DIM(array, 0));
+    return -1;
+}
+
+static int fill_attention(b2_attention_args *a, PyArrayObject **in)
+{
+    a->rows = PyArray_DIM(in[A_OFFSETS], 0) - 1;
+    if (a->rows < 0) {
+        PyErr_SetString(PyExc_ValueError, "q_offsets: expected at least 1 element, found 0");
+        return -1;
+    }
+    for (int i = A_STARTS; i < A_COUNT; i++)
+        if (i != A_KS && i != A_VS && check_length(in[i], attention_inputs[i].name, a->rows) < 0)
+            return -1;
+    if (!in[A_KS] != !in[A_VS] || !in[A_KS] != !in[A_SLOTS] || !in[A_KS] != !in[A_SLENS]) {
+        PyErr_SetString(PyExc_ValueError, "k_suffix, v_suffix, suffix_slots and suffix_lens: give all or none");
+        return -1;
+    }
+    a->q = view_of(in[A_Q]);
+    a->q_offsets = PyArray_DATA(in[A_OFFSETS]);
+    a->k = view_of(in[A_K]);
+    a->v = view_of(in[A_V]);
+    a->prefix_starts = PyArray_DATA(in[A_STARTS]);
+    a->prefix_lens = PyArray_DATA(in[A_LENS]);
+    if (in[A_KS]) {
+        a->k_suffix = view_of(in[A_KS]);
+        a->v_suffix = view_of(in[A_VS]);
+        a->suffix_slots = PyArray_DATA(in[A_SLOTS]);
+        a->suffix_ld = PyArray_DIM(in[A_SLOTS], 1);
+        a->suffix_lens = PyArray_DATA(in[A_SLENS]);
+    }
+    if (in[A_MASK]) {
+        a->key_mask = PyArray_DATA(in[A_MASK]);
+        a->key_mask_ld = PyArray_DIM(in[A_MASK], 1);
+    }
+    return 0;
+}
+
+static plan attention_plan(const b2_attention_args *a)
+{
+    int64_t keys = 0;
+    for (int64_t b = 0; b < a->rows; b++) {
+        int64_t n = (int64_t)a->prefix_lens[b] + (a->suffix_lens ? a->suffix_lens[b] : 0);
+        keys = n > keys ? n : keys;
+    }
+    /* Lengths beyond what there is are refused by the operation; they must not size anything before. */
+    int64_t most = a->k.rows + a->suffix_ld;
+    return (plan){1, 1, keys < most ? keys : most, a->head_dim > 0 ? a->head_dim : 1};
+}
+
+static PyObject *attention(PyObject *module, PyObject *args)
+{
+    PyObject *objects[A_COUNT];
+    PyArrayObject *in[A_COUNT] = {0}, *out = NULL;
+    b2_attention_args a = {0};
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOpiiif", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K], &objects[A_V],
+                          &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS], &objects[A_SLOTS],
+                          &objects[A_SLENS], &objects[A_MASK], &a.causal, &a.heads, &a.kv_heads, &a.head_dim,
+                          &a.scale))
+        return NULL;
+    for (int i = 0; i < A_COUNT; i++) {
+        if (attention_inputs[i].optional && objects[i] == Py_None)
+            continue;
+        in[i] = b2py_array(objects[i], attention_inputs[i].name, attention_inputs[i].type, attention_inputs[i].ndim);
+        if (!in[i])
+            goto done;
+    }
+    if (fill_attention(&a, in) < 0 || !(out = poisoned(2, PyArray_DIMS(in[A_Q]))))
+        goto done;
+    a.out = view_of(out);
+    kernel_call k;
+    if (kernel_begin(&k, module, attention_plan(&a)) < 0)
+        Py_CLEAR(out);
+    else if (kernel_end(&k, module, b2_attention(&k.ctx, &a, &k.err)) < 0)
+        Py_CLEAR(out);
+done:
+    for (int i = 0; i < A_COUNT; i++)
+        Py_XDECREF(in[i]);
+    return (PyObject *)out;
+}
+
+/* ---- the machine's ceiling ---- */
+
+typedef struct peak_job {
+    const b2_cpu_kernels *kernels;
+    double flops;
+    float sinks[B2_MAX_THREADS];
+} peak_job;
+
+static void peak_tile(void *argument, int64_t index, int worker)
+{
+    peak_job *job = argument;
+    double flops = job->kernels->fma_peak(2 * 1000 * 1000, &job->sinks[worker]);
+    if (index == 0)
+        job->flops = flops;
+}
+
+static PyObject *fma_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    b2py_state *state = b2py_state_of_module(module);
+    const b2_ctx ctx = {.ops = state->ops};
+    peak_job job = {.kernels = b2_cpu_kernels_of(&ctx)};
+    b2_err err = {0};
+    int64_t tiles = 8 * b2_pool_threads(state->pool);
+    double start;
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    start = seconds();
+    status = b2_pool_run(state->pool, tiles, peak_tile, &job, NULL, &err);
+    start = seconds() - start;
+    Py_END_ALLOW_THREADS
+    return status < 0 ? b2py_raise(state, &err) : PyFloat_FromDouble(job.flops * (double)tiles / start);
+}
+
+static PyMethodDef kernel_methods[] = {
+    {"_pack_weight", pack_weight, METH_VARARGS, "_pack_weight(weight, dtype) -> capsule"},
+    {"_unpack_weight", unpack_weight, METH_O, "_unpack_weight(capsule) -> array [n, k]"},
+    {"_convert", convert, METH_VARARGS, "_convert(x, dtype) -> (array, values that became infinite)"},
+    {"_linear", linear, METH_VARARGS, "_linear(x, weight, bias, residual, activation, item_rows) -> array"},
+    {"_time_linear", time_linear, METH_VARARGS, "_time_linear(x, weights, item_rows) -> seconds of each call"},
+    {"_layer_norm", layer_norm, METH_VARARGS, "_layer_norm(x, weight, bias, eps) -> array"},
+    {"_activation", activation, METH_VARARGS, "_activation(x, activation) -> array"},
+    {"_log_softmax", log_softmax, METH_O, "_log_softmax(x) -> array"},
+    {"_top_k", top_k, METH_VARARGS, "_top_k(x, k) -> (values, ids)"},
+    {"_first_bad_row", first_bad_row, METH_O, "_first_bad_row(x) -> int"},
+    {"_embedding", embedding, METH_VARARGS, "_embedding(table, ids, added_to) -> array"},
+    {"_patches", patches, METH_VARARGS, "_patches(pixels, patch) -> array"},
+    {"_copy_rows", copy_rows, METH_VARARGS, "_copy_rows(out, out_rows, x, x_rows, n) -> array"},
+    {"_add_rows", add_rows, METH_VARARGS, "_add_rows(x, rows) -> array"},
+    {"_attention", attention, METH_VARARGS, "_attention(...) -> array; see blip2c.kernels.packed_attention"},
+    {"_fma_peak", fma_peak, METH_NOARGS, "_fma_peak() -> flops per second of multiply-adds in registers"},
+    {0},
+};
 
 int b2py_add_kernels(PyObject *module)
 {
-    (void)module;
-    return 0;
+    return PyModule_AddFunctions(module, kernel_methods);
 }

@@ -12,13 +12,15 @@
  * Memory: one block of scratch per thread from ctx->scratch. */
 #include "ops/cpu/common.h"
 
-static const double NS_PER_FLOP = 1.0 / 60;
+static const double NS_PER_FLOP = 1.0 / 60, MOST_NS = 10e6;
 
 typedef struct attention_job {
     const b2_cpu_kernels *kernels;
     const b2_attention_args *args;
     int64_t max_keys;       /* longest row, rounded up to 32 */
-    int64_t heads_per_tile; /* pairs of (row, key head) per tile of work */
+    int64_t chunks;         /* pieces that the queries of a (row, key head) are cut into; 1 unless they are many */
+    int64_t pieces;         /* rows * key heads * chunks */
+    int64_t pieces_per_tile;
     b2_slots slots;
 } attention_job;
 
@@ -177,22 +179,24 @@ static void attend_block(const attention_job *job, const head_work *work, worksp
     mix(job, space, a->out.data + row * a->out.ld + column, a->out.ld, rows, seen, sums);
 }
 
-static void attend_head(const attention_job *job, int64_t index, workspace *space)
+static void attend_piece(const attention_job *job, int64_t index, workspace *space)
 {
     const b2_attention_args *a = job->args;
-    int64_t row = index / a->kv_heads, group = a->heads / a->kv_heads;
+    int64_t pair = index / job->chunks, chunk = index % job->chunks;
+    int64_t row = pair / a->kv_heads, group = a->heads / a->kv_heads;
     head_work work = {.row = row,
                       .keys = (int64_t)a->prefix_lens[row] + (a->suffix_lens ? a->suffix_lens[row] : 0),
                       .queries = (int64_t)a->q_offsets[row + 1] - a->q_offsets[row],
                       .first_query = a->q_offsets[row],
-                      .kv_head = index % a->kv_heads};
-    if (work.queries == 0)
+                      .kv_head = pair % a->kv_heads};
+    int64_t blocks = (work.queries + job->kernels->tile_rows - 1) / job->kernels->tile_rows;
+    int64_t block = chunk * blocks / job->chunks, block_end = (chunk + 1) * blocks / job->chunks;
+    if (block == block_end)
         return;
     list_keys(&work, a, space);
     pack_head(job, &work, space);
-    int64_t blocks = (work.queries + job->kernels->tile_rows - 1) / job->kernels->tile_rows;
     for (int64_t g = 0; g < group; g++)
-        for (int64_t b = 0; b < blocks; b++) {
+        for (int64_t b = block; b < block_end; b++) {
             int64_t first = b * work.queries / blocks, end = (b + 1) * work.queries / blocks;
             attend_block(job, &work, space, work.kv_head * group + g, first, (int)(end - first));
         }
@@ -205,9 +209,9 @@ static void attention_tile(void *argument, int64_t index, int worker)
     char *block = b2_slot_claim(&job->slots, worker);
     workspace space;
     lay_out(&space, block, job->max_keys, a->head_dim, job->kernels->tile_rows);
-    int64_t end = min64(a->rows * a->kv_heads, (index + 1) * job->heads_per_tile);
-    for (int64_t i = index * job->heads_per_tile; i < end; i++)
-        attend_head(job, i, &space);
+    int64_t end = min64(job->pieces, (index + 1) * job->pieces_per_tile);
+    for (int64_t i = index * job->pieces_per_tile; i < end; i++)
+        attend_piece(job, i, &space);
     b2_slot_release(&job->slots, block);
 }
 
@@ -229,15 +233,18 @@ int b2_cpu_attention(b2_ctx *ctx, const b2_attention_args *args, b2_err *err)
     }
     job.max_keys = padded_keys(job.max_keys);
     int64_t pairs = args->rows * args->kv_heads;
-    double pair_ns = flops * NS_PER_FLOP / (double)pairs;
-    int64_t tiles = b2_cpu_tile_count(ctx, pairs, pair_ns, 10e3);
-    job.heads_per_tile = (pairs + tiles - 1) / tiles;
+    /* Each piece packs the pair's keys again: cut only where a pair alone would make cancelling slow. */
+    job.chunks = 1 + (int64_t)(flops * NS_PER_FLOP / (double)pairs / MOST_NS);
+    job.pieces = pairs * job.chunks;
+    double piece_ns = flops * NS_PER_FLOP / (double)job.pieces;
+    int64_t tiles = b2_cpu_tile_count(ctx, job.pieces, piece_ns, 10e3);
+    job.pieces_per_tile = (job.pieces + tiles - 1) / tiles;
     size_t mark = b2_arena_mark(ctx->scratch);
     size_t bytes = lay_out(NULL, NULL, job.max_keys, args->head_dim, job.kernels->tile_rows);
     if (b2_slots_take(&job.slots, ctx, bytes, err) < 0)
         return -1;
-    int status = b2_cpu_run(ctx, (pairs + job.heads_per_tile - 1) / job.heads_per_tile, attention_tile, &job,
-                            pair_ns * (double)pairs, err);
+    int status = b2_cpu_run(ctx, (job.pieces + job.pieces_per_tile - 1) / job.pieces_per_tile, attention_tile, &job,
+                            flops * NS_PER_FLOP, err);
     b2_arena_reset(ctx->scratch, mark);
     return status;
 }

@@ -24,18 +24,6 @@ static void pack_rows(float *restrict dst, const float *restrict x, int64_t ld, 
             dst[i * rows + r] = x[r * ld + i];
 }
 
-static void widen(float *restrict dst, const void *src, b2_dtype dtype, int64_t count)
-{
-    if (dtype == B2_F16)
-        for (int64_t i = 0; i < count; i += VW)
-            v_store(dst + i, v_load_f16((const uint16_t *)src + i));
-    else if (dtype == B2_BF16)
-        for (int64_t i = 0; i < count; i += VW)
-            v_store(dst + i, v_load_bf16((const uint16_t *)src + i));
-    else
-        memcpy(dst, src, (size_t)count * sizeof *dst);
-}
-
 B2_INLINE float load_one(const char *p, b2_dtype dtype)
 {
     if (dtype == B2_F32) {
@@ -59,14 +47,12 @@ static void widen_rows(float *restrict dst, const void *w, b2_dtype dtype, int64
     }
 }
 
-B2_INLINE vf tile_load(const float *b0, const float *b1, int64_t k, int v)
+/* b0, b1 as stored in `dtype`; widened into w0, w1 unless they are fp32. */
+B2_INLINE void tile_body(float *restrict c, const float *restrict a, const char *restrict b0, const char *restrict b1,
+                         float *restrict w0, float *restrict w1, const char *next, size_t next_distance, int64_t kc,
+                         int first, const int rows, const b2_dtype dtype, const int ahead)
 {
-    return v < NV ? v_load(b0 + k * B2_PANEL + v * VW) : v_load(b1 + k * B2_PANEL + (v - NV) * VW);
-}
-
-B2_INLINE void tile_body(float *restrict c, const float *restrict a, const float *restrict b0,
-                         const float *restrict b1, int64_t kc, int first, const int rows)
-{
+    const int64_t size = dtype == B2_F32 ? 4 : 2;
     vf acc[TILE_ROWS][TILE_VECTORS];
     B2_UNROLL
     for (int r = 0; r < rows; r++) {
@@ -78,7 +64,17 @@ B2_INLINE void tile_body(float *restrict c, const float *restrict a, const float
         vf b[TILE_VECTORS];
         B2_UNROLL
         for (int v = 0; v < TILE_VECTORS; v++)
-            b[v] = tile_load(b0, b1, k, v);
+            b[v] = v_load_as((v < NV ? b0 : b1) + (k * B2_PANEL + v % NV * VW) * size, dtype);
+        if (dtype != B2_F32) {
+            B2_UNROLL
+            for (int v = 0; v < TILE_VECTORS; v++)
+                v_store((v < NV ? w0 : w1) + k * B2_PANEL + v % NV * VW, b[v]);
+        }
+        if (ahead) {
+            __builtin_prefetch(next + k * B2_PANEL * size, 0, 2);
+            if (TILE_PANELS == 2)
+                __builtin_prefetch(next + next_distance + k * B2_PANEL * size, 0, 2);
+        }
         B2_UNROLL
         for (int r = 0; r < rows; r++) {
             vf x = v_set1(a[k * rows + r]);
@@ -143,7 +139,18 @@ B2_INLINE void stream_body(float *restrict c, const float *restrict a, const cha
 #define DEFINE_ROWS(R)                                                                                              \
     static void tile_##R(float *c, const float *a, const float *b0, const float *b1, int64_t kc, int first)         \
     {                                                                                                               \
-        tile_body(c, a, b0, b1, kc, first, R);                                                                      \
+        tile_body(c, a, (const char *)b0, (const char *)b1, NULL, NULL, NULL, 0, kc, first, R, B2_F32, 0);          \
+    }                                                                                                               \
+    static void from_##R(float *c, const float *a, const b2_stored *s, b2_panels *b, int64_t kc, int first)         \
+    {                                                                                                               \
+        if (s->dtype == B2_F32)                                                                                     \
+            tile_body(c, a, s->at[0], s->at[1], NULL, NULL, s->next, s->next_distance, kc, first, R, B2_F32, 1);    \
+        else if (s->dtype == B2_F16)                                                                                \
+            tile_body(c, a, s->at[0], s->at[1], b->at[0], b->at[1], s->next, s->next_distance, kc, first, R, B2_F16,\
+                      1);                                                                                           \
+        else                                                                                                        \
+            tile_body(c, a, s->at[0], s->at[1], b->at[0], b->at[1], s->next, s->next_distance, kc, first, R,        \
+                      B2_BF16, 1);                                                                                  \
     }                                                                                                               \
     static void stream_##R(float *c, const float *a, const char *w, b2_dtype dtype, int panels, int64_t k)          \
     {                                                                                                               \
@@ -181,6 +188,7 @@ DEFINE_ROWS(14)
 #endif
 
 typedef void (*tile_fn)(float *, const float *, const float *, const float *, int64_t, int);
+typedef void (*from_fn)(float *, const float *, const b2_stored *, b2_panels *, int64_t, int);
 typedef void (*stream_fn)(float *, const float *, const char *, b2_dtype, int, int64_t);
 
 #if defined(B2_SIMD_AVX512)
@@ -194,11 +202,20 @@ typedef void (*stream_fn)(float *, const float *, const char *, b2_dtype, int, i
 #endif
 
 static const tile_fn tiles_of[TILE_ROWS] = ALL_ROWS(tile);
+static const from_fn froms_of[TILE_ROWS] = ALL_ROWS(from);
 static const stream_fn streams_of[TILE_ROWS] = ALL_ROWS(stream);
 
 static void tile(float *c, const float *a, const float *b0, const float *b1, int rows, int64_t kc, int first)
 {
     tiles_of[rows - 1](c, a, b0, b1, kc, first);
+}
+
+static void tile_from(float *c, const float *a, const b2_stored *stored, b2_panels *b, int rows, int64_t kc, int first)
+{
+    froms_of[rows - 1](c, a, stored, b, kc, first);
+    if (stored->dtype == B2_F32)
+        for (int i = 0; i < 2; i++)
+            b->at[i] = (float *)(void *)stored->at[i]; /* only read from */
 }
 
 static void stream(float *c, const float *a, const void *w, b2_dtype dtype, int rows, int panels, int64_t k)

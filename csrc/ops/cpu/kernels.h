@@ -15,19 +15,32 @@ typedef struct b2_epilogue {
     b2_act act;
 } b2_epilogue;
 
+/* The panels of a register tile as fp32: at[i] [kc][16]. */
+typedef struct b2_panels {
+    float *at[2];
+} b2_panels;
+
+/* The same as stored, [kc][16] of `dtype`, and where the next ones will be read, to ask for them early. */
+typedef struct b2_stored {
+    const char *at[2];
+    b2_dtype dtype;
+    const char *next;   /* first of the next panels; the second lies next_distance bytes behind */
+    size_t next_distance;
+} b2_stored;
+
 typedef struct b2_cpu_kernels {
     int tile_rows;    /* most rows of a register tile */
     int tile_panels;  /* panels of a register tile, 1 or 2 */
 
     /* dst [k][rows] = x [rows, k] (distance ld), rows <= tile_rows: the left operand of a tile. */
     void (*pack_rows)(float *dst, const float *x, int64_t ld, int rows, int64_t k);
-    /* dst [count] = src as fp32; count is a multiple of 16. */
-    void (*widen)(float *dst, const void *src, b2_dtype dtype, int64_t count);
     /* dst [kc][16] = columns [k0, k0 + kc) of `rows` <= 16 rows of w [*, k] (row-major, any alignment), zero-padded. */
     void (*widen_rows)(float *dst, const void *w, b2_dtype dtype, int64_t k, int64_t rows, int64_t k0, int64_t kc);
     /* c [rows][tile_panels*16] (+)= a [kc][rows] . b0, b1 [kc][16]: starts from zero if `first`, else goes on from c.
      * b1 is read only where tile_panels is 2. */
     void (*tile)(float *c, const float *a, const float *b0, const float *b1, int rows, int64_t kc, int first);
+    /* The same from panels as stored, which it widens into b->at (fp32: it points b->at at them). */
+    void (*tile_from)(float *c, const float *a, const b2_stored *stored, b2_panels *b, int rows, int64_t kc, int first);
     /* c [rows][panels*16] = a [k][rows] . packed panels, rows <= tile_rows, panels <= stream_panels(rows): reads each
      * weight once, straight from memory. */
     void (*stream)(float *c, const float *a, const void *w, b2_dtype dtype, int rows, int panels, int64_t k);

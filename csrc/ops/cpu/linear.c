@@ -3,8 +3,8 @@
  * Four ways, chosen by the weight and by the number of rows; all but the last compute every element as one chain of
  * fused multiply-adds over ascending k, so the choice never shows in the result:
  *   stream  few rows (one register tile): every weight is read once, straight from its panel;
- *   tiles   more rows: x is packed once for all threads; each tile of work widens its panels into a block that stays in
- *           the cache and runs register tiles over them, KC steps of k at a time. Partial sums are stored and
+ *   tiles   more rows: x is packed once for all threads; each tile of work widens a pair of panels into a block that stays
+ *           in the cache and runs register tiles over them, KC steps of k at a time. Partial sums are stored and
  *           reloaded exactly;
  *   rows    as tiles, for weights in B2_ROWS: the panels are made on the way;
  *   blas    fp32 B2_ROWS with item_rows: OpenBLAS on one item and a fixed stretch of columns at a time.
@@ -126,11 +126,11 @@ static int run_stream(b2_ctx *ctx, linear_job *job, b2_err *err)
 
 /* ---- tiles ---- */
 
-/* Scratch of one thread: widened panels [CHUNK_PANELS][KC][16] and register tiles between two blocks of k,
+/* Scratch of one thread: widened panels [2][KC][16] and register tiles between two blocks of k,
  * [CHUNK_PANELS / tile_panels][blocks per chunk][tile rows][tile columns]. */
 static size_t widened_floats(void)
 {
-    return (size_t)CHUNK_PANELS * KC * B2_PANEL;
+    return (size_t)2 * KC * B2_PANEL;
 }
 
 static size_t chunk_scratch(const b2_cpu_kernels *kernels)
@@ -140,29 +140,47 @@ static size_t chunk_scratch(const b2_cpu_kernels *kernels)
     return (widened_floats() + tiles) * sizeof(float);
 }
 
-/* Panel `panel`, steps [k0, k0 + kc), as fp32 [kc][16]: widened into `buffer`, or where it lies. */
-static const float *panel_block(const linear_job *job, int64_t panel, int64_t k0, int64_t kc, float *buffer)
-{
-    const b2_weight *w = job->w;
-    size_t size = b2_dtype_size(w->dtype);
-    if (w->layout == B2_ROWS) {
-        int64_t rows = min64(B2_PANEL, w->n - panel * B2_PANEL);
-        job->kernels->widen_rows(buffer, (const char *)w->data + (size_t)(panel * B2_PANEL * w->k) * size, w->dtype,
-                                 w->k, rows, k0, kc);
-        return buffer;
-    }
-    const char *from = panel_at(w, panel) + (size_t)(k0 * B2_PANEL) * size;
-    if (w->dtype == B2_F32)
-        return (const float *)(const void *)from;
-    job->kernels->widen(buffer, from, w->dtype, kc * B2_PANEL);
-    return buffer;
-}
-
 typedef struct chunk {
     int64_t block, block_end; /* row blocks */
     int64_t panel, panel_end;
     float *widened, *tiles;   /* scratch */
 } chunk;
+
+/* Where steps [k0, ...) of a panel lie. */
+static const char *block_at(const b2_weight *w, int64_t panel, int64_t k0)
+{
+    return panel_at(w, panel) + (size_t)(k0 * B2_PANEL) * b2_dtype_size(w->dtype);
+}
+
+/* The block of panels that is read after this one, or this one again. */
+static const char *block_after(const linear_job *job, const chunk *chunk, int64_t panel, int64_t k0)
+{
+    if (panel + job->kernels->tile_panels < chunk->panel_end)
+        return block_at(job->w, panel + job->kernels->tile_panels, k0);
+    return block_at(job->w, chunk->panel, k0 + KC < job->w->k ? k0 + KC : k0);
+}
+
+/* The first row block of a chunk brings the panels in: widened into the buffers, or (fp32) left where they lie. */
+static void enter_panels(const linear_job *job, const chunk *chunk, b2_panels *b, float *tile, const float *a, int rows,
+                         int64_t panel, int64_t k0, int64_t kc)
+{
+    const b2_weight *w = job->w;
+    int two = job->kernels->tile_panels == 2 && panel + 1 < chunk->panel_end;
+    *b = (b2_panels){.at = {chunk->widened, chunk->widened + KC * B2_PANEL}};
+    if (w->layout == B2_ROWS) {
+        for (int i = 0; i <= two; i++) {
+            int64_t first = (panel + i) * B2_PANEL;
+            job->kernels->widen_rows(b->at[i], (const char *)w->data + (size_t)(first * w->k) * b2_dtype_size(w->dtype),
+                                     w->dtype, w->k, min64(B2_PANEL, w->n - first), k0, kc);
+        }
+        job->kernels->tile(tile, a, b->at[0], two ? b->at[1] : b->at[0], rows, kc, k0 == 0);
+        return;
+    }
+    size_t next = two ? (size_t)(w->k * B2_PANEL) * b2_dtype_size(w->dtype) : 0;
+    const char *from = block_at(w, panel, k0);
+    b2_stored stored = {{from, from + next}, w->dtype, block_after(job, chunk, panel, k0), next};
+    job->kernels->tile_from(tile, a, &stored, b, rows, kc, k0 == 0);
+}
 
 static void run_block_of_k(const linear_job *job, const chunk *chunk, int64_t k0, int64_t kc)
 {
@@ -170,16 +188,17 @@ static void run_block_of_k(const linear_job *job, const chunk *chunk, int64_t k0
     int step = kernels->tile_panels, columns = step * B2_PANEL;
     float *tile = chunk->tiles;
     for (int64_t p = chunk->panel; p < chunk->panel_end; p += step) {
-        float *buffer = chunk->widened + (p - chunk->panel) * KC * B2_PANEL;
-        const float *b0 = panel_block(job, p, k0, kc, buffer), *b1 = b0;
-        if (step == 2 && p + 1 < chunk->panel_end)
-            b1 = panel_block(job, p + 1, k0, kc, buffer + KC * B2_PANEL);
-        int64_t cols = min64((chunk->panel_end - p) * B2_PANEL, job->w->n - p * B2_PANEL);
+        b2_panels b;
+        int64_t cols = min64(min64(columns, (chunk->panel_end - p) * B2_PANEL), job->w->n - p * B2_PANEL);
         for (int64_t i = chunk->block; i < chunk->block_end; i++) {
             int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
-            kernels->tile(tile, job->packed + first * job->w->k + k0 * rows, b0, b1, (int)rows, kc, k0 == 0);
+            const float *a = job->packed + first * job->w->k + k0 * rows;
+            if (i == chunk->block)
+                enter_panels(job, chunk, &b, tile, a, (int)rows, p, k0, kc);
+            else
+                kernels->tile(tile, a, b.at[0], b.at[1], (int)rows, kc, k0 == 0);
             if (k0 + kc == job->w->k)
-                finish_part(job, first, p * B2_PANEL, rows, min64(columns, cols), tile, columns);
+                finish_part(job, first, p * B2_PANEL, rows, cols, tile, columns);
             tile += kernels->tile_rows * columns;
         }
     }

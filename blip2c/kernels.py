@@ -1,0 +1,348 @@
+"""The kernels one by one, on NumPy arrays: to look at, to teach with, to test.
+
+Arithmetic is float32. Weights may be stored in float32, float16 or bfloat16 (NumPy has no bfloat16: its bits travel as
+uint16). A result does not depend on the number of threads, nor on what else is in the batch.
+
+Errors, everywhere: ``TypeError`` for something that is no array or has another dtype (nothing is converted silently),
+``ValueError`` for shapes and names, ``IndexError`` for ids outside their table. Arrays need not be contiguous or
+writable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2c import _core
+
+__all__ = [
+    "ACTIVATIONS",
+    "PackedWeight",
+    "activation",
+    "add_rows",
+    "attention",
+    "copy_rows",
+    "cross_attention",
+    "decode_attention",
+    "embedding",
+    "first_bad_row",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "log_softmax",
+    "packed_attention",
+    "patches",
+    "top_k",
+]
+
+F32 = NDArray[np.float32]
+
+ACTIVATIONS = ("none", "gelu", "relu", "gelu_tanh", "quick_gelu", "silu")
+"""Names of the activations, in the order of the C enumeration."""
+
+
+def _activation_index(name: str) -> int:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, found {name!r}")
+    return ACTIVATIONS.index(name)
+
+
+def _array(value: Any, name: str, dtype: Any, ndim: int) -> NDArray[Any]:
+    """What is sliced here, before C sees it, is checked here, with the same words."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected a numpy array, found {type(value).__name__}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: expected an array of {np.dtype(dtype)}, found {value.dtype}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name}: expected {ndim} axes, found {value.ndim}")
+    return value
+
+
+def _expect(name: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise ValueError(f"{name}: expected {expected}, found {found}")
+
+
+class PackedWeight:
+    """A weight matrix [Dout, Din] in the layout that the kernels read: [ceil(Dout / 16)][Din][16].
+
+    weight: float32, float16, or uint16 holding bfloat16 bits. dtype: "float32", "float16" or "bfloat16" to store it so
+    (rounded to nearest even; ``NumericError`` where a value is too large for float16), None: as it is.
+    """
+
+    def __init__(self, weight: NDArray[Any], dtype: str | None = None) -> None:
+        self._capsule = _core._pack_weight(weight, dtype)
+        self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
+
+    def unpack(self) -> NDArray[Any]:
+        """[Dout, Din] as stored: float32, float16, or uint16 holding bfloat16 bits."""
+        return _core._unpack_weight(self._capsule)
+
+    def __repr__(self) -> str:
+        return f"PackedWeight(shape={self.shape})"
+
+
+def linear(
+    x: F32,
+    weight: NDArray[Any] | PackedWeight,
+    bias: F32 | None = None,
+    activation: str = "none",
+    residual: F32 | None = None,
+    dtype: str | None = None,
+    item_rows: int = 0,
+    method: str = "packed",
+) -> F32:
+    """act(x . weight^T + bias) + residual, as torch.nn.functional.linear with what usually follows.
+
+    x [..., Din] float32; weight [Dout, Din] (see PackedWeight; packing takes longer than one product: keep it if
+    it is used again); bias [Dout]; residual [..., Dout]. Returns [..., Dout].
+
+    method "packed": each element is one chain of fused multiply-adds over ascending Din, starting from 0, so a row has
+    the same bits alone and in any batch. method "rows": the same chain from an unpacked weight (slower). method
+    "openblas": a float32 weight as it lies, through OpenBLAS; `item_rows` rows (default: all) form one item, and an
+    item has the same bits whatever the other items are.
+    """
+    if method not in ("packed", "rows", "openblas"):
+        raise ValueError(f"method: expected packed, rows or openblas, found {method!r}")
+    act = _activation_index(activation)
+    if item_rows < 0:
+        raise ValueError(f"item_rows: expected at least 0, found {item_rows}")
+    if method == "packed":
+        packed = weight if isinstance(weight, PackedWeight) else PackedWeight(weight, dtype)
+        return _core._linear(x, packed._capsule, bias, residual, act, item_rows)
+    if isinstance(weight, PackedWeight) or dtype is not None:
+        raise ValueError(f"method: {method} takes an array as it is stored")
+    if method == "rows":
+        return _core._linear(x, weight, bias, residual, act, 0)
+    if isinstance(weight, np.ndarray) and weight.dtype != np.float32:
+        raise TypeError(f"weight: expected an array of float32, found {weight.dtype}")
+    if item_rows == 0 and isinstance(x, np.ndarray) and x.ndim > 0:
+        item_rows = int(np.prod(x.shape[:-1]))
+    return _core._linear(x, weight, bias, residual, act, item_rows)
+
+
+def layer_norm(x: F32, weight: F32 | None = None, bias: F32 | None = None, eps: float = 1e-5) -> F32:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, as torch.nn.functional.layer_norm.
+
+    x [..., D] float32; weight, bias [D] or None. Mean and variance in two passes, in float32. Returns [..., D].
+    """
+    return _core._layer_norm(x, weight, bias, eps)
+
+
+def activation(x: F32, name: str = "gelu") -> F32:
+    """An activation of ACTIVATIONS on every element of x (float32, any shape).
+
+    gelu: x/2 (1 + erf(x / sqrt 2)), the exact one of BLIP-2's vision model and Q-Former; gelu_tanh: its tanh form;
+    quick_gelu: x sigmoid(1.702 x); silu: x sigmoid(x).
+    """
+    return _core._activation(x, _activation_index(name))
+
+
+def gelu(x: F32) -> F32:
+    """x/2 (1 + erf(x / sqrt 2)), as torch.nn.functional.gelu (Hendrycks and Gimpel 2016)."""
+    return activation(x, "gelu")
+
+
+def log_softmax(x: F32) -> F32:
+    """x - max - log(sum(exp(x - max))) over the last axis, as torch.log_softmax. x [..., V] float32."""
+    return _core._log_softmax(x)
+
+
+def top_k(x: F32, k: int) -> tuple[F32, NDArray[np.int32]]:
+    """The k largest of the last axis, largest first, equal values by ascending id; NaN comes last.
+
+    x [..., V] float32, 1 <= k <= V. Returns values [..., k] float32 and ids [..., k] int32.
+    """
+    return _core._top_k(x, k)
+
+
+def first_bad_row(x: F32) -> int:
+    """Index of the first row (all axes but the last, flattened) that holds a NaN or an Inf, or -1."""
+    return _core._first_bad_row(x)
+
+
+def embedding(table: NDArray[Any] | PackedWeight, ids: NDArray[np.int32], added_to: F32 | None = None) -> F32:
+    """Rows of a table [V, D], in any storage that PackedWeight takes: out[i] = table[ids[i]], float32 [N, D].
+
+    ids [N] int32, all below V (IndexError). With added_to [N, D] the rows are added to a copy of it. A negative id
+    leaves its row alone, which needs added_to.
+    """
+    if added_to is None and isinstance(ids, np.ndarray) and (ids < 0).any():
+        raise IndexError(f"ids: expected at least 0 without added_to, found {int(ids.min())}")
+    return _core._embedding(table._capsule if isinstance(table, PackedWeight) else table, ids, added_to)
+
+
+def patches(pixels: F32, patch: int) -> F32:
+    """Pictures [B, C, S, S] cut into flattened patches [B, (S // patch)^2, C * patch * patch].
+
+    Times a convolution weight [D, C, P, P] seen as [D, C*P*P] this is Conv2d(stride=patch), as Blip2VisionEmbeddings.
+    What is left over at the right and lower edge is dropped.
+    """
+    return _core._patches(pixels, patch)
+
+
+def copy_rows(
+    out: F32,
+    x: F32,
+    out_rows: NDArray[np.int32] | None = None,
+    x_rows: NDArray[np.int32] | None = None,
+) -> F32:
+    """A copy of out [M, D] in which row out_rows[i] is row x_rows[i] of x [N, D]; None: i itself."""
+    lists = [a for a in (out_rows, x_rows) if isinstance(a, np.ndarray)]
+    n = len(lists[0]) if lists else len(_array(x, "x", np.float32, 2))
+    return _core._copy_rows(out, out_rows, x, x_rows, n)
+
+
+def add_rows(x: F32, rows: F32) -> F32:
+    """x [N, D] plus rows [M, D] repeated N / M times: the same position embeddings onto every picture."""
+    return _core._add_rows(x, rows)
+
+
+def packed_attention(
+    q: F32,
+    q_offsets: NDArray[np.int32],
+    k: F32,
+    v: F32,
+    prefix_starts: NDArray[np.int32],
+    prefix_lens: NDArray[np.int32],
+    *,
+    heads: int,
+    kv_heads: int | None = None,
+    k_suffix: F32 | None = None,
+    v_suffix: F32 | None = None,
+    suffix_slots: NDArray[np.int32] | None = None,
+    suffix_lens: NDArray[np.int32] | None = None,
+    key_mask: NDArray[np.uint8] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> F32:
+    """The attention of the C contract: rows of unequal length, packed, over two stretches of keys.
+
+    q [N, H*Dh]: row b's queries are q[q_offsets[b]:q_offsets[b+1]] (q_offsets [B+1] int32). Its keys are
+    k[prefix_starts[b]:][:prefix_lens[b]] followed by k_suffix[suffix_slots[b, s]] for s < suffix_lens[b]; values alike.
+    key_mask [B, *] uint8 over the row's concatenated keys, 1: may be seen. causal: the row's queries are its last
+    positions. scale: default Dh^-0.5. A query that sees no key gets zeros. Returns [N, H*Dh].
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    q = _array(q, "q", np.float32, 2)
+    if heads < 1 or q.shape[1] % heads != 0:
+        raise ValueError(f"heads: expected a divisor of {q.shape[1]}, found {heads}")
+    head_dim = q.shape[1] // heads
+    scale = head_dim**-0.5 if scale is None and head_dim else scale
+    return _core._attention(
+        q, q_offsets, k, v, prefix_starts, prefix_lens, k_suffix, v_suffix, suffix_slots, suffix_lens, key_mask,
+        causal, heads, kv_heads, head_dim, scale or 0.0,
+    )  # fmt: skip
+
+
+def _mask_bytes(key_mask: NDArray[Any] | None, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
+    if key_mask is None:
+        return None
+    if not isinstance(key_mask, np.ndarray) or key_mask.dtype not in (np.bool_, np.uint8):
+        found = getattr(key_mask, "dtype", type(key_mask).__name__)
+        raise TypeError(f"key_mask: expected an array of bool or uint8, found {found}")
+    _expect("key_mask: shape", key_mask.shape, shape)
+    return key_mask.astype(np.uint8)
+
+
+def attention(
+    q: F32,
+    k: F32,
+    v: F32,
+    heads: int,
+    kv_heads: int | None = None,
+    causal: bool = False,
+    key_mask: NDArray[Any] | None = None,
+    scale: float | None = None,
+) -> F32:
+    """softmax(scale q k^T) v for each head (Vaswani et al. 2017, section 3.2.1).
+
+    q [B, Tq, H*Dh], k and v [B, Tk, Hkv*Dh] float32, head h in columns [h*Dh, (h+1)*Dh); key_mask [B, Tk] bool or
+    uint8, true where a key may be seen. causal: query i sees keys up to Tk - Tq + i (Tq <= Tk). A query that sees no
+    key gets zeros. Returns [B, Tq, H*Dh]. Query head h uses key head h * Hkv // H (grouped queries).
+    """
+    q, k, v = _array(q, "q", np.float32, 3), _array(k, "k", np.float32, 3), _array(v, "v", np.float32, 3)
+    _expect("k: batch", k.shape[0], q.shape[0])
+    _expect("v: shape", v.shape, k.shape)
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+    out = packed_attention(
+        q.reshape(batch * queries, q.shape[2]),
+        np.arange(batch + 1, dtype=np.int32) * np.int32(queries),
+        k.reshape(batch * keys, k.shape[2]),
+        v.reshape(batch * keys, v.shape[2]),
+        np.arange(batch, dtype=np.int32) * np.int32(keys),
+        np.full(batch, keys, np.int32),
+        heads=heads,
+        kv_heads=kv_heads,
+        key_mask=_mask_bytes(key_mask, (batch, keys)),
+        causal=causal,
+        scale=scale,
+    )
+    return out.reshape(q.shape)
+
+
+def cross_attention(
+    hidden: F32,
+    image_embeds: F32,
+    query: tuple[NDArray[Any], F32 | None],
+    key: tuple[NDArray[Any], F32 | None],
+    value: tuple[NDArray[Any], F32 | None],
+    heads: int,
+) -> F32:
+    """The Q-Former's look at a picture: attention of hidden's projection over image_embeds' projections.
+
+    hidden [B, Q, D], image_embeds [B, T, Dv] float32; query = (weight [D, D], bias [D]), key and value = (weight
+    [D, Dv], bias [D]); a bias may be None. Returns the heads side by side [B, Q, D], before the output projection, as
+    Blip2QFormerMultiHeadAttention (Li et al. 2023, section 3.1).
+    """
+    _array(hidden, "hidden", np.float32, 3)
+    _array(image_embeds, "image_embeds", np.float32, 3)
+    _expect("image_embeds: batch", image_embeds.shape[0], hidden.shape[0])
+    q = linear(hidden, *query)
+    return attention(q, linear(image_embeds, *key), linear(image_embeds, *value), heads)
+
+
+def decode_attention(
+    q: F32,
+    k_prefix: F32,
+    v_prefix: F32,
+    k_suffix: F32,
+    v_suffix: F32,
+    suffix_slots: NDArray[np.int32],
+    heads: int,
+    kv_heads: int | None = None,
+    prefix_of: NDArray[np.int32] | None = None,
+    scale: float | None = None,
+) -> F32:
+    """One new token per beam over a shared prompt and the beam's own past, without copying either.
+
+    q [R, H*Dh]: one query per beam. k_prefix, v_prefix [B, P, Hkv*Dh]: the prompts' keys and values; beam r looks at
+    prefix_of[r] (default: r). k_suffix, v_suffix [S, Hkv*Dh]: keys and values of all tokens since, in slots;
+    suffix_slots [R, L] int32: the slots of beam r's own past, oldest first, its own token included. Returns [R, H*Dh],
+    with the bits that the same query has in a causal pass over the whole sequence.
+    """
+    _array(k_prefix, "k_prefix", np.float32, 3)
+    _expect("v_prefix: shape", _array(v_prefix, "v_prefix", np.float32, 3).shape, k_prefix.shape)
+    _array(suffix_slots, "suffix_slots", np.int32, 2)
+    rows, length = _array(q, "q", np.float32, 2).shape[0], k_prefix.shape[1]
+    _expect("suffix_slots: rows", suffix_slots.shape[0], rows)
+    which = np.arange(rows, dtype=np.int32) if prefix_of is None else _array(prefix_of, "prefix_of", np.int32, 1)
+    _expect("prefix_of: length", len(which), rows)
+    return packed_attention(
+        q,
+        np.arange(rows + 1, dtype=np.int32),
+        k_prefix.reshape(-1, k_prefix.shape[2]),
+        v_prefix.reshape(-1, v_prefix.shape[2]),
+        which * np.int32(length),
+        np.full(rows, length, np.int32),
+        heads=heads,
+        kv_heads=kv_heads,
+        k_suffix=k_suffix,
+        v_suffix=v_suffix,
+        suffix_slots=suffix_slots,
+        suffix_lens=np.full(rows, suffix_slots.shape[1], np.int32),
+        causal=True,
+        scale=scale,
+    )

@@ -1,0 +1,745 @@
+"""Every kernel against float64, and against itself: other threads, other batches, other chunks, other instruction sets.
+
+CASES is the one list of what is computed; the tests below it each ask something else of every case. The whole file
+runs once more for each instruction set, in a child process with BLIP2C_ISA set.
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from blip2c import _core, kernels
+
+CHILD = "BLIP2C_KERNELS_CHILD"
+F32 = np.float32
+
+# Largest |found - float64| / scale. The scale of a sum is the sum of absolute values, so that cancellation is no excuse
+# and a single term that is missing shows.
+TOLERANCE = {
+    "linear": 5e-7,
+    "layer_norm": 1e-6,
+    "activation": 2.5e-7,
+    "log_softmax": 3e-7,
+    "attention": 1.5e-6,
+    "exact": 0.0,
+}
+# Rounding of the weight, to compare with the weight before it was packed.
+STORAGE = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Scratch is filled with NaN before each call, as outputs always are. Two threads, whatever the machine has."""
+    monkeypatch.setenv("BLIP2C_POISON", "1")
+    before = _core.get_num_threads()
+    _core.set_num_threads(2)
+    yield
+    _core.set_num_threads(before)
+
+
+# ---- the cases ----
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    tolerance: str
+    make: Callable[[np.random.Generator], dict[str, Any]]
+    """The arrays, by argument name."""
+    run: Callable[..., Any]
+    reference: Callable[..., tuple[np.ndarray, np.ndarray | float]]
+    """In float64: the value, and the scale that errors are measured against."""
+    rows: tuple[str, ...]
+    """Arguments whose first axis counts the rows of the output: these may be computed alone."""
+
+
+def normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
+    return (rng.standard_normal(shape) * scale).astype(F32)
+
+
+def widened(stored: np.ndarray) -> np.ndarray:
+    """float64 of what is stored: float32, float16, or bfloat16 bits."""
+    if stored.dtype == np.uint16:
+        return (stored.astype(np.uint32) << 16).view(F32).astype(np.float64)
+    return stored.astype(np.float64)
+
+
+ACTIVATIONS_64 = {
+    "none": lambda t: t,
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.relu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+    "silu": torch.nn.functional.silu,
+}
+
+
+def activate(x: np.ndarray, name: str) -> np.ndarray:
+    return ACTIVATIONS_64[name](torch.from_numpy(x)).numpy()
+
+
+def linear_case(m: int, n: int, k: int, dtype: str = "float32", activation: str = "none", method: str = "packed",
+                bias: bool = True, residual: bool = True, item_rows: int = 0) -> Case:  # fmt: skip
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        arrays = {"x": normal(rng, m, k), "weight": normal(rng, n, k, scale=k**-0.5)}
+        arrays["weight"] = kernels.PackedWeight(arrays["weight"], dtype).unpack()
+        if bias:
+            arrays["bias"] = normal(rng, n)
+        if residual:
+            arrays["residual"] = normal(rng, m, n)
+        return arrays
+
+    def reference(x, weight, bias=0.0, residual=0.0):
+        x, w = x.astype(np.float64), widened(weight)
+        value = activate(x @ w.T + bias, activation) + residual
+        return value, 1.2 * (np.abs(x) @ np.abs(w.T) + np.abs(bias)) + np.abs(residual)
+
+    options = {"activation": activation, "method": method, "item_rows": item_rows}
+    name = f"linear-{m}x{n}x{k}-{dtype}-{activation}-{method}{item_rows or ''}"
+    name += ("" if bias else "-nobias") + ("" if residual else "-nores")
+    rows = ("x", "residual") if residual else ("x",)
+    return Case(name, "linear", make, partial(kernels.linear, **options), reference, rows)
+
+
+def norm_case(m: int, d: int, affine: bool = True, eps: float = 1e-6) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        arrays = {"x": normal(rng, m, d, scale=3.0) + F32(1.0)}
+        if affine:
+            arrays |= {"weight": normal(rng, d), "bias": normal(rng, d)}
+        return arrays
+
+    def reference(x, weight=1.0, bias=0.0):
+        x = x.astype(np.float64)
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+        return y * weight + bias, np.abs(y * weight) + np.abs(bias) + np.abs(weight)
+
+    return Case(f"layer_norm-{m}x{d}{'' if affine else '-plain'}", "layer_norm", make,
+                partial(kernels.layer_norm, eps=eps), reference, ("x",))  # fmt: skip
+
+
+def activation_case(name: str, n: int) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"x": np.concatenate([normal(rng, n, scale=4.0), np.linspace(-12, 12, n).astype(F32)])}
+
+    def reference(x):
+        x = x.astype(np.float64)
+        return activate(x, name), np.maximum(1.0, np.abs(x))
+
+    return Case(f"activation-{name}-{n}", "activation", make, partial(kernels.activation, name=name), reference, ("x",))
+
+
+def log_softmax_case(m: int, v: int, scale: float) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"x": normal(rng, m, v, scale=scale)}
+
+    def reference(x):
+        value = torch.log_softmax(torch.from_numpy(x).double(), -1).numpy()
+        return value, np.abs(value) + np.abs(x).max() + 1.0
+
+    return Case(f"log_softmax-{m}x{v}", "log_softmax", make, kernels.log_softmax, reference, ("x",))
+
+
+def top_k_case(m: int, v: int, k: int) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"x": rng.integers(0, max(2, v // 2), (m, v)).astype(F32)}  # full of ties
+
+    def run(x):
+        values, ids = kernels.top_k(x, k)
+        return np.stack([values, ids.astype(F32)], 1)
+
+    def reference(x):
+        ids = np.argsort(-x, axis=-1, kind="stable")[:, :k]
+        return np.stack([np.take_along_axis(x, ids, -1), ids], 1).astype(np.float64), 1.0
+
+    return Case(f"top_k-{m}x{v}-{k}", "exact", make, run, reference, ("x",))
+
+
+def embedding_case(v: int, d: int, n: int, dtype: str, packed: bool, add: bool) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        table = kernels.PackedWeight(normal(rng, v, d), dtype).unpack()
+        arrays = {"table": table, "ids": rng.integers(0, v, n).astype(np.int32)}
+        return arrays | ({"added_to": normal(rng, n, d)} if add else {})
+
+    def run(table, ids, added_to=None):
+        return kernels.embedding(kernels.PackedWeight(table) if packed else table, ids, added_to)
+
+    def reference(table, ids, added_to=None):
+        found = widened(table)[ids]
+        return (found if added_to is None else (found + added_to).astype(F32).astype(np.float64)), 1.0
+
+    name = f"embedding-{v}x{d}-{dtype}{'-packed' if packed else ''}{'-added' if add else ''}"
+    return Case(name, "exact", make, run, reference, ("ids", "added_to") if add else ("ids",))
+
+
+def patches_case(b: int, c: int, s: int, p: int) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"pixels": normal(rng, b, c, s, s)}
+
+    def reference(pixels):
+        unfolded = torch.nn.functional.unfold(torch.from_numpy(pixels), p, stride=p)
+        return unfolded.transpose(1, 2).double().numpy(), 1.0
+
+    return Case(f"patches-{b}x{c}x{s}-{p}", "exact", make, partial(kernels.patches, patch=p), reference, ("pixels",))
+
+
+def add_rows_case(m: int, n: int, d: int) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"x": normal(rng, m * n, d), "rows": normal(rng, n, d)}
+
+    def reference(x, rows):
+        return (x + np.tile(rows, (len(x) // len(rows), 1))).astype(np.float64), 1.0
+
+    return Case(f"add_rows-{m}x{n}x{d}", "exact", make, kernels.add_rows, reference, ())
+
+
+def attention_64(q, k, v, heads, kv_heads, causal, scale, key_mask=None):
+    """(output, output over |v|) in float64, heads one by one."""
+    batch, queries, keys, width = *q.shape[:2], k.shape[1], q.shape[2] // heads
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    out, size = np.zeros(q.shape), np.zeros(q.shape)
+    seen = np.ones((batch, queries, keys), bool) if key_mask is None else key_mask[:, None, :].repeat(queries, 1) != 0
+    if causal:
+        seen &= np.arange(keys) <= np.arange(queries)[:, None] + keys - queries
+    for b, h in itertools.product(range(batch), range(heads)):
+        mine = slice(h * width, (h + 1) * width)
+        theirs = slice(h * kv_heads // heads * width, (h * kv_heads // heads + 1) * width)
+        scores = np.where(seen[b], scale * q[b, :, mine] @ k[b, :, theirs].T, -np.inf)
+        some = seen[b].any(-1)
+        p = np.exp(scores[some] - scores[some].max(-1, keepdims=True, initial=-np.inf))
+        p /= p.sum(-1, keepdims=True)
+        out[b, some, mine], size[b, some, mine] = p @ v[b, :, theirs], p @ np.abs(v[b, :, theirs])
+    return out, size + 1e-30
+
+
+def attention_case(b: int, tq: int, tk: int, heads: int, kv_heads: int, dh: int, causal: bool = False,
+                   masked: str = "") -> Case:  # fmt: skip
+    scale = 0.7 * dh**-0.5
+
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        arrays = {"q": normal(rng, b, tq, heads * dh), "k": normal(rng, b, tk, kv_heads * dh)}
+        arrays["v"] = normal(rng, b, tk, kv_heads * dh)
+        if masked:
+            mask = rng.random((b, tk)) < 0.6
+            if masked == "left":
+                mask = np.arange(tk) >= rng.integers(0, tk, (b, 1))
+            if masked == "all":
+                mask[0] = False
+            arrays["key_mask"] = mask
+        return arrays
+
+    options = {"heads": heads, "kv_heads": kv_heads, "causal": causal, "scale": scale}
+    name = f"attention-{b}x{tq}x{tk}-{heads}of{kv_heads}x{dh}{'-causal' if causal else ''}-{masked}".rstrip("-")
+    return Case(name, "attention", make, partial(kernels.attention, **options), partial(attention_64, **options),
+                ("q", "k", "v", "key_mask") if masked else ("q", "k", "v"))  # fmt: skip
+
+
+CASES = [
+    # shapes that fit nothing
+    *(linear_case(m, n, k) for m, n, k in [(1, 1, 1), (2, 3, 1), (5, 17, 3), (7, 32, 192), (257, 33, 588)]),
+    # the four ways, each storage, around the sizes of register tiles and blocks of k
+    *(
+        linear_case(m, n, k, dtype)
+        for dtype in STORAGE
+        for m, n, k in [(1, 250, 513), (4, 100, 256), (6, 47, 257), (14, 129, 300), (15, 64, 700), (33, 200, 512)]
+    ),
+    linear_case(257, 300, 1408, "float16"),
+    linear_case(301, 48, 530, "bfloat16"),
+    linear_case(1150, 40, 300, "float16"),
+    *(linear_case(9, 40, 65, activation=a) for a in kernels.ACTIVATIONS),
+    linear_case(1, 19, 70, "float16", "gelu", residual=False),
+    linear_case(20, 19, 70, "float16", "gelu", bias=False),
+    *(linear_case(m, 37, 290, dtype, "relu", "rows") for m, dtype in zip((1, 23, 40), STORAGE, strict=True)),
+    linear_case(3 * 26, 300, 588, "float32", "gelu", "openblas", item_rows=26),
+    linear_case(33, 520, 100, "float32", "none", "openblas", residual=False, item_rows=33),
+    *(norm_case(m, d) for m, d in [(1, 1), (3, 7), (33, 192), (257, 1408)]),
+    norm_case(5, 100, affine=False, eps=1e-12),
+    *(activation_case(name, n) for name in kernels.ACTIVATIONS for n in (3, 5000)),
+    *(log_softmax_case(m, v, s) for m, v, s in [(1, 1, 1.0), (5, 37, 10.0), (9, 50272, 3.0)]),
+    *(top_k_case(m, v, k) for m, v, k in [(1, 1, 1), (9, 50, 50), (7, 5000, 10), (3, 33, 2)]),
+    *(embedding_case(50, 37, 40, dtype, packed, packed) for dtype in STORAGE for packed in (False, True)),
+    embedding_case(33, 16, 40, "float16", True, False),
+    *(patches_case(b, c, s, p) for b, c, s, p in [(1, 3, 28, 14), (2, 3, 31, 14), (3, 1, 7, 3)]),
+    add_rows_case(3, 5, 70),
+    attention_case(1, 257, 257, 2, 2, 88),
+    attention_case(2, 33, 33, 4, 4, 80, causal=True),
+    attention_case(3, 32, 50, 3, 3, 64),
+    attention_case(2, 17, 40, 4, 2, 96, causal=True, masked="some"),
+    attention_case(5, 29, 29, 2, 1, 7, causal=True, masked="left"),
+    attention_case(2, 5, 21, 3, 3, 1, masked="all"),
+    attention_case(3, 1, 100, 6, 2, 33, causal=True),
+    attention_case(2, 0, 4, 1, 1, 8),
+]
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    return case.make(np.random.default_rng(len(case.name) * 7919 + sum(map(ord, case.name))))
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# ---- asked of every case ----
+
+
+@every_case
+def test_equals_float64(case: Case) -> None:
+    arrays = arguments(case)
+    found = case.run(**arrays)
+    value, scale = case.reference(**arrays)
+    assert found.dtype == F32
+    assert found.shape == value.shape
+    assert np.isfinite(found).all()
+    assert (np.abs(found - value) <= TOLERANCE[case.tolerance] * np.asarray(scale)).all()
+
+
+@every_case
+def test_threads_do_not_show(case: Case) -> None:
+    arrays = arguments(case)
+    results = []
+    for threads in (1, 2, 3, 4):
+        _core.set_num_threads(threads)
+        results.append(case.run(**arrays))
+    assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@every_case
+def test_rows_do_not_see_each_other(case: Case) -> None:
+    arrays = arguments(case)
+    whole = case.run(**arrays)
+    count = len(whole)
+    item = case.run.keywords.get("item_rows", 0) if isinstance(case.run, partial) else 0
+    for size in (1, 2, 5, 7, 16, 33, 257):
+        size *= item or 1
+        if size >= count or not case.rows:
+            continue
+        for start in {0, item or 1, count - size}:
+            part = {name: a[start : start + size] if name in case.rows else a for name, a in arrays.items()}
+            assert same_bits(case.run(**part), whole[start : start + size]), (size, start)
+
+
+@every_case
+def test_strided_and_read_only_inputs(case: Case) -> None:
+    arrays = arguments(case)
+    strange = {}
+    for name, a in arrays.items():
+        wide = np.repeat(a, 2, axis=-1)[..., ::2]
+        wide.flags.writeable = False
+        strange[name] = wide
+    before = {name: a.copy() for name, a in arrays.items()}
+    assert same_bits(case.run(**strange), case.run(**arrays))
+    assert all(same_bits(before[name], arrays[name]) for name in arrays)
+
+
+@every_case
+def test_nothing_is_allocated_while_it_runs(case: Case) -> None:
+    """One block: the arena that the caller reserves beforehand; three more where a weight is packed on the way."""
+    arrays = arguments(case)
+    case.run(**arrays)
+    before = _core._allocation_count()
+    case.run(**arrays)
+    packs = case.name.startswith("embedding") or case.tolerance == "linear"
+    packs = packs and "packed" in case.name
+    blocks = 0 if case.tolerance == "activation" else 3 if packs else 1
+    assert _core._allocation_count() - before == blocks
+
+
+@every_case
+def test_wrong_arrays_are_named(case: Case) -> None:
+    arrays = arguments(case)
+    for name, a in arrays.items():
+        named = "weight" if name == "table" and "packed" in case.name else name
+        with pytest.raises(TypeError, match=f"{named}: .*float64"):
+            case.run(**(arrays | {name: a.astype(np.float64)}))
+        if case.name.startswith(("top_k", "embedding")):
+            continue
+        with pytest.raises(TypeError, match=f"{name}: .*list"):
+            case.run(**(arrays | {name: a.tolist()}))
+
+
+# ---- linear and weights ----
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_rounded_weights_stay_near(dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    x, w = normal(rng, 3, 400), normal(rng, 50, 400)
+    error = np.abs(kernels.linear(x, w, dtype=dtype) - x.astype(np.float64) @ w.T.astype(np.float64))
+    assert (error <= (STORAGE[dtype] + TOLERANCE["linear"]) * (np.abs(x) @ np.abs(w.T))).all()
+
+
+def test_all_own_ways_agree() -> None:
+    rng = np.random.default_rng(2)
+    w = normal(rng, 70, 600)
+    for m in (1, 5, 14, 40, 300):
+        x = normal(rng, m, 600)
+        assert same_bits(kernels.linear(x, w), kernels.linear(x, w, method="rows"))
+
+
+def test_axes_in_front_are_kept() -> None:
+    rng = np.random.default_rng(3)
+    x, w = normal(rng, 2, 3, 20), normal(rng, 5, 20)
+    assert same_bits(kernels.linear(x, w).reshape(6, 5), kernels.linear(x.reshape(6, 20), w))
+    assert kernels.linear(x[:0], w).shape == (0, 3, 5)
+
+
+def test_float16_conversion_is_numpys() -> None:
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    found, overflows = _core._convert(halves, "float32")
+    nan = np.isnan(halves)
+    assert overflows == 0
+    assert same_bits(found[~nan], halves.astype(F32)[~nan])
+    assert np.isnan(found[nan]).all()
+    back, _ = _core._convert(found, "float16")
+    assert same_bits(back[~nan], halves[~nan])
+    assert np.isnan(back[nan]).all()
+    # around every boundary between two halves, subnormals and the overflow limit included
+    ordered = np.arange(0x7C01, dtype=np.uint16).view(np.float16).astype(np.float64)
+    ordered[-1] = 65536.0
+    middle = (ordered[1:] + ordered[:-1]).astype(F32) / F32(2)
+    values = np.concatenate([middle, -middle])
+    values = np.concatenate([values, np.nextafter(values, F32(0)), np.nextafter(values, F32(np.inf))])[None]
+    found, overflows = _core._convert(values, "float16")
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    assert same_bits(found, expected)
+    assert overflows == np.isinf(expected).sum() > 0
+
+
+def test_bfloat16_conversion_is_torchs() -> None:
+    bits = np.random.default_rng(4).integers(0, 2**32, 200_000, dtype=np.uint32)
+    values = np.concatenate([bits, [0x7F800001, 0xFF800001, 0x7F7FFFFF, 0x7F7F8000, 1, 0x8000, 0x18000]])
+    values = values.astype(np.uint32).view(F32)[None]
+    found, overflows = _core._convert(values, "bfloat16")
+    expected = torch.from_numpy(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    nan = np.isnan(values)
+    assert same_bits(found[~nan], expected[~nan])
+    assert (((found[nan] & 0x7F80) == 0x7F80) & ((found[nan] & 0x7F) != 0)).all()
+    assert overflows == (np.isinf(widened(found)) & np.isfinite(values)).sum() > 0
+
+
+@pytest.mark.parametrize("stored", STORAGE)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (300, 1100)])
+def test_packing_and_back(stored: str, shape: tuple[int, int]) -> None:
+    source = kernels.PackedWeight(normal(np.random.default_rng(5), *shape), stored).unpack()
+    assert same_bits(kernels.PackedWeight(source).unpack(), source)
+    for dtype in STORAGE:
+        assert same_bits(kernels.PackedWeight(source, dtype).unpack(), _core._convert(source, dtype)[0])
+
+
+def test_too_large_for_float16() -> None:
+    w = np.ones((3, 4), F32)
+    w[1, 2] = 65520.0
+    with pytest.raises(_core.NumericError, match="weight: 1 values of F32 are too large for F16"):
+        kernels.PackedWeight(w, "float16")
+    w[1, 2] = np.inf  # is infinite as stored: nothing is lost
+    assert np.isinf(kernels.PackedWeight(w, "float16").unpack()).sum() == 1
+
+
+# ---- rows ----
+
+
+def test_extremes_of_activations() -> None:
+    x = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, 3e38, -3e38, 100.0, -100.0, 5e-7], F32)
+    for name in kernels.ACTIVATIONS:
+        found = kernels.activation(x, name)
+        expected = ACTIVATIONS_64[name](torch.from_numpy(x)).numpy()
+        kept = np.isfinite(expected)
+        assert np.isnan(found[4])
+        assert np.allclose(found[kept], expected[kept], rtol=1e-6, atol=1e-37), name
+
+
+def test_log_softmax_of_extremes() -> None:
+    x = np.array([[-np.inf, 0.0, 3.0], [1e38, -1e38, 0.0], [np.nan, 1.0, 2.0], [-np.inf] * 3, [500.0] * 3], F32)
+    expected = torch.log_softmax(torch.from_numpy(x), -1).numpy()
+    np.testing.assert_allclose(kernels.log_softmax(x), expected, rtol=1e-6)
+
+
+def test_top_k_nan_never_wins() -> None:
+    x = normal(np.random.default_rng(6), 4, 100)
+    x[:, ::3] = np.nan
+    values, ids = kernels.top_k(x, 66)
+    assert np.isfinite(values).all()
+    assert same_bits(values, np.take_along_axis(x, ids.astype(np.int64), -1))
+    assert (np.diff(values, axis=-1) <= 0).all()
+    values, ids = kernels.top_k(x, 70)
+    assert np.isnan(values[:, 66:]).all()
+    assert (ids[:, 66:] == [0, 3, 6, 9]).all()
+    x[1] = np.array([np.inf, -np.inf] * 50)
+    assert (kernels.top_k(x, 3)[1][1] == [0, 2, 4]).all()
+
+
+def test_first_bad_row() -> None:
+    x = np.zeros((3000, 77), F32)
+    assert kernels.first_bad_row(x) == -1
+    x[2999, 76] = np.nan
+    assert kernels.first_bad_row(x) == 2999
+    x[40, 0] = -np.inf
+    assert kernels.first_bad_row(x) == 40
+    assert kernels.first_bad_row(np.full((2, 3), 3e38, F32)) == -1
+    assert kernels.first_bad_row(x[:0]) == -1
+
+
+def test_copy_rows() -> None:
+    rng = np.random.default_rng(7)
+    out, x = normal(rng, 9, 5), normal(rng, 4, 5)
+    to, of = np.array([8, 0, 3], np.int32), np.array([1, 1, 2], np.int32)
+    expected = out.copy()
+    expected[to] = x[of]
+    assert same_bits(kernels.copy_rows(out, x, to, of), expected)
+    expected = out.copy()
+    expected[:4] = x
+    assert same_bits(kernels.copy_rows(out, x), expected)
+    assert same_bits(kernels.copy_rows(out, x, x_rows=of)[:3], x[of])
+
+
+def test_negative_ids_leave_a_row_alone() -> None:
+    rng = np.random.default_rng(8)
+    table, base = normal(rng, 4, 5), normal(rng, 3, 5)
+    found = kernels.embedding(table, np.array([2, -1, 0], np.int32), base)
+    assert same_bits(found, base + np.stack([table[2], np.zeros(5, F32), table[0]]))
+
+
+# ---- attention ----
+
+WIDTHS = [(1, 1, 1), (2, 1, 7), (4, 4, 64), (3, 3, 80), (4, 2, 88), (2, 2, 96)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), WIDTHS)
+def test_decoding_has_the_bits_of_the_whole_pass(heads: int, kv_heads: int, width: int) -> None:
+    """Each position alone, its keys cut anywhere into prefix and scattered slots, and in chunks."""
+    rng = np.random.default_rng(width)
+    batch, length = 3, 37
+    q = normal(rng, batch, length, heads * width)
+    k, v = normal(rng, batch, length, kv_heads * width), normal(rng, batch, length, kv_heads * width)
+    whole = kernels.attention(q, k, v, heads, kv_heads, causal=True)
+    for cut, position in [(1, 1), (5, 5), (5, 20), (16, 17), (20, 36), (32, 36), (36, 36)]:
+        slots = rng.permutation(batch * length).astype(np.int32).reshape(batch, length)[:, : position + 1 - cut]
+        k_slots, v_slots = (np.full((batch * length, kv_heads * width), np.nan, F32) for _ in range(2))
+        k_slots[slots], v_slots[slots] = k[:, cut : position + 1], v[:, cut : position + 1]
+        found = kernels.decode_attention(
+            q[:, position], k[:, :cut], v[:, :cut], k_slots, v_slots, slots, heads, kv_heads
+        )
+        assert same_bits(found, whole[:, position]), (cut, position)
+    for first, end in [(0, 10), (10, 11), (11, 37)]:
+        chunk = kernels.attention(q[:, first:end], k[:, :end], v[:, :end], heads, kv_heads, causal=True)
+        assert same_bits(chunk, whole[:, first:end])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_masked_keys_contribute_nothing(causal: bool) -> None:
+    """Whatever they hold, NaN included, and the bits are those of the row without them."""
+    rng = np.random.default_rng(9)
+    q, k, v = (normal(rng, 2, 30, 3 * 20) for _ in range(3))
+    mask = np.ones((2, 30), bool)
+    mask[0, :7] = False
+    mask[1, [3, 4, 11, 29]] = False
+    k[~mask], v[~mask] = np.nan, np.inf
+    found = kernels.attention(q, k, v, 3, causal=causal, key_mask=mask)
+    assert np.isfinite(found).all()
+    alone = kernels.attention(q[:1, 7:], k[:1, 7:], v[:1, 7:], 3, causal=causal)
+    assert same_bits(found[0, 7:], alone[0])
+    if causal:
+        assert not found[0, :7].any()
+    else:
+        alone = kernels.attention(q[1:], k[1:][:, mask[1]], v[1:][:, mask[1]], 3)
+        assert same_bits(found[1], alone[0])
+
+
+def test_later_keys_contribute_nothing() -> None:
+    rng = np.random.default_rng(10)
+    q, k, v = (normal(rng, 1, 40, 16) for _ in range(3))
+    before = kernels.attention(q, k, v, 2, causal=True)
+    k[:, 33:], v[:, 33:] = np.nan, -np.inf
+    assert same_bits(kernels.attention(q, k, v, 2, causal=True)[:, :33], before[:, :33])
+
+
+def test_rows_of_unequal_length() -> None:
+    rng = np.random.default_rng(11)
+    lengths, offsets = np.array([3, 0, 20, 1], np.int32), np.array([0, 3, 3, 23, 24], np.int32)
+    q, k, v = (normal(rng, 24, 40) for _ in range(3))
+    found = kernels.packed_attention(q, offsets, k, v, offsets[:-1], lengths, heads=4, causal=True)
+    for b in range(4):
+        row = slice(offsets[b], offsets[b + 1])
+        assert same_bits(found[row], kernels.attention(q[None, row], k[None, row], v[None, row], 4, causal=True)[0])
+
+
+def test_no_keys_give_zeros() -> None:
+    q, none = np.ones((2, 3, 8), F32), np.ones((2, 0, 8), F32)
+    assert not kernels.attention(q, none, none, 2).any()
+
+
+def test_large_scores() -> None:
+    rng = np.random.default_rng(12)
+    q, k, v = (normal(rng, 1, 50, 32, scale=40.0) for _ in range(3))
+    value, scale = attention_64(q, k, v, 2, 2, False, 1.0)
+    # a score of 5e4 has an absolute error of some 1e-2: what counts is that the winner takes it all
+    assert np.abs(kernels.attention(q, k, v, 2, scale=1.0) - value).max() <= 0.05 * scale.max()
+
+
+def test_cross_attention_is_the_qformers() -> None:
+    rng = np.random.default_rng(13)
+    hidden, image = normal(rng, 2, 32, 48), normal(rng, 2, 17, 70)
+    projections = [(normal(rng, 48, n, scale=n**-0.5), normal(rng, 48)) for n in (48, 70, 70)]
+    found = kernels.cross_attention(hidden, image, *projections, heads=3)
+    q, k, v = (
+        torch.nn.functional.linear(torch.from_numpy(x), *map(torch.from_numpy, p)).view(2, -1, 3, 16).transpose(1, 2)
+        for x, p in zip((hidden, image, image), projections, strict=True)
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 32, 48)
+    np.testing.assert_allclose(found, expected.numpy(), atol=3e-6)
+
+
+# ---- refusals ----
+
+X, W, V = np.ones((2, 4), F32), np.ones((3, 4), F32), np.ones(3, F32)
+T = np.ones((1, 2, 6), F32)
+REFUSED = [
+    (lambda: kernels.linear(X, np.ones((3, 5), F32)), ValueError, r"x \[2, 4\] does not fit weight .*\[3, 5\]"),
+    (lambda: kernels.linear(X, W, np.ones(4, F32)), ValueError, r"bias: expected F32 \[3\], found F32 \[4"),
+    (lambda: kernels.linear(X, W, residual=X), ValueError, r"residual: expected shape \[2, 3\], found \[2, 4\]"),
+    (lambda: kernels.linear(X, W, activation="swish"), ValueError, "activation: expected one of .* found 'swish'"),
+    (lambda: kernels.linear(X, W, dtype="int8"), ValueError, "dtype: expected .* found int8"),
+    (lambda: kernels.linear(X, W, method="magic"), ValueError, "method: .*'magic'"),
+    (lambda: kernels.linear(X, W, method="openblas", item_rows=3), ValueError, "2 rows are no multiple of 3"),
+    (lambda: kernels.linear(X, W.astype(np.float16), method="openblas"), TypeError, "weight: .*float16"),
+    (lambda: kernels.linear(X, V), ValueError, "weight: expected 2 axes, found 1"),
+    (lambda: kernels.linear(np.array(1.0, F32), W), ValueError, "x: expected at least 1 axis"),
+    (lambda: kernels.PackedWeight(np.ones((0, 4), F32)), ValueError, "weight: .*elements"),
+    (lambda: kernels.layer_norm(X, V), ValueError, r"gamma: expected F32 \[4\], found F32 \[3"),
+    (lambda: kernels.top_k(X, 5), ValueError, "k = 5 of 4"),
+    (lambda: kernels.top_k(X, 0), ValueError, "k = 0 of 4"),
+    (lambda: kernels.embedding(W, np.array([1, 3], np.int32)), IndexError, "id 3 at position 1 .* 3 rows"),
+    (lambda: kernels.embedding(W, np.array([-1], np.int32)), IndexError, "found -1"),
+    (lambda: kernels.embedding(W, np.array([1]), X), TypeError, "ids: .*int32.*int64"),
+    (lambda: kernels.embedding(W, np.array([1], np.int32), X), ValueError, "added_to: expected 1 rows, found 2"),
+    (lambda: kernels.patches(np.ones((1, 3, 8, 9), F32), 2), ValueError, "pixels: expected square"),
+    (lambda: kernels.patches(np.ones((1, 3, 8, 8), F32), 9), ValueError, "side 8, patch 9"),
+    (lambda: kernels.patches(np.ones((1, 3, 8, 8), F32), 0), ValueError, "patch 0"),
+    (lambda: kernels.add_rows(X, W), ValueError, "2 rows are no multiple of 3"),
+    (lambda: kernels.copy_rows(X, W, np.array([0, 2, 1], np.int32)), IndexError, "row 2 of out, which has 2"),
+    (lambda: kernels.copy_rows(X, W), IndexError, "3 rows of out, which has 2"),
+    (lambda: kernels.attention(T, T, T, 4), ValueError, "heads: expected a divisor of 6, found 4"),
+    (lambda: kernels.attention(T, T, T, 6, 4), ValueError, "6 heads over 4 key heads"),
+    (lambda: kernels.attention(T, T[:, :1], T[:, :1], 2, causal=True), ValueError, "2 queries, prefix 0 . 1"),
+    (lambda: kernels.attention(T, T, T, 2, key_mask=np.ones((1, 3), bool)), ValueError, "key_mask: shape"),
+    (lambda: kernels.attention(T, T, T[:, :1], 2), ValueError, "v: shape"),
+    (
+        lambda: kernels.decode_attention(T[0], np.ones((2, 1, 6), F32), np.ones((2, 1, 6), F32), T[0], T[0],
+                                         np.array([[0], [2]], np.int32), 2),
+        IndexError, "row 1: suffix slot 2 of 2",
+    ),
+    (
+        lambda: kernels.packed_attention(T[0], np.array([0, 2], np.int32), T[0], T[0], np.array([1], np.int32),
+                                         np.array([2], np.int32), heads=2),
+        ValueError, r"prefix 1 \+ 2 of 2",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), REFUSED, ids=range(len(REFUSED)))
+def test_refusals(call: Callable[[], Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_out_of_memory_is_an_exception() -> None:
+    x, w = np.ones((5, 300), F32), kernels.PackedWeight(np.ones((40, 300), F32))
+    expected = kernels.linear(x, w)
+    _core._fail_allocation_after(1)
+    with pytest.raises(MemoryError, match="scratch arena"):
+        kernels.linear(x, w)
+    assert same_bits(kernels.linear(x, w), expected)
+
+
+# ---- company ----
+
+
+def test_many_threads_at_once() -> None:
+    """Callers of one pool do not disturb each other, nor does resizing it between their calls."""
+    rng = np.random.default_rng(14)
+    x, w = normal(rng, 40, 300), kernels.PackedWeight(normal(rng, 200, 300))
+    q = normal(rng, 2, 40, 4 * 32)
+    expected = kernels.linear(x, w), kernels.attention(q, q, q, 4)
+    wrong = []
+
+    def work() -> None:
+        for _ in range(30):
+            found = kernels.linear(x, w), kernels.attention(q, q, q, 4)
+            wrong.extend(i for i in range(2) if not same_bits(found[i], expected[i]))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for threads_now in itertools.islice(itertools.cycle((1, 4, 2, 3)), 40):
+        _core.set_num_threads(threads_now)
+        time.sleep(0.002)
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def interrupted(work: Callable[[], Any], after: float) -> float:
+    """Seconds between a signal whose handler raises and the exception."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, stop)
+    start = time.perf_counter()
+    signal.setitimer(signal.ITIMER_REAL, after)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        return time.perf_counter() - start - after
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_signals_are_answered_within_100_ms() -> None:
+    x, w = np.ones((4000, 8192), F32), kernels.PackedWeight(np.ones((2048, 8192), F32), "float16")
+    q = np.ones((1, 6000, 16 * 88), F32)
+    assert min(interrupted(lambda: kernels.linear(x, w), 0.1) for _ in range(3)) < 0.1
+    assert min(interrupted(lambda: kernels.attention(q, q, q, 16), 0.1) for _ in range(3)) < 0.1
+    assert kernels.linear(x[:1], w)[0, 0] == 8192.0
+
+
+# ---- instruction sets ----
+
+if CHILD not in os.environ:
+
+    @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+    def test_every_instruction_set(isa: str) -> None:
+        """This file once more under each; one that the processor lacks must be refused, not replaced."""
+        here = Path(__file__)
+        environment = os.environ | {"BLIP2C_ISA": isa, CHILD: "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        if isa != "generic" and not _core.cpu_info()[isa]:
+            command = [sys.executable, "-c", "import blip2c"]
+            run = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert run.returncode != 0
+            assert f"BLIP2C_ISA={isa}" in run.stderr
+            return
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
+        run = subprocess.run(command, env=environment, cwd=here.parent.parent, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-4000:]
+else:
+
+    def test_the_instruction_set_is_the_one_asked_for() -> None:
+        assert _core.cpu_info()["isa"] == os.environ["BLIP2C_ISA"]
