@@ -178,6 +178,11 @@ def test_narrowing_rounds_for_good_as_in_torch(folder: Path, tmp_path: Path, inp
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         if tensor.dim() > 1 and name.startswith("language_model.") and "embed_positions" not in name:
             assert torch.equal(tensor, tensor.half().float()), name
+    load(folder).half().bfloat16().save_pretrained(tmp_path)
+    stored, twice = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    name = "language_model.model.decoder.layers.0.fc1.weight"
+    assert torch.equal(twice[name], stored[name].half().bfloat16())
+    assert not torch.equal(twice[name], stored[name].bfloat16())
     assert np.array_equal(
         load(folder).half().half()(pixels, ids).logits, load(folder, dtype="float16")(pixels, ids).logits
     )

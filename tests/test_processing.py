@@ -92,6 +92,16 @@ def test_every_option_gives_the_same_bits(options: dict[str, Any]) -> None:
         same_pixels(noise(width, height), call=options)
 
 
+def test_sizes_that_keep_the_aspect_round_as_there() -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(60):
+        width, height, edge, longest = (int(v) for v in rng.integers(5, 90, 4))
+        image = noise(width, height)
+        for size in ({"shortest_edge": edge}, {"max_height": edge, "max_width": longest}):
+            same_pixels(image, size=size)
+        same_pixels(image, size={"shortest_edge": min(edge, longest), "longest_edge": max(edge, longest)})
+
+
 def test_a_palette_with_transparency_is_laid_on_white() -> None:
     image = noise(20, 20, "P")
     image.info["transparency"] = image.getpixel((0, 0))
