@@ -61,15 +61,15 @@ def run_blip2c(folder: str) -> dict[str, float]:
 
     row: dict[str, float] = {}
     row["load"], model = timed(lambda: blip2c.Blip2ForConditionalGeneration.from_pretrained(folder))
-    core, pixels = model.core, picture(model.config.vision_config.image_size)
+    core, pixels = model._core, picture(model.config.vision_config.image_size)
     core.encode(pixels)  # first touch of every page
     stages, features = timed(lambda: core.encode(pixels))
     row["vit"], _ = timed(lambda: core.vision(pixels))
     row["qformer"] = max(stages - row["vit"], 0.0)
     ids = np.array([-1] * model.config.num_query_tokens + [2], np.int32)
     offsets = np.array([0, len(ids)], np.int64)
-    options = {"max_new_tokens": 1, "eos_token_id": None}
-    row["prefill_33"], _ = timed(lambda: model.generate_from_features(features, ids, offsets, **options))
+    options = model._options({"max_new_tokens": 1}, [len(ids)])
+    row["prefill_33"], _ = timed(lambda: core.generate(features, ids, offsets, None, ids, options))
     captions(
         row,
         lambda tokens, beams: model.generate(
