@@ -52,11 +52,11 @@ def resolve(
     weights: fetch the safetensors files too. Raises FileNotFoundError, PermissionError or OSError saying what was
     looked for and why it is not there.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    name = os.fspath(path_or_id)
+    path = Path(name).expanduser()
+    if name and path.is_dir():  # an empty name would be the working directory
         return path / subfolder if subfolder else path
-    name = str(path_or_id)
-    if path.exists():
+    if name and path.exists():
         raise NotADirectoryError(f"{name}: is a file; expected a checkpoint's folder or a Hub id")
     if not _REPO_ID.match(name) or name.startswith((".", "/", "~")) or ".." in name:
         raise FileNotFoundError(f"{name}: no such folder, and not a Hub id of the form owner/name")

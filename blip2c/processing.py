@@ -94,7 +94,7 @@ class Blip2Processor:
         encoded = self.tokenizer(texts, **options).data
         if not with_images or self.num_query_tokens is None:
             return encoded
-        plain = {**options, "add_special_tokens": False, "padding": False, "truncation": False, "max_length": None}
+        plain = {**options, "add_special_tokens": False, "padding": False, "truncation": False}
         prefix = self.tokenizer(IMAGE_TOKEN * self.num_query_tokens, **plain).data
         return {
             key: [(prefix[key] if isinstance(prefix[key], list) else [prefix[key]]) + row for row in rows]

@@ -21,7 +21,8 @@ OLD = {
     "is_encoder_decoder": False,
     "model_type": "blip-2",
     "num_query_tokens": 32,
-    "qformer_config": {"classifier_dropout": None, "model_type": "blip_2_qformer", "position_embedding_type": "absolute"},
+    "qformer_config": {"classifier_dropout": None, "model_type": "blip_2_qformer",
+                       "position_embedding_type": "absolute"},
     "text_config": {
         "_name_or_path": "facebook/opt-2.7b",
         "activation_dropout": 0.0,
@@ -51,29 +52,45 @@ def write(folder: Path, values: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("values", [OLD, NEW, {"model_type": "blip-2"}, random_config().to_dict()], ids=["old", "new", "bare", "random"])
+@pytest.mark.parametrize(
+    "values", [OLD, NEW, {"model_type": "blip-2"}, random_config().to_dict()], ids=["old", "new", "bare", "random"]
+)
 def test_files_are_read_as_there(tmp_path: Path, values: dict[str, Any]) -> None:
     values = json.loads(json.dumps(values, default=str))
-    ours, theirs = Blip2Config.from_pretrained(write(tmp_path, values)), transformers.Blip2Config.from_dict(dict(values))
+    ours, theirs = (
+        Blip2Config.from_pretrained(write(tmp_path, values)),
+        transformers.Blip2Config.from_dict(dict(values)),
+    )
     for part in ("vision_config", "qformer_config", "text_config"):
         a, b = getattr(ours, part), getattr(theirs, part)
         for name in type(a)._defaults():
             if name not in ("dtype", "architectures", "transformers_version"):
                 assert getattr(a, name) == getattr(b, name), (part, name)
         assert a.model_type == b.model_type
-    for name in ("num_query_tokens", "image_token_index", "image_token_id", "image_text_hidden_size", "initializer_factor"):
+    for name in (
+        "num_query_tokens",
+        "image_token_index",
+        "image_token_id",
+        "image_text_hidden_size",
+        "initializer_factor",
+    ):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.use_decoder_only_language_model == theirs.use_decoder_only_language_model
 
 
 def test_defaults_are_those_of_transformers() -> None:
     ours, theirs = Blip2Config(), transformers.Blip2Config()
-    for a, b in ((ours, theirs), *((getattr(ours, p), getattr(theirs, p)) for p in ("vision_config", "qformer_config"))):
+    for a, b in (
+        (ours, theirs),
+        *((getattr(ours, p), getattr(theirs, p)) for p in ("vision_config", "qformer_config")),
+    ):
         for name in type(a)._defaults():
             if not name.endswith("_config") and name != "transformers_version":
                 assert getattr(a, name) == getattr(b, name), name
     opt = transformers.OPTConfig()
-    assert all(getattr(OPTConfig(), name) == getattr(opt, name) for name in ("ffn_dim", "vocab_size", "word_embed_proj_dim"))
+    assert all(
+        getattr(OPTConfig(), name) == getattr(opt, name) for name in ("ffn_dim", "vocab_size", "word_embed_proj_dim")
+    )
 
 
 def test_unknown_keys_are_kept_and_files_go_back(tmp_path: Path) -> None:
@@ -101,7 +118,10 @@ def test_only_the_text_part_says_whether_the_head_is_tied(outer: bool | None, in
     if inner is not None:
         values["text_config"]["tie_word_embeddings"] = inner
     theirs = transformers.Blip2Config.from_dict(json.loads(json.dumps(values)))
-    assert core_config(Blip2Config.from_dict(values))["text"]["tie_word_embeddings"] == theirs.text_config.tie_word_embeddings
+    assert (
+        core_config(Blip2Config.from_dict(values))["text"]["tie_word_embeddings"]
+        == theirs.text_config.tie_word_embeddings
+    )
 
 
 def test_core_config_of_the_real_shapes() -> None:
@@ -184,7 +204,7 @@ def test_what_is_not_computed_is_refused_by_name(path: str, value: Any, name: st
 
 @pytest.mark.parametrize("values", [[], "x", {"vision_config": 3}, {"text_config": [1]}], ids=str)
 def test_files_of_another_form_are_refused(tmp_path: Path, values: Any) -> None:
-    with pytest.raises(CheckpointError, match="expected an object|must be an object"):
+    with pytest.raises(CheckpointError, match=r"expected an object|must be an object"):
         Blip2Config.from_pretrained(write(tmp_path, values))
 
 
@@ -192,6 +212,6 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": 1, "a": 2}')
     with pytest.raises(CheckpointError, match=r"config\.json"):
         Blip2Config.from_pretrained(tmp_path)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        (tmp_path / "empty").mkdir()
         Blip2Config.from_pretrained(tmp_path / "empty")
