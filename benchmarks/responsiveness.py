@@ -1,5 +1,6 @@
-"""How well a process stays alive beside blip2c: the share that a Python thread keeps while generate() runs, and how fast a
-signal is answered.
+"""How well a process stays alive beside blip2c.
+
+The share of its rate that a Python thread keeps while generate() runs, and how fast a signal is answered.
 
     python benchmarks/responsiveness.py [FOLDER]
 """
@@ -46,7 +47,7 @@ def rate(work: Any) -> float:
     return counted / elapsed
 
 
-class Interrupted(Exception):
+class SignalError(Exception):
     pass
 
 
@@ -54,7 +55,7 @@ def signal_delay(work: Any, after: float) -> float:
     """Seconds from a signal, sent `after` seconds into `work`, until its exception is out."""
 
     def handler(number: int, frame: Any) -> None:
-        raise Interrupted
+        raise SignalError
 
     before = signal.signal(signal.SIGALRM, handler)
     due = time.perf_counter() + after
@@ -62,7 +63,7 @@ def signal_delay(work: Any, after: float) -> float:
     try:
         while True:
             work()
-    except Interrupted:
+    except SignalError:
         return time.perf_counter() - due
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -89,7 +90,8 @@ def main() -> None:
     print(f"a Python thread beside generate() keeps {share:.0%} of its solo rate (medians of {ROUNDS})")
     rng = random.Random(0)
     delays = sorted(signal_delay(generate, rng.uniform(0.02, 0.5)) for _ in range(100))
-    print(f"signal to exception: median {delays[50] * 1e3:.1f} ms, 99 % {delays[98] * 1e3:.1f} ms, worst {delays[-1] * 1e3:.1f} ms")
+    median, high, worst = (1e3 * delays[i] for i in (50, 98, -1))
+    print(f"signal to exception: median {median:.1f} ms, 99 % {high:.1f} ms, worst {worst:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def one_case(rng: np.random.Generator, pair: tuple[Any, Any, Path], tally: Tally
     try:
         ours = model.generate(**inputs, **options)
     except ValueError:  # nothing but end tokens among the bad words
-        with pytest.raises(ValueError, match="bad_words_ids|empty"):
+        with pytest.raises(ValueError, match=r"bad_words_ids|empty"):
             reference_tokens(reference, inputs, options)
         tally.refused += 1
         return
@@ -310,8 +310,9 @@ def test_old_checkpoints_without_an_image_token(tmp_path: Path) -> None:
     model, reference = blip2c.Blip2ForConditionalGeneration.from_pretrained(old), reference_model(new)
     config = reference.config
     pixels, ids = random_pixels(config, 2), prompt_ids(config, 2, 4)
-    ours = model.generate(pixel_values=pixels, input_ids=ids[:, config.num_query_tokens :], max_new_tokens=10, num_beams=3)
-    theirs = reference_tokens(reference, {"pixel_values": pixels, "input_ids": ids}, {"max_new_tokens": 10, "num_beams": 3})
+    options = {"max_new_tokens": 10, "num_beams": 3}
+    ours = model.generate(pixel_values=pixels, input_ids=ids[:, config.num_query_tokens :], **options)
+    theirs = reference_tokens(reference, {"pixel_values": pixels, "input_ids": ids}, options)
     np.testing.assert_array_equal(ours, theirs[:, config.num_query_tokens :])
     theirs = reference_tokens(reference, {"pixel_values": pixels}, {"max_new_tokens": 6})
     np.testing.assert_array_equal(
@@ -354,7 +355,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return blip2c.Blip2ForConditionalGeneration.from_pretrained(folder)
 
 
-class Interrupted(Exception):
+class SignalError(Exception):
     pass
 
 
@@ -370,18 +371,20 @@ def test_a_signal_is_answered_in_every_stage(slow: Any, stage: str) -> None:
 
     def handler(number: int, frame: Any) -> None:
         answered.append(time.monotonic())
-        raise Interrupted
+        raise SignalError
 
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.5)
     try:
-        with pytest.raises(Interrupted):
+        with pytest.raises(SignalError):
             slow.generate(pixel_values=pixels, **options)
         returned = time.monotonic()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    print(f"{stage}: handler {answered[0] - started - 0.5:.3f} s after the signal, out {returned - answered[0]:.3f} s later")
+    print(
+        f"{stage}: handler {answered[0] - started - 0.5:.3f} s after the signal, out {returned - answered[0]:.3f} s on"
+    )
     assert len(answered) == 1
     expected = slow.generate(pixel_values=pixels[:1], max_new_tokens=3)
     np.testing.assert_array_equal(slow.generate(pixel_values=pixels[:1], max_new_tokens=3), expected)
