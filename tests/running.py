@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import blip2c
+from blip2c import _core
 
 TESTS = Path(__file__).resolve().parent
 
@@ -26,3 +27,9 @@ def run_python(
         timeout=timeout,
         check=False,
     )
+
+
+def set_threads(n: int) -> int:
+    """In a child process, which must be able to import this function."""
+    _core.set_num_threads(n)
+    return _core.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def smallest_margin(step: Any, prompt: list[int], options: dict[str, Any]) -> fl
     def order(items: list[Any], keep: int) -> list[Any]:
         nonlocal margin
         ranked = sorted(items, key=lambda item: -item[0])
-        near = [a[0] - b[0] for a, b in zip(ranked[:keep], ranked[1 : keep + 1], strict=False)]
+        near = [a[0] - b[0] for a, b in pairwise(ranked[: keep + 1])]
         margin = min([margin, *near])
         return ranked[:keep]
 

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from running import run_python
+from running import run_python, set_threads
 
 import blip2c
 from blip2c import _core
@@ -75,11 +75,6 @@ if hasattr(os, "sched_setaffinity"):
         assert result.stdout.split()[1:] == ["1"], result.stderr
 
 
-def _set_threads(n: int) -> int:
-    _core.set_num_threads(n)
-    return _core.get_num_threads()
-
-
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_child_processes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A data loader's worker sets its threads first: no lock of the parent may hold it up."""
@@ -95,7 +90,7 @@ def test_child_processes(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     thread.start()
     try:
         with multiprocessing.get_context(method).Pool(2) as pool:
-            assert pool.map_async(_set_threads, [1, 2, 3, 4]).get(timeout=60) == [1, 2, 3, 4]
+            assert pool.map_async(set_threads, [1, 2, 3, 4]).get(timeout=60) == [1, 2, 3, 4]
     finally:
         stop.set()
         thread.join()
