@@ -69,15 +69,28 @@ def test_pictures_change_the_tokens(model: Any, inputs: Any) -> None:
     assert len({tuple(row) for row in found.tolist()}) == 3
 
 
-def test_a_padded_batch_as_there(model: Any, reference: Any, inputs: Any) -> None:
+PADS = {"behind the image": slice(4, 6), "inside": slice(6, 8), "at the end": slice(-3, None), "everywhere": [4, 6, -1]}
+
+
+@pytest.mark.parametrize("place", PADS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2}, {"max_length": 14}],
+    ids=str,
+)
+def test_a_padded_batch_as_there(model: Any, reference: Any, inputs: Any, place: str, options: dict[str, Any]) -> None:
     pixels, ids = inputs
     mask = np.ones_like(ids)
-    ids[0, 4:6], mask[0, 4:6] = 1, 0
-    want = reference.generate(torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(mask), max_new_tokens=6)
+    ids[0, PADS[place]], mask[0, PADS[place]] = 1, 0
+    options = options if "max_length" in options else {"max_new_tokens": 6, **options}
+    want = reference.generate(torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(mask), **options)
     for form in (mask, mask.astype(bool), mask.astype(np.float32), torch.from_numpy(mask), mask.tolist()):
-        assert np.array_equal(model.generate(pixels, ids, form, max_new_tokens=6), want.numpy())
-    unmasked = model.generate(pixels, ids, max_new_tokens=6)
+        assert np.array_equal(model.generate(pixels, ids, form, **options), want.numpy())
+    unmasked = model.generate(pixels, ids, **options)
     assert not np.array_equal(unmasked[0], want.numpy()[0])
+    with torch.no_grad():
+        logits = reference(torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(mask)).logits
+    assert np.allclose(model(pixels, ids, mask).logits, logits.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_forward_has_every_output_of_transformers(model: Any, reference: Any, inputs: Any) -> None:
