@@ -30,8 +30,8 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-# A public SONAME would be shared with whatever else in the process uses OpenBLAS. The new name is as long as the old one,
-# so that it can be written over it.
+# A public SONAME would be shared with whatever else in the process uses OpenBLAS. The new name is as long as the old
+# one, so that it can be written over it.
 OPENBLAS_OLD = b"libscipy_openblas.so\0"
 OPENBLAS_NEW = b"libblip2_openblas.so\0"
 
@@ -42,7 +42,7 @@ def c_sources() -> list[str]:
 
 
 def c_flags() -> list[str]:
-    # No contraction by the compiler: fused multiply-adds are written where they are meant, so that every kernel rounds alike.
+    # No contraction by the compiler: fused multiply-adds are written where they are meant, so all kernels round alike.
     flags = ["-std=c11", "-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
     if os.environ.get("BLIP2C_WERROR") == "1":
         flags.append("-Werror")

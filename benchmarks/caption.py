@@ -4,8 +4,8 @@
     python benchmarks/caption.py /tmp/blip2-opt-2.7b-random --rounds 5
 
 Every round starts each engine once in a fresh process, which loads the checkpoint and runs every piece of work. Rows:
-load, ViT, Q-Former with projection, prefill of 33 tokens, one decoded token, captions of 20 tokens, greedy and with 5 beams; peak
-resident memory of the process after a greedy caption and after everything.
+load, ViT, Q-Former with projection, prefill of 33 tokens, one decoded token, captions of 20 tokens, greedy and with 5
+beams; peak resident memory of the process after a greedy caption and after everything.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ def run_blip2c(folder: str) -> dict[str, float]:
 
     row: dict[str, float] = {}
     row["load"], model = timed(lambda: blip2c.Blip2ForConditionalGeneration.from_pretrained(folder))
-    core, pixels = model.core, picture(model.config.vision_config.image_size)
+    core, pixels = model._core, picture(model.config.vision_config.image_size)
     core.encode(pixels)  # first touch of every page
     stages, features = timed(lambda: core.encode(pixels))
     row["vit"], _ = timed(lambda: core.vision(pixels))
     row["qformer"] = max(stages - row["vit"], 0.0)
     ids = np.array([-1] * model.config.num_query_tokens + [2], np.int32)
     offsets = np.array([0, len(ids)], np.int64)
-    options = {"max_new_tokens": 1, "eos_token_id": None}
-    row["prefill_33"], _ = timed(lambda: model.generate_from_features(features, ids, offsets, **options))
+    options = model._options({"max_new_tokens": 1}, [len(ids)])
+    row["prefill_33"], _ = timed(lambda: core.generate(features, ids, offsets, None, ids, options))
     captions(
         row,
         lambda tokens, beams: model.generate(
@@ -114,7 +114,8 @@ def cpu_name() -> str:
     with open("/proc/cpuinfo") as file:
         fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
     values = {key.strip(): value.strip() for key, value in fields.items()}
-    return f"{values.get('model name', platform.processor())} (family {values.get('cpu family')}, model {values.get('model')})"
+    name = values.get("model name", platform.processor())
+    return f"{name} (family {values.get('cpu family')}, model {values.get('model')})"
 
 
 def run_engine(engine: str, folder: str) -> dict[str, float]:
@@ -149,7 +150,8 @@ def main() -> None:
         row = run_blip2c(arguments.folder) if name == "blip2c" else run_transformers(arguments.folder, dtype)
         print(json.dumps(row))
         return
-    engines = arguments.engines or ["blip2c", "transformers-float32", *(["transformers-bfloat16"] if has_bf16() else [])]
+    peers = ["transformers-float32", *(["transformers-bfloat16"] if has_bf16() else [])]
+    engines = arguments.engines or ["blip2c", *peers]
     results: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
     for i in range(arguments.rounds):
         for engine in engines:

@@ -49,7 +49,7 @@ class Model:
         mask: NDArray[np.uint8] | None = None,
         hidden_states: bool = False,
     ) -> dict[str, Any]: ...
-    """Packed rows: ids [N], row b is ids[offsets[b]:offsets[b+1]], mask [N] (0: a pad). An id -1 takes the row's next
+    """Packed rows: ids [N], row b is ids[offsets[b]:offsets[b+1]], mask [N] (0: a pad). An id -1 takes its row's next
     image feature (image_features [B, Q, D_lm]; a row must hold exactly Q of them, or none if it is None).
     {"logits": [N, V], "hidden_states": list of [N, D_lm] when asked}."""
     def generate(
@@ -61,7 +61,7 @@ class Model:
         rule_ids: NDArray[np.int32],
         options: Mapping[str, Any],
     ) -> dict[str, Any]: ...
-    """Rows as in forward(); rule_ids [N] are the ids that repetition and n-gram rules see (the image token where ids has
+    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has
     -1, or -1 where there is none). options: every key of b2_generate_opts, see blip2c.generation.core_options().
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
@@ -88,7 +88,6 @@ def write_safetensors(
     dtypes: Mapping[str, str],
     metadata: Mapping[str, str] | None = None,
 ) -> None: ...
-
 def search(
     step: Callable[[Any], Any],
     ids: NDArray[np.int32],
@@ -97,6 +96,7 @@ def search(
     stacked: bool,
     /,
 ) -> dict[str, Any]: ...
+
 """Greedy or beam search over a step function, see blip2c.search. Packed prompts: row b is ids[offsets[b]:offsets[b+1]].
 step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a list of n int64 arrays.
 {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
@@ -122,9 +122,7 @@ def _activation(x: NDArray[np.float32], activation: int, /) -> NDArray[np.float3
 def _log_softmax(x: NDArray[np.float32], /) -> NDArray[np.float32]: ...
 def _top_k(x: NDArray[np.float32], k: int, /) -> tuple[NDArray[np.float32], NDArray[np.int32]]: ...
 def _first_bad_row(x: NDArray[np.float32], /) -> int: ...
-def _embedding(
-    table: Any, ids: NDArray[np.int32], added_to: NDArray[np.float32] | None, /
-) -> NDArray[np.float32]: ...
+def _embedding(table: Any, ids: NDArray[np.int32], added_to: NDArray[np.float32] | None, /) -> NDArray[np.float32]: ...
 def _patches(pixels: NDArray[np.float32], patch: int, /) -> NDArray[np.float32]: ...
 def _copy_rows(
     out: NDArray[np.float32],

@@ -75,7 +75,7 @@ class Captions(list[Any]):
 
 
 def sample_path() -> Path:
-    """The folder of the small checkpoint inside the package, in the Hub's format. Raises FileNotFoundError without it."""
+    """The folder of the small checkpoint inside the package, in the Hub's format (FileNotFoundError without it)."""
     folder = Path(__file__).resolve().parent / "sample"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: this installation carries no sample checkpoint; name one: load(path_or_id)")
@@ -85,7 +85,7 @@ def sample_path() -> Path:
 def load(path_or_id: str | os.PathLike[str] | None = None, **options: Any) -> Captioner:
     """A model with its processor, ready to caption. Without path_or_id: the small checkpoint inside the package.
 
-    options: as in `Blip2ForConditionalGeneration.from_pretrained` (dtype, revision, cache_dir, local_files_only, token ...).
+    options: as in `Blip2ForConditionalGeneration.from_pretrained` (dtype, revision, cache_dir, local_files_only ...).
     """
     from blip2c.hub import pop_hub_options, resolve
 
@@ -117,10 +117,10 @@ class Captioner:
     ) -> Any:
         """A Caption (a str) of one picture, or Captions (a list) of several.
 
-        images: a path, bytes, Pillow image or array (H, W, 3), or an iterable of them. prompt: a beginning to go on from,
-        for all or one each. progress: True, False, or None for a bar where stderr is a terminal and there is more than
-        one batch. errors: "raise", or "return" to get the exception in place of a picture's caption. Other options go to
-        `generate`. Raises PictureError or FileNotFoundError naming the picture.
+        images: a path, bytes, Pillow image or array (H, W, 3), or an iterable of them. prompt: a beginning to go on
+        from, for all or one each. progress: True, False, or None for a bar where stderr is a terminal and there is
+        more than one batch. errors: "raise", or "return" to get the exception in place of a picture's caption. Other
+        options go to `generate`. Raises PictureError or FileNotFoundError naming the picture.
         """
         single = is_picture(images)
         pictures = [images] if single else list(images)
@@ -231,7 +231,9 @@ class Captioner:
         for index in wanted:
             try:
                 image = load_image(pictures[index])
-                pixels[index] = check_pixels(self.processor.image_processor(image, return_tensors="np")["pixel_values"], size)
+                pixels[index] = check_pixels(
+                    self.processor.image_processor(image, return_tensors="np")["pixel_values"], size
+                )
             except ROW_ERRORS as error:
                 features[index] = error
         if pixels:
@@ -279,7 +281,7 @@ class Captioner:
         room = new_tokens(options, queries + len(ids))
         if room == 0:
             raise ValueError(
-                f"the prompt is {queries + len(ids)} tokens long (image included), max_length is {options['max_length']}"
+                f"the prompt is {queries + len(ids)} tokens long, image included; max_length is {options['max_length']}"
             )
         check_positions(pack_ragged([ids], self.model._image_token, queries), self.model._positions, room)
         return ids

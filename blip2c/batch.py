@@ -76,18 +76,16 @@ class BatchFeature(UserDict[str, Any]):
                 continue
             try:
                 array = np.asarray(value)
-                if array.dtype == object:
-                    raise ValueError("rows differ in length")
-            except ValueError as error:
+            except ValueError:  # NumPy's "inhomogeneous shape"
                 raise ValueError(
-                    f"can not make an array of {key}: {error}; pass padding=True for rows of one length,"
+                    f"can not make an array of {key}: rows differ in length; pass padding=True for rows of one length,"
                     " or return_tensors=None for lists"
                 ) from None
             self.data[key] = torch_module().from_numpy(array) if kind == "pt" else array
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> BatchFeature:
-        """Cast and move, in place: only floating entries are cast. Accepts (device), (dtype), (device, dtype), keywords.
+        """Cast and move, in place: only floating entries are cast. (device), (dtype), (device, dtype), keywords.
 
         Tensors go through torch's own `to`. Arrays have no device: "cpu" is accepted; bfloat16, which NumPy lacks,
         leaves them in float32 with the values rounded to bfloat16.

@@ -31,7 +31,9 @@ def _positive(text: str) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(prog="blip2c", description="BLIP-2 in C: captions of pictures and answers about them.")
+    parser = argparse.ArgumentParser(
+        prog="blip2c", description="BLIP-2 in C: captions of pictures and answers about them."
+    )
     parser.add_argument("--version", action="version", version=f"blip2c {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -49,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     _model_options(ask)
     _generation_options(ask, 20)
 
-    info = commands.add_parser("info", help="about this machine and a model", description="About this machine and a model.")
+    info = commands.add_parser(
+        "info", help="about this machine and a model", description="About this machine and a model."
+    )
     info.add_argument("model", nargs="?", metavar="MODEL", help="folder or Hub id (default: the sample inside)")
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.add_argument("--local-files-only", action="store_true", help="never go to the Hub")
@@ -70,7 +74,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 def _generation_options(parser: argparse.ArgumentParser, new_tokens: int) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument("--num-beams", type=_positive, default=1, metavar="N")
-    group.add_argument("--max-new-tokens", type=_positive, default=new_tokens, metavar="N", help=f"default {new_tokens}")
+    group.add_argument(
+        "--max-new-tokens", type=_positive, default=new_tokens, metavar="N", help=f"default {new_tokens}"
+    )
     group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
 
 
@@ -86,7 +92,7 @@ def say(message: str) -> None:
 
 
 def find_pictures(names: Sequence[str], recursive: bool = False) -> list[str]:
-    """The files of `names`, folders replaced by the pictures in them, sorted. Missing files stay: they become row errors."""
+    """The files of `names`, folders replaced by the pictures in them, sorted. Missing files stay, as row errors."""
     from blip2c.images import EXTENSIONS
 
     found: list[str] = []
@@ -171,7 +177,7 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any]:
-    """What `blip2c info` says: of this machine, and of a checkpoint, from its config and headers (no weights are read)."""
+    """What `blip2c info` says of this machine and of a checkpoint, whose weights are not read for it."""
     from blip2c.api import sample_path
     from blip2c.checkpoint import resolve_files
     from blip2c.config import Blip2Config, core_config
@@ -215,13 +221,16 @@ def _info(args: argparse.Namespace) -> int:
     print(f"blip2c {facts['blip2c']}, {facts['threads']} threads")
     print("cpu:      " + ", ".join(f"{key} {value}" for key, value in facts["cpu"].items()))
     print(f"model:    {model['folder']}")
-    print(f"weights:  {model['parameters'] / 1e6:.1f} M, {model['bytes'] / 1e6:.1f} MB as {', '.join(model['stored_as'])}")
+    print(
+        f"weights:  {model['parameters'] / 1e6:.1f} M, {model['bytes'] / 1e6:.1f} MB as {', '.join(model['stored_as'])}"
+    )
     print(
         f"vision:   {vision['image_size']}x{vision['image_size']} in patches of {vision['patch_size']},"
         f" {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
     )
     print(
-        f"q-former: {model['num_query_tokens']} queries, {qformer['num_hidden_layers']} layers of {qformer['hidden_size']}"
+        f"q-former: {model['num_query_tokens']} queries,"
+        f" {qformer['num_hidden_layers']} layers of {qformer['hidden_size']}"
     )
     print(
         f"text:     {text['model_type']}, {text['num_hidden_layers']} layers of {text['hidden_size']},"

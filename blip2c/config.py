@@ -1,12 +1,13 @@
 """Configurations: config.json in its old and new forms, with the names and defaults of transformers 5.23.
 
-`Blip2Config` holds what the file says and fills in what it leaves out; `core_config()` checks it and hands the numbers to
-the C part. Nothing is computed or allocated from a number that was not bounded here first.
+`Blip2Config` holds what the file says and fills in what it leaves out; `core_config()` checks it and hands the numbers
+to the C part. Nothing is computed or allocated from a number that was not bounded here first.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ class PretrainedConfig:
         return {
             name: getattr(cls, name)
             for base in reversed(cls.__mro__)
-            for name, kind in base.__dict__.get("__annotations__", {}).items()
+            for name, kind in inspect.get_annotations(base).items()
             if not str(kind).startswith("ClassVar")
         }
 
@@ -287,7 +288,7 @@ class Blip2Config(PretrainedConfig):
         if not path.is_file():
             path = resolve(path_or_id, weights=False, **hub) / "config.json"
         if not path.is_file():
-            raise CheckpointError(f"{path.parent}: no config.json, so this is not a checkpoint")
+            raise FileNotFoundError(f"{path.parent}: no config.json, so this is not a checkpoint")
         return cls.from_dict(read_json(path), **options)
 
     @classmethod
@@ -369,7 +370,9 @@ def _vision_core(config: Blip2VisionConfig) -> dict[str, Any]:
         )
     channels = _integer("vision_config.num_channels", config.get("num_channels", 3), 1, 1024)
     if channels != 3:
-        raise UnsupportedError(f"config.json: vision_config.num_channels {channels}; only pictures of 3 channels are read")
+        raise UnsupportedError(
+            f"config.json: vision_config.num_channels {channels}; only pictures of 3 channels are read"
+        )
     return {
         **_sizes("vision_config", config, "intermediate_size"),
         "image_size": image,
@@ -440,7 +443,7 @@ def core_config(config: Blip2Config) -> dict[str, Any]:
             f"config.json: text_config.model_type {text.model_type!r} is not computed by this version;"
             f" known: {', '.join(sorted(TEXT_CORES))}"
         )
-    core = {
+    core: dict[str, Any] = {
         "num_query_tokens": _integer("num_query_tokens", config.num_query_tokens, 1, 4096),
         "vision": _vision_core(config.vision_config),
         "qformer": _qformer_core(config.qformer_config),
@@ -448,5 +451,7 @@ def core_config(config: Blip2Config) -> dict[str, Any]:
     }
     vocabulary = core["text"]["vocab_size"]
     image_token = config.image_token_index
-    core["image_token_id"] = -1 if image_token is None else _integer("image_token_index", image_token, 0, vocabulary - 1)
+    core["image_token_id"] = (
+        -1 if image_token is None else _integer("image_token_index", image_token, 0, vocabulary - 1)
+    )
     return core

@@ -50,28 +50,32 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # Options that are done here.
-DONE = (
-    "max_length max_new_tokens min_length min_new_tokens early_stopping num_beams num_return_sequences length_penalty "
-    "repetition_penalty no_repeat_ngram_size bad_words_ids suppress_tokens pad_token_id bos_token_id eos_token_id "
-    "decoder_start_token_id"
-).split()
+DONE = [
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "num_beams",
+    "num_return_sequences", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
+    "suppress_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
+]  # fmt: skip
 
 # They choose among sampled tokens, which is not done here: without do_sample transformers ignores them, with a warning.
-SAMPLING = "temperature top_p min_p top_h typical_p top_k epsilon_cutoff eta_cutoff".split()
+SAMPLING = [
+    "temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff",
+]  # fmt: skip
 
 # They read the encoder's input ids, which BLIP-2 does not have (its pictures enter as embeddings): ignored upstream.
 ENCODER_ONLY = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 
 # They choose what generate() returns, and are ignored there unless return_dict_in_generate is set.
-EXTRA_OUTPUTS = "output_attentions output_hidden_states output_scores output_logits".split()
+EXTRA_OUTPUTS = [
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+]  # fmt: skip
 
 # They change how transformers computes, not what comes out.
-INERT = (
-    "use_cache max_cache_len cache_config compile_config disable_compile num_assistant_tokens "
-    "num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind "
-    "target_lookbehind assistant_ensemble_weight speculation_type continuous_batching_config is_assistant "
-    "prefill_chunk_size transformers_version"
-).split()
+INERT = [
+    "use_cache", "max_cache_len", "cache_config", "compile_config", "disable_compile", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "max_matching_ngram_size",
+    "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type",
+    "continuous_batching_config", "is_assistant", "prefill_chunk_size", "transformers_version",
+]  # fmt: skip
 
 # Known to transformers, not done here: the values, beside None, that mean "off".
 NOT_DONE: dict[str, tuple[Any, ...]] = {
@@ -293,7 +297,7 @@ def _merge(config: GenerationConfig, given: Any, arguments: Mapping[str, Any]) -
         if both:
             warnings.warn(
                 f"Passing `generation_config` together with generation-related arguments=({both}) is deprecated in "
-                "transformers. Please pass either a `generation_config` object OR all generation parameters explicitly.",
+                "transformers. Please pass either a `generation_config` object OR all parameters explicitly.",
                 stacklevel=4,
             )
     options.update({name: value for name, value in arguments.items() if name in NAMES})
@@ -346,7 +350,8 @@ def _warn_of_ignored(options: Mapping[str, Any], arguments: Mapping[str, Any]) -
     for name, off in ENCODER_ONLY.items():
         if options[name] is not None and options[name] != off:
             warnings.warn(
-                f"Passing `{name}` requires some form of `input_ids` to be passed to `generate`, ignoring the argument.",
+                f"Passing `{name}` requires some form of `input_ids` to be passed to `generate`, "
+                "ignoring the argument.",
                 stacklevel=4,
             )
 
@@ -477,7 +482,8 @@ def _lengths(options: Mapping[str, Any], prompt_lengths: Sequence[int], max_posi
 
 def _warn_both(winner: str, winning: int, loser: str, losing: int) -> None:
     warnings.warn(
-        f"Both `{winner}` (={winning}) and `{loser}`(={losing}) seem to have been set. `{winner}` will take precedence.",
+        f"Both `{winner}` (={winning}) and `{loser}`(={losing}) seem to have been set. "
+        f"`{winner}` will take precedence.",
         stacklevel=5,
     )
 

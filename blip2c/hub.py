@@ -1,7 +1,7 @@
 """Folders and Hub ids: where a checkpoint lies on this machine, after downloading what of it is needed.
 
-Only json, txt and safetensors files are ever fetched: nothing that would have to be unpickled. With local_files_only, or
-HF_HUB_OFFLINE set, no socket is opened.
+Only json, txt and safetensors files are ever fetched: nothing that would have to be unpickled. With local_files_only,
+or HF_HUB_OFFLINE set, no socket is opened.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import os
 import re
 from pathlib import Path
 from typing import Any
-
-from blip2c._core import CheckpointError
 
 CONFIG_FILES = [
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
@@ -28,7 +26,11 @@ def pop_hub_options(options: dict[str, Any]) -> dict[str, Any]:
     if "use_auth_token" in options:  # the name before huggingface_hub 0.14
         token = options.pop("use_auth_token")
         options.setdefault("token", token)
-    for name in ("proxies", "resume_download", "user_agent"):  # accepted for old scripts; today's hub client has its own
+    for name in (
+        "proxies",
+        "resume_download",
+        "user_agent",
+    ):  # accepted for old scripts; today's hub client has its own
         if options.pop(name, None):
             raise TypeError(f"{name} is not supported: set it up for huggingface_hub (environment variables)")
     return {name: options.pop(name) for name in HUB_OPTIONS if name in options}
@@ -47,16 +49,17 @@ def resolve(
 ) -> Path:
     """The folder of a checkpoint: `path_or_id` itself if it is a folder, else a Hub id's snapshot.
 
-    weights: fetch the safetensors files too. Raises CheckpointError saying what was looked for and why it is not there.
+    weights: fetch the safetensors files too. Raises FileNotFoundError, PermissionError or OSError saying what was
+    looked for and why it is not there.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    name = os.fspath(path_or_id)
+    path = Path(name).expanduser()
+    if name and path.is_dir():  # an empty name would be the working directory
         return path / subfolder if subfolder else path
-    name = str(path_or_id)
-    if path.exists():
-        raise CheckpointError(f"{name}: is a file; expected a checkpoint's folder or a Hub id")
+    if name and path.exists():
+        raise NotADirectoryError(f"{name}: is a file; expected a checkpoint's folder or a Hub id")
     if not _REPO_ID.match(name) or name.startswith((".", "/", "~")) or ".." in name:
-        raise CheckpointError(f"{name}: no such folder, and not a Hub id of the form owner/name")
+        raise FileNotFoundError(f"{name}: no such folder, and not a Hub id of the form owner/name")
     folder = _snapshot(
         name,
         [*CONFIG_FILES, *(WEIGHT_FILES if weights else [])],
@@ -81,14 +84,16 @@ def _snapshot(name: str, files: list[str], subfolder: str, **options: Any) -> Pa
     except errors.LocalEntryNotFoundError as error:
         offline = options["local_files_only"] or huggingface_hub.constants.HF_HUB_OFFLINE
         why = "only local files were allowed" if offline else "the Hub could not be reached"
-        raise CheckpointError(f"{name} (revision {revision}): not in the cache, and {why}") from error
+        raise FileNotFoundError(f"{name} (revision {revision}): not in the cache, and {why}") from error
     except errors.GatedRepoError as error:
-        raise CheckpointError(f"{name}: access is gated: log in on the Hub and pass token=") from error
+        raise PermissionError(f"{name}: access is gated: log in on the Hub and pass token=") from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{name}: has no revision {revision!r}") from error
+        raise FileNotFoundError(f"{name}: has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(f"{name}: no such folder here and no such repository on the Hub (private? pass token=)") from error
+        raise FileNotFoundError(
+            f"{name}: no such folder here and no such repository on the Hub (private? pass token=)"
+        ) from error
     except errors.HFValidationError as error:
-        raise CheckpointError(f"{name}: not a valid Hub id: {error}") from error
+        raise FileNotFoundError(f"{name}: not a valid Hub id: {error}") from error
     except (errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{name} (revision {revision}): can not be fetched: {error}") from error
+        raise OSError(f"{name} (revision {revision}): can not be fetched: {error}") from error

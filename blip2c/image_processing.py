@@ -47,9 +47,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Stand in saved files and say nothing about pixels.
 IGNORED = frozenset(
-    {"crop_size", "pad_size", "image_processor_type", "feature_extractor_type", "processor_class", "disable_grouping", "input_data_format",
-     "return_tensors", "_valid_processor_keys", "backend", "use_fast"}
-)  # fmt: skip
+    [
+        "crop_size",
+        "pad_size",
+        "image_processor_type",
+        "feature_extractor_type",
+        "processor_class",
+        "disable_grouping",
+        "input_data_format",
+        "return_tensors",
+        "_valid_processor_keys",
+        "backend",
+        "use_fast",
+    ]
+)
 SIZE_KEYS = (
     {"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"},
 )  # fmt: skip
@@ -65,7 +76,9 @@ def _size(value: Any, square: bool) -> dict[str, int]:
     except (TypeError, ValueError):
         raise ValueError(f"size must be an integer, a pair or a dictionary, found {value!r}") from None
     if set(size) not in SIZE_KEYS:
-        raise ValueError(f"size must have height and width (or shortest_edge, or max_height and max_width), found {size}")
+        raise ValueError(
+            f"size must have height and width (or shortest_edge, or max_height and max_width), found {size}"
+        )
     for key, side in size.items():
         if isinstance(side, bool) or not isinstance(side, int) or not 0 < side <= 1 << 16:
             raise ValueError(f"size[{key!r}] must be an integer in 1..65536, found {side!r}")
@@ -106,7 +119,7 @@ class BlipImageProcessor:
 
     Options, each of which a call may override: do_convert_rgb, do_resize, size, resample (Pillow's number),
     default_to_square, do_rescale, rescale_factor, do_normalize, image_mean, image_std; input_data_format in a call.
-    Options that blip2c does not compute (do_center_crop, do_pad, data_format="channels_last", device) raise UnsupportedError.
+    What blip2c does not compute (do_center_crop, do_pad, data_format="channels_last", device) raises UnsupportedError.
     """
 
     model_input_names = ("pixel_values",)
@@ -202,14 +215,18 @@ class BlipImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """The object of preprocessor_config.json, with transformers' names."""
         values = self._options()
-        values["image_mean"] = list(values["image_mean"]) if isinstance(values["image_mean"], tuple) else values["image_mean"]
-        values["image_std"] = list(values["image_std"]) if isinstance(values["image_std"], tuple) else values["image_std"]
+        values["image_mean"] = (
+            list(values["image_mean"]) if isinstance(values["image_mean"], tuple) else values["image_mean"]
+        )
+        values["image_std"] = (
+            list(values["image_std"]) if isinstance(values["image_std"], tuple) else values["image_std"]
+        )
         values.pop("default_to_square")
         return {**values, "image_processor_type": "BlipImageProcessor"}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> BlipImageProcessor:
-        """From preprocessor_config.json's object, old or new. Raises CheckpointError for a value that makes no sense."""
+        """From preprocessor_config.json's object, old or new. Raises CheckpointError for a value that is wrong."""
         if not isinstance(values, Mapping):
             raise CheckpointError(f"preprocessor_config.json: expected an object, found {type(values).__name__}")
         try:
@@ -232,7 +249,9 @@ class BlipImageProcessor:
         if values is None:
             file = folder / "preprocessor_config.json"
             if not file.is_file():
-                raise CheckpointError(f"{folder}: no preprocessor_config.json and no image_processor in processor_config.json")
+                raise FileNotFoundError(
+                    f"{folder}: no preprocessor_config.json and no image_processor in processor_config.json"
+                )
             values = read_json(file)
         return cls.from_dict(values, **options)
 
@@ -275,9 +294,10 @@ def _channels_first(image: Any, convert: bool, layout: str | None) -> NDArray[An
             raise PictureError(f"{getattr(image, 'filename', '') or 'image'}: can not be decoded: {error}") from error
         return array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
     array = np.asarray(image.detach().cpu().numpy() if is_torch(image) else image)
-    if array.dtype == object or array.ndim not in (2, 3) or 0 in array.shape:
+    is_number = array.dtype.kind in "biuf"
+    if not is_number or array.ndim not in (2, 3) or 0 in array.shape:
         raise PictureError(
-            f"array: shape {array.shape} of {array.dtype}; expected (H, W), (H, W, 3), (3, H, W) or (H, W, 4) of numbers"
+            f"array: shape {array.shape} of {array.dtype}; expected (H, W), (H, W, 3), (3, H, W) or (H, W, 4) numbers"
         )
     if array.ndim == 2:
         array = array[None]

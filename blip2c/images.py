@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
@@ -57,9 +57,11 @@ def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Image.Im
             raise PictureError(f"{name}: is a folder, not a picture")
         if not path.exists():
             if str(source).startswith(("http://", "https://", "data:")):
-                raise PictureError(f"{name[:80]}: pictures are not fetched from addresses; pass a file, bytes or an image")
+                raise PictureError(
+                    f"{name[:80]}: pictures are not fetched from addresses; pass a file, bytes or an image"
+                )
             raise FileNotFoundError(f"{name}: no such picture")
-    stream = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
+    stream: Any = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
     try:
         # The filters of `warnings` belong to the process, hence the lock. Only the header is read inside.
         with _opening, warnings.catch_warnings():
@@ -69,11 +71,11 @@ def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Image.Im
             image.load()
             turned = ImageOps.exif_transpose(image)
         finally:
-            if image is not stream and isinstance(source, str | os.PathLike):
+            if isinstance(source, str | os.PathLike):
                 image.close()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(f"{name}: decompression bomb: {error}") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise PictureError(f"{name}: not a picture of a known format ({', '.join(_known_formats())})") from None
     except MemoryError:
         raise

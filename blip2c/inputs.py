@@ -18,8 +18,8 @@ from blip2c.images import is_torch
 class PackedRows(NamedTuple):
     """Rows of a prompt, one after another: row b is ids[offsets[b]:offsets[b + 1]].
 
-    ids [N]: -1 where the next image feature goes. mask [N]: 0 is a pad; None where nothing is padded. rule_ids [N]: what
-    repetition and n-gram rules see (the image token where ids has -1, or -1 where the checkpoint has none).
+    ids [N]: -1 where the next image feature goes. mask [N]: 0 is a pad; None where nothing is padded. rule_ids [N]:
+    what repetition and n-gram rules see (the image token where ids has -1, or -1 where the checkpoint has none).
     """
 
     ids: NDArray[np.int32]
@@ -98,7 +98,9 @@ def pack(
     """
     batch, length = ids.shape
     if batch != pictures:
-        raise ValueError(f"input_ids has {batch} rows, pixel_values has {pictures} pictures: one picture a row is expected")
+        raise ValueError(
+            f"input_ids has {batch} rows, pixel_values has {pictures} pictures: one picture a row is expected"
+        )
     if image_token is None:
         front = np.full((batch, queries), -1, np.int64)
         inputs = np.concatenate([front, ids], axis=1)
@@ -110,8 +112,8 @@ def pack(
         if (found != queries).any():
             row = int(np.argmax(found != queries))
             raise ValueError(
-                f"input_ids row {row} holds {int(found[row])} image placeholders (token {image_token}), expected {queries}:"
-                " pass text and images to the processor together"
+                f"input_ids row {row} holds {int(found[row])} image placeholders (token {image_token}), expected"
+                f" {queries}: pass text and images to the processor together"
             )
         inputs = np.where(ids == image_token, -1, ids)
         rules = ids

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c import _core
+from blip2c.search import beam_search, greedy_search
 
 __all__ = [
     "ACTIVATIONS",
@@ -23,12 +24,14 @@ __all__ = [
     "activation",
     "add_rows",
     "attention",
+    "beam_search",
     "copy_rows",
     "cross_attention",
     "decode_attention",
     "embedding",
     "first_bad_row",
     "gelu",
+    "greedy_search",
     "layer_norm",
     "linear",
     "log_softmax",

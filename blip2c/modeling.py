@@ -72,8 +72,11 @@ def refuse_options(where: str, options: Mapping[str, Any], known: Mapping[str, t
     for name, value in options.items():
         if name not in known:
             raise TypeError(f"{where} has no option {name}")
-        if not any(value is neutral or (value == neutral and not is_torch(value)) for neutral in known[name]):
-            raise UnsupportedError(f"{where}: option {name}={value!r} is not supported by this version of blip2c")
+        # Arrays and tensors do not compare to one truth value.
+        plain = isinstance(value, str | bool | int | None)
+        if not any(value is neutral or (plain and value == neutral) for neutral in known[name]):
+            shown = repr(value) if plain else f"<{type(value).__name__}>"
+            raise UnsupportedError(f"{where}: option {name}={shown} is not supported by this version of blip2c")
 
 
 def check_device(device: Any) -> None:
@@ -103,22 +106,24 @@ class LanguageModel:
 class Blip2ForConditionalGeneration:
     """BLIP-2 that writes text about pictures (upstream: transformers' class of the same name).
 
-    Made by `from_pretrained`. Weights are immutable and may be shared by threads. `generation_config` is what the folder's
-    generation_config.json says; as in transformers 5.23 it has no effect on generate(), which takes its defaults from
-    `language_model.generation_config` (made from text_config).
+    Made by `from_pretrained`. Weights are immutable and may be shared by threads. `generation_config` is what the
+    folder's generation_config.json says; as in transformers 5.23 it has no effect on generate(), which takes its
+    defaults from `language_model.generation_config` (made from text_config).
     """
 
     main_input_name = "pixel_values"
 
     def __init__(self, config: Blip2Config, files: list[str], *, dtype: str = "auto") -> None:
-        """config: checked here. files: safetensors paths. dtype: "auto" (as stored), "float32", "float16", "bfloat16"."""
+        """config: checked here. files: safetensors paths. dtype: "auto" (as stored), float32, float16 or bfloat16."""
         self.config = config
         self._core_config = core_config(config)
         self._files = [str(file) for file in files]
         self._core = _core.Model(self._files, self._core_config, dtype)
         # Keeps a folder of converted weights, where the files no longer hold the values (see `to`).
         self._converted: tempfile.TemporaryDirectory[str] | None = None
-        self._rounded = dtype != "auto" and dtype != "float32"
+        # What it goes by. The C part holds matrices that were stored in half precision so, whatever is asked for.
+        self._dtype = self._core.dtype if dtype == "auto" else dtype
+        self._rounded = self._dtype != "float32" and dtype != "auto"
         self._lock = threading.Lock()
         self.training = False
         self.name_or_path = ""
@@ -136,7 +141,7 @@ class Blip2ForConditionalGeneration:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: Blip2Config | None = None,
+        config: Any = None,
         dtype: Any = None,
         torch_dtype: Any = None,
         device: Any = None,
@@ -145,12 +150,13 @@ class Blip2ForConditionalGeneration:
     ) -> Blip2ForConditionalGeneration:
         """Load a folder or Hub id; of the latter only json, txt and safetensors files are fetched.
 
+        config: a Blip2Config (blip2c's or transformers') instead of the folder's config.json.
         dtype (torch_dtype): how matrices are held: None or "auto" as stored, else float32, float16 or bfloat16 as a
         string, NumPy or torch dtype; arithmetic is float32 always. revision, cache_dir, local_files_only, token,
         force_download, subfolder: as in huggingface_hub. device, device_map: what means the CPU.
 
-        Raises FileNotFoundError or OSError where there is no checkpoint, CheckpointError where it is damaged or disagrees
-        with its config, UnsupportedError (naming it) for an architecture or option that is not computed here.
+        Raises FileNotFoundError or OSError where there is no checkpoint, CheckpointError where it is damaged or
+        disagrees with its config, UnsupportedError (naming it) for an architecture or option that is not computed here.
         """
         from blip2c.hub import pop_hub_options, resolve
 
@@ -160,7 +166,10 @@ class Blip2ForConditionalGeneration:
         check_device(device_map)
         requested = _requested_dtype(dtype, torch_dtype)
         folder = resolve(pretrained_model_name_or_path, **hub)
-        config = Blip2Config.from_pretrained(folder) if config is None else config
+        if config is None:
+            config = Blip2Config.from_pretrained(folder)
+        elif not isinstance(config, Blip2Config):  # transformers' own
+            config = Blip2Config.from_dict(config.to_dict())
         core_config(config)  # refuse what can not be computed before looking for its weights
         model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested)
         model.name_or_path = str(pretrained_model_name_or_path)
@@ -180,12 +189,12 @@ class Blip2ForConditionalGeneration:
         self._write_weights(folder / "model.safetensors")
         values = self.config.to_dict()
         values["architectures"] = ["Blip2ForConditionalGeneration"]
-        values["dtype"] = self._core.dtype
+        values["dtype"] = self._dtype
         type(self.config).from_dict(values).save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
 
     def _write_weights(self, path: Path) -> None:
-        weights = self._core.weights()
+        weights = {name: _stored_as(array, self._dtype) for name, array in self._core.weights().items()}
         dtypes = {name: FILE_DTYPES[str(array.dtype)] for name, array in weights.items()}
         _core.write_safetensors(str(path), weights, dtypes, {"format": "pt"})
 
@@ -193,9 +202,9 @@ class Blip2ForConditionalGeneration:
 
     @property
     def dtype(self) -> Any:
-        """How the matrices are held: a torch.dtype where torch is loaded, else its name."""
+        """What the model goes by and gives tensors in: a torch.dtype where torch is loaded, else its name."""
         torch = sys.modules.get("torch")
-        return self._core.dtype if torch is None else getattr(torch, self._core.dtype)
+        return self._dtype if torch is None else getattr(torch, self._dtype)
 
     @property
     def device(self) -> Any:
@@ -214,9 +223,11 @@ class Blip2ForConditionalGeneration:
         if kwargs:
             raise TypeError(f"to has no option {', '.join(kwargs)}")
         for argument in args:
-            if is_torch_dtype(argument) or isinstance(argument, np.dtype | type):
-                dtype = argument
-            elif isinstance(argument, str) and argument in ("float32", "float16", "bfloat16"):
+            if (
+                is_torch_dtype(argument)
+                or isinstance(argument, np.dtype | type)
+                or (isinstance(argument, str) and argument in ("float32", "float16", "bfloat16"))
+            ):
                 dtype = argument
             elif argument is not None:
                 device = argument
@@ -227,13 +238,14 @@ class Blip2ForConditionalGeneration:
 
     def _convert(self, dtype: str) -> None:
         with self._lock:
-            if dtype == self._core.dtype:
-                return
-            if self._rounded:
-                self._core, self._converted = self._from_current(dtype)
-            else:
-                self._core = _core.Model(self._files, self._core_config, dtype)
-            self._rounded = self._rounded or dtype != "float32"
+            # Arithmetic is float32 always, so widening changes no value and needs no other copy of the weights.
+            if dtype not in ("float32", self._core.dtype):
+                if self._rounded:
+                    self._core, self._converted = self._from_current(dtype)
+                else:
+                    self._core = _core.Model(self._files, self._core_config, dtype)
+                self._rounded = True
+            self._dtype = dtype
 
     def _from_current(self, dtype: str) -> tuple[_core.Model, tempfile.TemporaryDirectory[str]]:
         """A model of the weights as they are now, which an earlier conversion rounded away from the files."""
@@ -294,7 +306,10 @@ class Blip2ForConditionalGeneration:
             for name in file.names():
                 if name not in unexpected:
                     sizes[name] = int(np.prod(file.info(name)[1], dtype=np.int64))
-        if self._core_config["text"]["tie_word_embeddings"] and "language_model.model.decoder.embed_tokens.weight" in sizes:
+        if (
+            self._core_config["text"]["tie_word_embeddings"]
+            and "language_model.model.decoder.embed_tokens.weight" in sizes
+        ):
             sizes.pop("language_model.lm_head.weight", None)
         return sum(sizes.values())
 
@@ -330,7 +345,7 @@ class Blip2ForConditionalGeneration:
         check_positions(rows, self._positions)
         stages = self._core.encode_stages(pixels)
         out = self._core.forward(stages["image_features"], rows.ids, rows.offsets, rows.mask)
-        like = _Like(pixel_values, self._core.dtype)
+        like = _Like(pixel_values, self._dtype)
         logits = like.floats(out["logits"].reshape(pixels.shape[0], -1, out["logits"].shape[-1]))
         vision, qformer = self._stage_outputs(stages, like)
         result = ModelOutput(
@@ -338,20 +353,26 @@ class Blip2ForConditionalGeneration:
             logits=logits,
             vision_outputs=vision,
             qformer_outputs=qformer,
-            language_model_outputs=ModelOutput(logits=logits, past_key_values=None, hidden_states=None, attentions=None),
+            language_model_outputs=ModelOutput(
+                logits=logits, past_key_values=None, hidden_states=None, attentions=None
+            ),
         )
         return result if return_dict is None or return_dict else result.to_tuple()
 
     def get_image_features(
-        self, pixel_values: Any, interpolate_pos_encoding: bool | None = False, return_dict: bool | None = None, **options: Any
+        self,
+        pixel_values: Any,
+        interpolate_pos_encoding: bool | None = False,
+        return_dict: bool | None = None,
+        **options: Any,
     ) -> Any:
-        """The projected queries as pooler_output [B, Q, D_lm]; last_hidden_state [B, T, D_vision] is the vision model's.
+        """The projected queries as pooler_output [B, Q, D_lm]; last_hidden_state [B, T, Dv] is the vision model's.
 
         Beside them vision_outputs and qformer_outputs, as transformers 5.23 returns it.
         """
         options["interpolate_pos_encoding"] = interpolate_pos_encoding
         refuse_options("get_image_features", options, FORWARD_OPTIONS)
-        like = _Like(pixel_values, self._core.dtype)
+        like = _Like(pixel_values, self._dtype)
         stages = self._core.encode_stages(self._pixels(pixel_values))
         vision, qformer = self._stage_outputs(stages, like)
         result = ModelOutput(
@@ -397,7 +418,7 @@ class Blip2ForConditionalGeneration:
         out = self._core.generate(features, rows.ids, rows.offsets, rows.mask, rows.rule_ids, options)
         prompts = np.repeat(ids, out["ids"].shape[0] // ids.shape[0], axis=0)
         sequences = np.concatenate([prompts, np.asarray(out["ids"], np.int64)], axis=1)
-        return _Like(pixel_values, self._core.dtype).ids(sequences)
+        return _Like(pixel_values, self._dtype).ids(sequences)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -429,7 +450,7 @@ class Blip2ForConditionalGeneration:
         return np.tile(np.array([[*image, bos]], np.int64), (batch, 1))
 
     def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
-        """generate()'s options as the C part takes them, over the language model's defaults; lengths: of the prompts."""
+        """generate()'s options as the C part takes them, over the language model's defaults; lengths of prompts."""
         return core_options(
             self.language_model.generation_config, generate_kwargs, lengths, max_positions=self._positions
         )
@@ -456,7 +477,7 @@ class Blip2ForConditionalGeneration:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self.name_or_path!r}, dtype={self._core.dtype}, {self._core.nbytes / 1e6:.1f} MB,"
+            f"{type(self).__name__}({self.name_or_path!r}, dtype={self._dtype}, {self._core.nbytes / 1e6:.1f} MB,"
             f" text={self.config.text_config.model_type})"
         )
 
@@ -478,6 +499,22 @@ class _Like:
     def ids(self, array: NDArray[np.int64]) -> Any:
         """int64 array or tensor."""
         return array if self.torch is None else self.torch.from_numpy(array)
+
+
+def _stored_as(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """A weight for a file of `dtype` (bfloat16 as its bits in uint16), as narrow as that goes without losing a bit."""
+    if dtype == "float32":
+        if array.dtype == np.uint16:
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32)
+    if array.dtype != np.float32:
+        return array
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            narrow: NDArray[Any] = array.astype(np.float16)
+        return narrow if np.array_equal(narrow.astype(np.float32), array) else array
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    return (bits >> 16).astype(np.uint16) if not (bits & 0xFFFF).any() else array
 
 
 def new_tokens(options: Mapping[str, Any], length: int) -> int:

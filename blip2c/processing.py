@@ -37,12 +37,20 @@ class Blip2Processor:
     """
 
     def __init__(
-        self, image_processor: BlipImageProcessor, tokenizer: Blip2Tokenizer, num_query_tokens: int | None = None, **_: Any
+        self,
+        image_processor: BlipImageProcessor,
+        tokenizer: Blip2Tokenizer,
+        num_query_tokens: int | None = None,
+        **_: Any,
     ) -> None:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
-        if num_query_tokens is not None and (isinstance(num_query_tokens, bool) or not isinstance(num_query_tokens, int)):
-            raise CheckpointError(f"processor_config.json: num_query_tokens must be an integer, found {num_query_tokens!r}")
+        if num_query_tokens is not None and (
+            isinstance(num_query_tokens, bool) or not isinstance(num_query_tokens, int)
+        ):
+            raise CheckpointError(
+                f"processor_config.json: num_query_tokens must be an integer, found {num_query_tokens!r}"
+            )
         self.num_query_tokens = num_query_tokens
         # transformers adds the token where the vocabulary lacks it, so that its id is the next free one.
         self.image_token = AddedToken(IMAGE_TOKEN, normalized=False, special=True)
@@ -59,7 +67,7 @@ class Blip2Processor:
         return list(dict.fromkeys([*self.tokenizer.model_input_names, *self.image_processor.model_input_names]))
 
     def __call__(self, images: Any = None, text: Any = None, **options: Any) -> BatchFeature:
-        """input_ids [B, T], attention_mask [B, T] of texts and pixel_values [B, 3, S, S] of pictures, whichever is given.
+        """input_ids and attention_mask [B, T] of texts, pixel_values [B, 3, S, S] of pictures, whichever is given.
 
         Options of the tokenizer and of the image processor, by name or as text_kwargs= and images_kwargs=;
         return_tensors "np", "pt" or None (lists). max_length counts the image ids.
@@ -86,7 +94,7 @@ class Blip2Processor:
         encoded = self.tokenizer(texts, **options).data
         if not with_images or self.num_query_tokens is None:
             return encoded
-        plain = {**options, "add_special_tokens": False, "padding": False, "truncation": False, "max_length": None}
+        plain = {**options, "add_special_tokens": False, "padding": False, "truncation": False}
         prefix = self.tokenizer(IMAGE_TOKEN * self.num_query_tokens, **plain).data
         return {
             key: [(prefix[key] if isinstance(prefix[key], list) else [prefix[key]]) + row for row in rows]
@@ -133,7 +141,10 @@ class Blip2Processor:
         """Write tokenizer.json, tokenizer_config.json and processor_config.json (with the image processor inside)."""
         folder = Path(directory)
         self.tokenizer.save_pretrained(folder)
-        config: dict[str, Any] = {"processor_class": "Blip2Processor", "image_processor": self.image_processor.to_dict()}
+        config: dict[str, Any] = {
+            "processor_class": "Blip2Processor",
+            "image_processor": self.image_processor.to_dict(),
+        }
         if self.num_query_tokens is not None:
             config["num_query_tokens"] = self.num_query_tokens
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -160,7 +171,9 @@ def _split(options: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]
         return_tensors = value if return_tensors is None else return_tensors
     twice = [key for key in flat if key in nested_text or key in nested_images]
     if twice:
-        raise ValueError(f"option {', '.join(sorted(twice))} was given twice: by name and in text_kwargs or images_kwargs")
+        raise ValueError(
+            f"option {', '.join(sorted(twice))} was given twice: by name and in text_kwargs or images_kwargs"
+        )
     unknown = [key for key in flat if key not in TEXT_OPTIONS and key not in IMAGE_OPTIONS]
     if unknown:
         raise TypeError(f"processor has no option {', '.join(sorted(unknown))}")

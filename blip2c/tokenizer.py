@@ -115,7 +115,7 @@ class Blip2Tokenizer:
     @property
     def all_special_ids(self) -> list[int]:
         """Their ids."""
-        return [self.backend_tokenizer.token_to_id(token) for token in self.all_special_tokens]
+        return [int(self.convert_tokens_to_ids(token)) for token in self.all_special_tokens]
 
     def add_tokens(self, tokens: Any, special_tokens: bool = False) -> int:
         """Append tokens to the vocabulary; returns how many were new."""
@@ -192,7 +192,7 @@ class Blip2Tokenizer:
     ) -> BatchFeature:
         """input_ids and attention_mask of one text (flat lists) or of several (a list each).
 
-        padding: False, True or "longest", "max_length". truncation: None, False, True or "longest_first" ("only_first").
+        padding: False, True or "longest", "max_length". truncation: None, False, True or "longest_first".
         Raises ValueError for what is contradictory and UnsupportedError for what is not computed.
         """
         for name, value in options.items():
@@ -308,13 +308,15 @@ class Blip2Tokenizer:
         for index in row:
             if index < 0:
                 raise ValueError(f"token id {index} is negative")
-        return str(self.backend_tokenizer.decode([int(index) for index in row], skip_special_tokens=skip_special_tokens))
+        return str(
+            self.backend_tokenizer.decode([int(index) for index in row], skip_special_tokens=skip_special_tokens)
+        )
 
     # -- files ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Blip2Tokenizer:
-        """From a folder or Hub id. Raises CheckpointError naming the file that is missing or damaged."""
+        """From a folder or Hub id. Raises FileNotFoundError, or CheckpointError naming what is damaged."""
         from blip2c.hub import pop_hub_options, resolve
 
         folder = resolve(path_or_id, weights=False, **pop_hub_options(options))
@@ -335,7 +337,7 @@ class Blip2Tokenizer:
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             backend = _from_vocabulary(folder, config)
         else:
-            raise CheckpointError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
+            raise FileNotFoundError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
         for index, token in sorted((int(k), v) for k, v in (config.get("added_tokens_decoder") or {}).items()):
             _check_added(backend, index, token, folder)
         return cls(backend, **config)
@@ -380,13 +382,11 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 def _check_added(backend: Tokenizer, index: int, token: Any, folder: Path) -> None:
     """A token that tokenizer_config.json adds with its id: append it, or make sure that it has that id."""
-    content = token.get("content") if isinstance(token, Mapping) else str(token)
-    flags = {k: bool(token[k]) for k in ("single_word", "lstrip", "rstrip", "normalized") if k in token} if isinstance(
-        token, Mapping
-    ) else {}  # fmt: skip
+    added = _added(token)
+    content = str(added)
     special = bool(token.get("special", True)) if isinstance(token, Mapping) else True
     if backend.token_to_id(content) is None:
-        (backend.add_special_tokens if special else backend.add_tokens)([AddedToken(content, special=special, **flags)])
+        (backend.add_special_tokens if special else backend.add_tokens)([added])
     if backend.token_to_id(content) != index:
         raise CheckpointError(
             f"{folder}: tokenizer_config.json gives token {content!r} id {index},"

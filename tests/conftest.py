@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
 import pytest
+import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def _leave_unbuilt_sources_alone() -> None:
-    """`python -m pytest` puts the current folder first; without a built _core its blip2c would hide the installed one."""
+    """`python -m pytest` puts this folder first; without a built _core its blip2c would hide the installed one."""
     if not any((ROOT / "blip2c").glob("_core.*.so")):
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
@@ -23,6 +29,11 @@ try:
     from blip2c import _core
 except ImportError as error:
     raise pytest.UsageError(f"blip2c does not import ({error}); build and install it: pip install '.[test]'") from error
+
+# The reference models are tiny: a second thread costs more than it brings, most of all on a busy machine.
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_report_header() -> str:

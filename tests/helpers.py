@@ -103,9 +103,7 @@ def randomize(model: torch.nn.Module, seed: int, gain: float = 1.3) -> None:
                 value = 1.0 + 0.2 * noise
             elif name.endswith("bias"):
                 value = 0.2 * noise
-            elif "embed" in name and "patch" not in name:
-                value = 0.5 * noise
-            elif name.endswith("query_tokens"):
+            elif name.endswith("query_tokens") or ("embed" in name and "patch" not in name):
                 value = 0.5 * noise
             else:
                 fan_in = int(np.prod(parameter.shape[1:])) if parameter.dim() > 1 else parameter.numel()
@@ -157,7 +155,8 @@ def random_processor(config: transformers.Blip2Config) -> transformers.Blip2Proc
     has_image_token = config.image_token_index is not None
     text = small_tokenizer(config.text_config.vocab_size, has_image_token)
     image = BlipImageProcessorPil(size={"height": size, "width": size})
-    return transformers.Blip2Processor(image, text, num_query_tokens=config.num_query_tokens if has_image_token else None)
+    queries = config.num_query_tokens if has_image_token else None
+    return transformers.Blip2Processor(image, text, num_query_tokens=queries)
 
 
 def reference_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import blip2c
+from blip2c import _core
 
 TESTS = Path(__file__).resolve().parent
 
 
-def run_python(code: str, *arguments: object, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, *arguments: object, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """`code` in a new process, away from the source tree; its output is captured, its status not checked."""
     paths = [str(Path(blip2c.__file__).resolve().parent.parent), str(TESTS)]
     return subprocess.run(
@@ -24,3 +27,9 @@ def run_python(code: str, *arguments: object, timeout: float = 60, **environment
         timeout=timeout,
         check=False,
     )
+
+
+def set_threads(n: int) -> int:
+    """In a child process, which must be able to import this function."""
+    _core.set_num_threads(n)
+    return _core.get_num_threads()

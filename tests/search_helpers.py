@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -40,19 +41,24 @@ class TableModel(transformers.PreTrainedModel, transformers.GenerationMixin):
 
 
 class Table:
-    """A second-order Markov chain: float32 logits [V] for each pair of last tokens; some tokens impossible."""
+    """Float32 logits [V] for each pair of last tokens, with a little of the position so that the same steps in another
+    order do not add up to the same score. A share of the tokens is impossible, never all of them."""
 
     def __init__(self, rng: np.random.Generator, vocabulary: int, peaks: float, holes: float = 0.0) -> None:
         self.logits = (rng.standard_normal((vocabulary,) * 3) * peaks).astype(np.float32)
-        self.logits[rng.random(self.logits.shape) < holes] = -np.inf
         self.logits[..., EOS] += np.float32(rng.normal(0.0, peaks))
+        self.position = rng.standard_normal((64, vocabulary)).astype(np.float32)
+        hidden = rng.random(self.logits.shape) < holes
+        hidden[..., 0] = False
+        self.logits[hidden] = -np.inf
         self.calls = 0
+
+    def row(self, ids: Any) -> np.ndarray:
+        return self.logits[ids[-2], ids[-1]] + self.position[len(ids) % 64]
 
     def __call__(self, ids: np.ndarray | list[np.ndarray]) -> np.ndarray:
         self.calls += 1
-        if isinstance(ids, np.ndarray):
-            return self.logits[ids[:, -2], ids[:, -1]]
-        return np.stack([self.logits[row[-2], row[-1]] for row in ids])
+        return np.stack([self.row(row) for row in ids])
 
 
 def random_options(rng: np.random.Generator, vocabulary: int, prompt_length: int, beams: bool) -> dict[str, Any]:
@@ -98,17 +104,81 @@ def random_prompts(rng: np.random.Generator, vocabulary: int, rows: int, length:
     return prompts
 
 
-def transformers_search(model: Any, prompts: np.ndarray, options: dict[str, Any]) -> tuple[np.ndarray, Any]:
-    """New tokens int64 [rows, T] and sequences_scores (None in greedy search) of model.generate()."""
+def transformers_search(model: Any, prompts: np.ndarray, options: dict[str, Any]) -> Any:
+    """What model.generate() returns for int64 prompts [B, t], as an object: sequences, sequences_scores, scores."""
     ids = torch.from_numpy(prompts)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        out = model.generate(
+        return model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
+            use_cache=False,
             return_dict_in_generate=True,
             output_scores=True,
             **options,
         )
-    scores = getattr(out, "sequences_scores", None)
-    return out.sequences[:, prompts.shape[1] :].numpy(), None if scores is None else scores.numpy()
+
+
+def _rules(scores: np.ndarray, ids: list[int], prompt_length: int, options: dict[str, Any]) -> np.ndarray:
+    scores = scores.copy()
+    eos = options.get("eos_token_id")
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    penalty, size = options.get("repetition_penalty", 1.0), options.get("no_repeat_ngram_size", 0)
+    for i in set(ids):
+        scores[i] = scores[i] * penalty if scores[i] < 0 else scores[i] / penalty
+    forbidden = list(options.get("suppress_tokens") or [])
+    if size:
+        tail = ids[len(ids) - size + 1 :]
+        forbidden += [ids[i + size - 1] for i in range(len(ids) - size + 1) if ids[i : i + size - 1] == tail]
+    for word in options.get("bad_words_ids") or []:
+        if word not in [[i] for i in ends] and (len(word) == 1 or ids[-len(word) + 1 :] == word[:-1]):
+            forbidden.append(word[-1])
+    if len(ids) < options.get("min_length", 0) or len(ids) - prompt_length < options.get("min_new_tokens", 0):
+        forbidden += ends
+    scores[forbidden] = -np.inf
+    return scores
+
+
+def smallest_margin(step: Any, prompt: list[int], options: dict[str, Any]) -> float:
+    """How near a search in float64 comes to deciding otherwise: the least distance between neighbours, over all
+    decisions of all steps. A difference between two float32 searches is excused below 1e-5 only.
+
+    step(list of id lists) -> float64 logits [n, V]. Written from transformers' definition, independently of the C code.
+    """
+    eos = options.get("eos_token_id")
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    limit = options["max_new_tokens"] if "max_new_tokens" in options else options["max_length"] - len(prompt)
+    count, power = options.get("num_beams", 1), options.get("length_penalty", 1.0)
+    early = options.get("early_stopping", False)
+    wide = max(2, 1 + len(ends)) * count
+    running, slots, margin = [(0.0, list(prompt))], [], np.inf
+
+    def order(items: list[Any], keep: int) -> list[Any]:
+        nonlocal margin
+        ranked = sorted(items, key=lambda item: -item[0])
+        near = [a[0] - b[0] for a, b in pairwise(ranked[: keep + 1])]
+        margin = min([margin, *near])
+        return ranked[:keep]
+
+    for made in range(1, limit + 1):
+        candidates = []
+        for (total, ids), logits in zip(running, step([ids for _, ids in running]), strict=True):
+            top = logits.max()
+            scores = logits if count == 1 else logits - top - np.log(np.exp(logits - top).sum())
+            scores = _rules(scores, ids, len(prompt), options)
+            candidates += [(total * (count > 1) + s, [*ids, i]) for i, s in enumerate(scores) if s > -np.inf]
+        best = order(candidates, wide)
+        done = [made == limit or ids[-1] in ends for _, ids in best]
+        running = [item for item, over in zip(best, done, strict=True) if not over][:count]
+        if not (early is True and len(slots) == count):
+            over = [(s / made**power, ids) for (s, ids), d in list(zip(best, done, strict=True))[:count] if d]
+            slots = order(slots + over, count)
+        if not running or (count == 1 and done[0]) or (early is True and len(slots) == count):
+            break
+        if count > 1 and len(slots) == count:
+            length = limit if early == "never" and power > 0 else made
+            gap = running[0][0] / length**power - slots[-1][0]
+            margin = min(margin, abs(gap))
+            if gap <= 0:
+                break
+    return float(margin)

@@ -29,8 +29,8 @@ struct b2_pool {
     pthread_mutex_t sleep;   /* guards `wake` */
     pthread_cond_t wake;
     pthread_t thread[B2_MAX_THREADS];
-    pid_t pid;               /* process in which the threads live; another one: forked */
-    int threads;             /* wanted, the caller included */
+    atomic_llong pid;        /* process in which the threads live; another one: forked; negative: being taken over */
+    atomic_int threads;      /* wanted, the caller included; changes only with `owner` held */
     int started;             /* worker threads that run, the caller not included */
     job job;
     atomic_llong next;       /* next tile */
@@ -109,7 +109,7 @@ static void announce(b2_pool *pool)
 
 static void stop_workers(b2_pool *pool)
 {
-    if (pool->started == 0 || pool->pid != getpid())
+    if (pool->started == 0 || atomic_load(&pool->pid) != getpid())
         return;
     atomic_store_explicit(&pool->stopping, 1, memory_order_release);
     announce(pool);
@@ -150,16 +150,25 @@ static int ensure_workers(b2_pool *pool, b2_err *err)
     return 0;
 }
 
-/* The threads stayed in the parent, and a lock may have been held there at the moment of the fork. */
+/* After fork(): the threads stayed in the parent, and a lock may have been held there at that moment. Comes before any
+ * use of a lock. The child may have several threads by now: one takes over, the others wait for it. */
 static void forget_parent(b2_pool *pool)
 {
-    pthread_mutex_init(&pool->owner, NULL);
-    pthread_mutex_init(&pool->sleep, NULL);
-    pthread_cond_init(&pool->wake, NULL);
-    atomic_store(&pool->open, 0);
-    atomic_store(&pool->inside, 0);
-    pool->started = 0;
-    pool->pid = getpid();
+    long long here = getpid(), there;
+    while ((there = atomic_load(&pool->pid)) != here) {
+        if (there == -here || !atomic_compare_exchange_strong(&pool->pid, &there, -here)) {
+            sched_yield();
+            continue;
+        }
+        pthread_mutex_init(&pool->owner, NULL);
+        pthread_mutex_init(&pool->sleep, NULL);
+        pthread_cond_init(&pool->wake, NULL);
+        atomic_store(&pool->open, 0);
+        atomic_store(&pool->inside, 0);
+        atomic_store(&pool->stopping, 0);
+        pool->started = 0;
+        atomic_store(&pool->pid, here);
+    }
 }
 
 static int finish(const job *job, b2_err *err)
@@ -177,8 +186,7 @@ static int run_alone(const job *job, b2_err *err)
 int b2_pool_run(b2_pool *pool, int64_t tiles, b2_tile_fn fn, void *argument, b2_cancel *cancel, b2_err *err)
 {
     job job = {fn, argument, tiles, cancel};
-    if (pool->pid != getpid())
-        forget_parent(pool);
+    forget_parent(pool);
     if (tiles <= 1 || pthread_mutex_trylock(&pool->owner) != 0)
         return run_alone(&job, err);
     if (pool->threads == 1 || ensure_workers(pool, err) < 0) {
@@ -223,22 +231,23 @@ b2_pool *b2_pool_create(int threads, b2_err *err)
     pthread_mutex_init(&pool->owner, NULL);
     pthread_mutex_init(&pool->sleep, NULL);
     pthread_cond_init(&pool->wake, NULL);
-    pool->threads = threads;
-    pool->pid = getpid();
+    atomic_store(&pool->threads, threads);
+    atomic_store(&pool->pid, getpid());
     return pool;
 }
 
 int b2_pool_threads(const b2_pool *pool)
 {
-    return pool->threads;
+    return atomic_load(&pool->threads);
 }
 
 int b2_pool_resize(b2_pool *pool, int threads, b2_err *err)
 {
     if (threads < 1 || threads > B2_MAX_THREADS)
         return b2_fail(err, B2_E_VALUE, "threads: expected 1 to %d, found %d", (int)B2_MAX_THREADS, threads);
+    forget_parent(pool);
     pthread_mutex_lock(&pool->owner);
-    pool->threads = threads;
+    atomic_store(&pool->threads, threads);
     pthread_mutex_unlock(&pool->owner);
     return 0;
 }

@@ -391,7 +391,7 @@ static int score_prompts(beams *g, b2_err *err)
 {
     b2_search *search = g->search;
     if (search->step->prefill(search->step, g->scores, err) < 0 ||
-        b2_pool_run(search->pool, g->items, score_prompt, g, search->cancel, err) < 0 ||
+        b2_search_run(search, g->items, search->step->vocabulary, score_prompt, g, err) < 0 ||
         check_rows(g, g->items, 1, err) < 0)
         return -1;
     spread_prompts(g);
@@ -404,7 +404,7 @@ static int score_beams(beams *g, b2_err *err)
     int64_t rows = g->items * search->opts->num_beams;
     search->out->steps++;
     if (search->step->advance(search->step, rows, g->row, g->parent, g->token, g->scores, err) < 0 ||
-        b2_pool_run(search->pool, rows, score_beam, g, search->cancel, err) < 0)
+        b2_search_run(search, rows, search->step->vocabulary, score_beam, g, err) < 0)
         return -1;
     return check_rows(g, rows, search->opts->num_beams, err);
 }
@@ -418,7 +418,8 @@ static int run(beams *g, b2_err *err)
     for (;;) {
         if (b2_cancel_poll(search->cancel))
             return b2_fail(err, B2_E_CANCEL, "cancelled");
-        if (b2_pool_run(search->pool, g->items, advance_item, g, search->cancel, err) < 0 || settle(g, err) < 0)
+        int64_t scores_per_item = search->opts->num_beams * search->step->vocabulary;
+        if (b2_search_run(search, g->items, scores_per_item, advance_item, g, err) < 0 || settle(g, err) < 0)
             return -1;
         if (g->items == 0)
             return 0;

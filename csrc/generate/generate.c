@@ -7,6 +7,18 @@
 #include "core/memory.h"
 #include "generate/search.h"
 
+enum { SCORES_WORTH_THREADS = 32768 };
+
+int b2_search_run(const b2_search *search, int64_t tiles, int64_t scores_per_tile, b2_tile_fn fn, void *argument,
+                  b2_err *err)
+{
+    if (tiles > SCORES_WORTH_THREADS / scores_per_tile)
+        return b2_pool_run(search->pool, tiles, fn, argument, search->cancel, err);
+    for (int64_t i = 0; i < tiles; i++)
+        fn(argument, i, 0);
+    return 0;
+}
+
 static int check_beams(const b2_generate_opts *opts, b2_err *err)
 {
     if (opts->num_beams < 1)

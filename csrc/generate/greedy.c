@@ -101,7 +101,7 @@ static int run(greedy *g, b2_err *err)
     for (;;) {
         if (b2_cancel_poll(search->cancel))
             return b2_fail(err, B2_E_CANCEL, "cancelled");
-        if (b2_pool_run(search->pool, g->running, choose, g, search->cancel, err) < 0 || settle(g, err) < 0)
+        if (b2_search_run(search, g->running, step->vocabulary, choose, g, err) < 0 || settle(g, err) < 0)
             return -1;
         if (g->running == 0)
             return 0;

@@ -38,13 +38,24 @@ int64_t b2_scores_argmax(const float *scores, int64_t vocabulary)
     return i;
 }
 
+/* max(x, bound), by masks: from a conditional compilers make a jump, which keeps the loop around it scalar. */
+static inline float at_least(float x, float bound)
+{
+    int32_t x_bits, bound_bits, keep = -(int32_t)(x >= bound);
+    memcpy(&x_bits, &x, sizeof x_bits);
+    memcpy(&bound_bits, &bound, sizeof bound_bits);
+    x_bits = (x_bits & keep) | (bound_bits & ~keep);
+    memcpy(&x, &x_bits, sizeof x);
+    return x;
+}
+
 /* exp(x) for x <= 0: 2^n * exp(r) with n = round(x / ln 2), |r| <= ln(2)/2, a degree-6 Taylor polynomial with
- * minimal-error last terms; relative error below 2e-7. Below -87 the result would be subnormal: 0 instead, which a
- * sum that holds exp(0) = 1 cannot notice. */
+ * minimal-error last terms; relative error below 2e-7. Below -87 (-Inf included) the result is exp(-87) = 1.6e-38,
+ * which a sum that holds exp(0) = 1 cannot notice. */
 static inline float exp_negative(float x)
 {
     const float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f, to_integer = 12582912.0f;
-    float clipped = x < -87.0f ? -87.0f : x;
+    float clipped = at_least(x, -87.0f);
     float shifted = clipped * log2_e + to_integer; /* the integer lands in the low bits of the significand */
     float n = shifted - to_integer;
     float r = (clipped - n * ln2_high) - n * ln2_low;
@@ -60,19 +71,23 @@ static inline float exp_negative(float x)
     bits = (int32_t)((uint32_t)bits << 23) + 0x3f800000;
     float power;
     memcpy(&power, &bits, sizeof power);
-    return x < -87.0f ? 0.0f : p * power;
+    return p * power;
 }
 
+/* n <= SUM_BLOCK. Two loops, because compilers vectorise each alone and not both in one. */
 static double sum_of_block(const float *x, int64_t n, float top)
 {
+    float e[SUM_BLOCK];
     float lane[LANES] = {0};
+    for (int64_t i = 0; i < n; i++)
+        e[i] = exp_negative(x[i] - top);
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int j = 0; j < LANES; j++)
-            lane[j] += exp_negative(x[i + j] - top);
+            lane[j] += e[i + j];
     double sum = 0.0;
     for (; i < n; i++)
-        sum += exp_negative(x[i] - top);
+        sum += e[i];
     for (int j = 0; j < LANES; j++)
         sum += lane[j];
     return sum;

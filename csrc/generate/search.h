@@ -20,6 +20,10 @@ typedef struct b2_search {
     int64_t longest;   /* longest prompt */
 } b2_search;
 
+/* fn on every tile by the pool, or right here where the tiles together touch too few scores to be worth waking anyone. */
+int b2_search_run(const b2_search *search, int64_t tiles, int64_t scores_per_tile, b2_tile_fn fn, void *argument,
+                  b2_err *err);
+
 int b2_search_greedy(b2_search *search, b2_err *err);
 int b2_search_beams(b2_search *search, b2_err *err);
 

@@ -23,7 +23,7 @@ typedef struct session {
     int32_t *cache_rows;      /* [N]: 0 .. N-1 */
     int32_t *starts;          /* [B + 1] */
     int32_t *lens;            /* [B] */
-    int32_t *real_tokens;     /* [B]: without pads */
+    int32_t *next_position;   /* [B]: of the first new token */
     int64_t *leading_pads;    /* [B] */
     int has_pads;
     int64_t longest;          /* tokens of the longest prompt */
@@ -91,9 +91,9 @@ static int own_prompt_tables(session *s, b2_err *err)
     s->cache_rows = own(s, (size_t)tokens, sizeof(int32_t), err);
     s->starts = own(s, (size_t)rows + 1, sizeof(int32_t), err);
     s->lens = own(s, (size_t)rows, sizeof(int32_t), err);
-    s->real_tokens = own(s, (size_t)rows, sizeof(int32_t), err);
+    s->next_position = own(s, (size_t)rows, sizeof(int32_t), err);
     s->leading_pads = own(s, (size_t)rows, sizeof(int64_t), err);
-    return s->positions && s->cache_rows && s->starts && s->lens && s->real_tokens && s->leading_pads ? 0 : -1;
+    return s->positions && s->cache_rows && s->starts && s->lens && s->next_position && s->leading_pads ? 0 : -1;
 }
 
 /* Positions as OPT counts them: cumsum(mask) * mask - 1. */
@@ -112,7 +112,7 @@ static void fill_prompt_tables(session *s)
             s->has_pads |= !real;
             s->leading_pads[b] += seen == 0;
         }
-        s->real_tokens[b] = seen;
+        s->next_position[b] = seen;
         if (s->lens[b] > s->longest)
             s->longest = s->lens[b];
     }
@@ -319,7 +319,7 @@ static void fill_step_row(session *s, int64_t i, int64_t r)
 {
     int64_t b = r / s->beams, ld = s->cache.steps + 1, mask_ld = s->longest + s->cache.steps;
     s->step_offsets[i] = (int32_t)i;
-    s->step_positions[i] = s->real_tokens[b] + (int32_t)s->steps_taken;
+    s->step_positions[i] = s->next_position[b] + (int32_t)s->steps_taken;
     s->step_cache_rows[i] = b2_kv_cache_slot(&s->cache, s->steps_taken, r);
     s->step_starts[i] = s->starts[b];
     s->step_lens[i] = s->lens[b];
@@ -388,10 +388,27 @@ static int64_t steps_needed(const b2_rows_in *in, const b2_generate_opts *opts, 
     return most > 0 ? most - 1 : 0;
 }
 
+/* generate() upstream makes the positions itself, and not as OPT's forward does: a pad stands at 0 (not -1), and new
+ * tokens count on from the last place of the prompt, even where that is a pad. Only pads at the end are changed by it:
+ * nobody looks at the others. */
+static void place_pads_for_search(session *s)
+{
+    const b2_rows_in *in = s->in;
+    if (!s->has_pads)
+        return;
+    for (int64_t b = 0; b < in->rows; b++) {
+        for (int64_t i = in->offsets[b]; i < in->offsets[b + 1]; i++)
+            if (!in->mask[i])
+                s->positions[i] = 0;
+        s->next_position[b] = s->positions[in->offsets[b + 1] - 1] + 1;
+    }
+}
+
 static int run_search(session *s, const int32_t *rule_ids, const b2_generate_opts *opts, b2_generated *out,
                       b2_session_stats *stats, b2_err *err)
 {
     b2_prompts prompts = {s->in->rows, rule_ids, s->in->offsets, s->leading_pads};
+    place_pads_for_search(s);
     if (reserve(s, s->running, err) < 0)
         return -1;
     if (b2_generate(out, &prompts, opts, &s->step, s->ctx->pool, s->ctx->cancel, err) < 0)

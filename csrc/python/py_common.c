@@ -61,6 +61,8 @@ PyObject *b2py_raise(b2py_state *state, const b2_err *err)
 static int poll_signals(void *owner)
 {
     b2py_call *call = owner;
+    if (PyThread_get_thread_ident() != call->starter)
+        return 0; /* a worker that runs nested work by itself has no thread state to restore */
     PyEval_RestoreThread(call->thread);
     int raised = PyErr_CheckSignals() < 0; /* does nothing outside the main thread */
     call->thread = PyEval_SaveThread();
@@ -85,6 +87,7 @@ b2_cancel *b2py_call_begin(b2py_call *call)
     *call = (b2py_call){0};
     call->cancel.poll = on_main_thread() ? poll_signals : NULL;
     call->cancel.owner = call;
+    call->starter = PyThread_get_thread_ident();
     call->thread = PyEval_SaveThread();
     return &call->cancel;
 }

@@ -49,6 +49,7 @@ PyObject *b2py_raise(b2py_state *state, const b2_err *err);
 typedef struct b2py_call {
     b2_cancel cancel;
     PyThreadState *thread;
+    unsigned long starter; /* the thread that `thread` belongs to */
 } b2py_call;
 
 b2_cancel *b2py_call_begin(b2py_call *call);

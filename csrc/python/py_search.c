@@ -126,7 +126,8 @@ static int64_t capacity_of(const b2_prompts *prompts, const b2_generate_opts *op
     int64_t bound = opts->max_new_tokens >= 0 && opts->max_new_tokens < INT64_MAX - longest
                         ? longest + opts->max_new_tokens : INT64_MAX;
     int64_t capacity = opts->max_length >= 0 && opts->max_length < bound ? opts->max_length : bound;
-    return capacity > longest ? capacity : longest + 1;
+    /* b2_generate refuses unset and too small bounds, and names them. */
+    return capacity > longest && capacity < INT64_MAX ? capacity : longest + 1;
 }
 
 static int reserve_rows(python_step *s, const b2_generate_opts *opts, b2_err *err)

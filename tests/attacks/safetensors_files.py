@@ -108,9 +108,15 @@ BAD: dict[str, tuple[bytes, str]] = {
     "string axis": (_raw('{"dtype":"U8","shape":["4"],"data_offsets":[0,4]}'), "json-syntax"),
     "axis 2^63": (_raw('{"dtype":"U8","shape":[%d],"data_offsets":[0,4]}' % 2**63), "integer-range"),
     "axis 2^64 + 4": (_raw('{"dtype":"U8","shape":[%d],"data_offsets":[0,4]}' % (2**64 + 4)), "integer-range"),
-    "axis of 10000 digits": (_raw('{"dtype":"U8","shape":[%s],"data_offsets":[0,4]}' % ("1" * 10_000)), "integer-range"),
+    "axis of 10000 digits": (
+        _raw('{"dtype":"U8","shape":[%s],"data_offsets":[0,4]}' % ("1" * 10_000)),
+        "integer-range",
+    ),
     "product wraps to 4": (_raw('{"dtype":"U8","shape":[%d,4],"data_offsets":[0,4]}' % (2**62 + 1)), "shape-overflow"),
-    "product overflows": (_raw('{"dtype":"U8","shape":[4294967296,4294967296],"data_offsets":[0,0]}'), "shape-overflow"),
+    "product overflows": (
+        _raw('{"dtype":"U8","shape":[4294967296,4294967296],"data_offsets":[0,0]}'),
+        "shape-overflow",
+    ),
     "size wraps to 0": (_raw('{"dtype":"F64","shape":[2305843009213693952],"data_offsets":[0,0]}'), "shape-overflow"),
     "product overflows before 0": (
         _raw('{"dtype":"U8","shape":[4611686018427387904,4,0],"data_offsets":[0,0]}', b""),
@@ -158,7 +164,9 @@ GOOD: dict[str, bytes] = {
     "huge axes of nothing": assemble({"a": entry(0, 0, "U8", [0, 2**31, 2**31])}),
     "out of order in the header": assemble({"b": entry(4, 8), "a": entry(0, 4)}, bytes(8)),
     "padded": assemble('{"a":' + _GOOD + "}  \n\t\r ", bytes(4)),
-    "spaces everywhere": assemble(' { "a" : '.lstrip() + _GOOD.replace(",", " ,\n").replace(":", "\t: ") + " } ", bytes(4)),
+    "spaces everywhere": assemble(
+        ' { "a" : '.lstrip() + _GOOD.replace(",", " ,\n").replace(":", "\t: ") + " } ", bytes(4)
+    ),
     "unaligned": assemble({"a": entry(0, 1), "b": entry(1, 5, "F32", [1])}, bytes(5)),
     "escaped": assemble('{"\\"\\\\\\/\\b\\f\\n\\r\\t\\u00e9\\ud83d\\ude00":' + _GOOD + "}", bytes(4)),
     "escaped field": _raw('{"d\\u0074ype":"\\u00558","shape":[4],"data_offsets":[0,4]}'),
