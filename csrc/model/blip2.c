@@ -163,7 +163,7 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
     const b2_vit_config *v = &model->vit.config;
     int64_t tokens = b2_vit_tokens(v), queries = model->qformer.config.num_query_tokens;
     b2_tensor vision, qformer, features = b2_rows(out->features, first * queries, count * queries);
-    b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = queries};
+    b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = b2_item_rows(ctx, queries)};
     if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, v->hidden_size, err) < 0 ||
         output_rows(ctx, &qformer, out->qformer, first * queries, count * queries, model->qformer.config.hidden_size,
                     err) < 0)

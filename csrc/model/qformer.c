@@ -159,10 +159,10 @@ static int attend(b2_ctx *ctx, const b2_qformer_config *c, const b2_qformer_atte
                   int64_t source_tokens, const b2_stage_rows *rows, b2_err *err)
 {
     b2_tensor k = b2_tensor_of(w->k, source.rows, c->hidden_size), v = b2_tensor_of(w->v, source.rows, c->hidden_size);
-    b2_linear_opts q_opts = {.bias = &a->query_bias, .item_rows = c->num_query_tokens};
-    b2_linear_opts k_opts = {.bias = &a->key_bias, .item_rows = source_tokens};
-    b2_linear_opts v_opts = {.bias = &a->value_bias, .item_rows = source_tokens};
-    b2_linear_opts dense = {.bias = &a->dense_bias, .residual = w->x, .item_rows = c->num_query_tokens};
+    b2_linear_opts q_opts = {.bias = &a->query_bias, .item_rows = b2_item_rows(ctx, c->num_query_tokens)};
+    b2_linear_opts k_opts = {.bias = &a->key_bias, .item_rows = b2_item_rows(ctx, source_tokens)};
+    b2_linear_opts v_opts = {.bias = &a->value_bias, .item_rows = b2_item_rows(ctx, source_tokens)};
+    b2_linear_opts dense = {.bias = &a->dense_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, c->num_query_tokens)};
     if (b2_linear(ctx, w->q, w->x, &a->query_weight, &q_opts, err) < 0 ||
         b2_linear(ctx, k, source, &a->key_weight, &k_opts, err) < 0 ||
         b2_linear(ctx, v, source, &a->value_weight, &v_opts, err) < 0)
@@ -188,8 +188,8 @@ static int cross_attention(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_la
 static int feed_forward(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_layer *layer, buffers *w, b2_err *err)
 {
     const b2_qformer_config *c = &m->config;
-    b2_linear_opts up = {.bias = &layer->intermediate_bias, .act = c->act, .item_rows = c->num_query_tokens};
-    b2_linear_opts down = {.bias = &layer->output_bias, .residual = w->x, .item_rows = c->num_query_tokens};
+    b2_linear_opts up = {.bias = &layer->intermediate_bias, .act = c->act, .item_rows = b2_item_rows(ctx, c->num_query_tokens)};
+    b2_linear_opts down = {.bias = &layer->output_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, c->num_query_tokens)};
     if (b2_linear(ctx, w->inner, w->x, &layer->intermediate_weight, &up, err) < 0 ||
         b2_linear(ctx, w->x, w->inner, &layer->output_weight, &down, err) < 0)
         return -1;

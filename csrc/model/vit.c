@@ -192,7 +192,7 @@ static int embed(b2_ctx *ctx, const b2_vit *vit, buffers *w, const float *pixels
     b2_tensor patches = b2_rows(w->h, 0, pictures * count);
     b2_tensor class_token = b2_tensor_of((float *)vit->class_embedding.data, 1, c->hidden_size);
     b2_tensor positions = b2_tensor_of((float *)vit->position_embedding.data, count + 1, c->hidden_size);
-    b2_linear_opts opts = {.bias = &vit->patch_bias, .item_rows = count};
+    b2_linear_opts opts = {.bias = &vit->patch_bias, .item_rows = b2_item_rows(ctx, count)};
     if (b2_patches(ctx, flat, pixels, pictures, c->num_channels, c->image_size, c->patch_size, err) < 0 ||
         b2_linear(ctx, patches, flat, &vit->patch_weight, &opts, err) < 0 ||
         b2_copy_rows(ctx, w->x, w->patch_rows, patches, NULL, pictures * count, err) < 0)
@@ -209,8 +209,8 @@ static int self_attention(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *la
     const b2_vit_config *c = &vit->config;
     int64_t width = c->hidden_size, tokens = b2_vit_tokens(c);
     b2_tensor qkv = b2_tensor_of(w->wide, w->x.rows, 3 * width);
-    b2_linear_opts to_qkv = {.bias = &layer->qkv_bias, .item_rows = tokens};
-    b2_linear_opts out = {.bias = &layer->projection_bias, .residual = w->x, .item_rows = tokens};
+    b2_linear_opts to_qkv = {.bias = &layer->qkv_bias, .item_rows = b2_item_rows(ctx, tokens)};
+    b2_linear_opts out = {.bias = &layer->projection_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, tokens)};
     if (b2_layer_norm(ctx, w->h, w->x, &layer->layer_norm1_weight, &layer->layer_norm1_bias, c->layer_norm_eps, err) < 0 ||
         b2_linear(ctx, qkv, w->h, &layer->qkv_weight, &to_qkv, err) < 0)
         return -1;
@@ -227,8 +227,8 @@ static int feed_forward(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *laye
     const b2_vit_config *c = &vit->config;
     int64_t tokens = b2_vit_tokens(c);
     b2_tensor inner = b2_tensor_of(w->wide, w->x.rows, c->intermediate_size);
-    b2_linear_opts up = {.bias = &layer->fc1_bias, .act = c->act, .item_rows = tokens};
-    b2_linear_opts down = {.bias = &layer->fc2_bias, .residual = w->x, .item_rows = tokens};
+    b2_linear_opts up = {.bias = &layer->fc1_bias, .act = c->act, .item_rows = b2_item_rows(ctx, tokens)};
+    b2_linear_opts down = {.bias = &layer->fc2_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, tokens)};
     if (b2_layer_norm(ctx, w->h, w->x, &layer->layer_norm2_weight, &layer->layer_norm2_bias, c->layer_norm_eps, err) < 0 ||
         b2_linear(ctx, inner, w->h, &layer->fc1_weight, &up, err) < 0)
         return -1;

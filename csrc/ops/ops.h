@@ -8,8 +8,8 @@
  *
  * Same bits (CPU, fp32): an output element does not depend on how many other rows there are, where its row stands,
  * how many threads run or how work is tiled. Each product is one chain of fused multiply-adds over ascending K
- * starting from 0; bias, activation, residual follow in this order. The one exception is a fp32 weight in B2_ROWS layout:
- * it goes through OpenBLAS in tiles whose shape depends on the model and on one item alone (`item_rows`). */
+ * starting from 0; bias, activation, residual follow in this order. The one exception is a fp32 weight in B2_ROWS layout
+ * with `item_rows`: it goes through OpenBLAS in tiles whose shape depends on the model and on one item alone. */
 #ifndef B2_OPS_H
 #define B2_OPS_H
 
@@ -74,6 +74,7 @@ typedef struct b2_attention_args {
 
 struct b2_ops {
     const char *name;
+    int items_by_blas; /* 1: whole pictures times a fp32 weight are fastest through the vendor's product */
     int (*linear)(b2_ctx *, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_linear_opts *, b2_err *);
     int (*layer_norm)(b2_ctx *, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
                       b2_err *);
@@ -97,6 +98,13 @@ size_t b2_scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_width, 
 
 /* out [N, Dout] = act(x [N, Din] . w^T + bias) + residual.  w is [Dout, Din]. out must not overlap x. */
 int b2_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_linear_opts *opts, b2_err *err);
+
+/* `rows` of one picture, to be passed as item_rows, where this backend wants whole pictures to go through the vendor's
+ * product; else 0. */
+static inline int64_t b2_item_rows(const b2_ctx *ctx, int64_t rows)
+{
+    return ctx->ops->items_by_blas ? rows : 0;
+}
 
 /* out = (x - mean) / sqrt(var + eps) * gamma + beta over the last axis; gamma, beta [D], either may be absent (data NULL); out may be x. */
 int b2_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
