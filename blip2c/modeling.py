@@ -169,6 +169,8 @@ class Blip2ForConditionalGeneration:
         if config is None:
             config = Blip2Config.from_pretrained(folder)
         elif not isinstance(config, Blip2Config):  # transformers' own
+            if not hasattr(config, "to_dict"):
+                raise TypeError(f"config must be a Blip2Config, found {type(config).__name__}")
             config = Blip2Config.from_dict(config.to_dict())
         core_config(config)  # refuse what can not be computed before looking for its weights
         model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested)
@@ -428,8 +430,14 @@ class Blip2ForConditionalGeneration:
 
     @property
     def _image_token(self) -> int | None:
-        token = self._core_config["image_token_id"]
-        return None if token < 0 else int(token)
+        # As it is now: scripts that bring old checkpoints up to date set it after loading.
+        token = self.config.image_token_index
+        vocabulary = int(self._core_config["text"]["vocab_size"])
+        if token is None:
+            return None
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
+            raise ValueError(f"config.image_token_index must be None or in 0..{vocabulary - 1}, found {token!r}")
+        return int(token)
 
     def _pixels(self, value: Any) -> NDArray[np.float32]:
         return check_pixels(value, int(self._core_config["vision"]["image_size"]))

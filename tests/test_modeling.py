@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -256,6 +257,11 @@ def test_another_config_may_be_given(folder: Path, model: Any) -> None:
         Blip2ForConditionalGeneration.from_pretrained(folder, config=mine)
 
 
+def test_a_config_that_is_none_is_named(folder: Path) -> None:
+    with pytest.raises(TypeError, match="config must be a Blip2Config, found dict"):
+        Blip2ForConditionalGeneration.from_pretrained(folder, config={})
+
+
 def test_loading_options_that_do_not_exist(folder: Path) -> None:
     with pytest.raises(TypeError, match="no option dtpye"):
         Blip2ForConditionalGeneration.from_pretrained(folder, dtpye="float16")
@@ -332,6 +338,25 @@ def test_without_an_image_token_the_queries_go_in_front(
     full_mask = np.concatenate([np.ones_like(ids[:, :4]), mask], axis=1)
     want = reference.generate(*(torch.from_numpy(x) for x in (pixels, full, full_mask)), max_new_tokens=5).numpy()
     assert np.array_equal(old.generate(pixels, text, mask, max_new_tokens=5), want[:, 4:])
+
+
+def test_the_image_token_may_be_set_after_loading(tmp_path: Path, folder: Path, reference: Any, inputs: Any) -> None:
+    """As transformers' hint for old checkpoints has it: config.image_token_index = ..."""
+    shutil.copytree(folder, tmp_path / "old")
+    edit_config(tmp_path / "old", image_token_index=None)
+    old = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "old")
+    pixels, ids = (torch.from_numpy(array) for array in inputs)
+    old.config.image_token_index = reference.config.image_token_index
+    for options in ({"max_new_tokens": 6}, {"max_new_tokens": 6, "num_beams": 3}):
+        assert torch.equal(old.generate(pixels, ids, **options), reference.generate(pixels, ids, **options))
+        assert torch.equal(old.generate(pixels, **options), reference.generate(pixels, **options))
+    old.config.image_token_index = 7
+    with pytest.raises(ValueError, match=r"image placeholders \(token 7\)"):
+        old.generate(pixels, ids)
+    for wrong_token in (-1, 320, "319", True):
+        old.config.image_token_index = wrong_token
+        with pytest.raises(ValueError, match="image_token_index must be"):
+            old.generate(pixels, ids)
 
 
 # -- inputs that do not fit ----------------------------------------------------------------------------------------
