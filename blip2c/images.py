@@ -53,6 +53,8 @@ def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Image.Im
     name = _describe(source)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
+        if not name:
+            raise PictureError("'' is not the path of a picture")
         if path.is_dir():
             raise PictureError(f"{name}: is a folder, not a picture")
         if not path.exists():
@@ -175,8 +177,11 @@ def load_image(source: Any) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         try:
+            source.load()
             return to_rgb(scale_deep(source))
-        except OSError as error:
+        except PictureError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a picture that was closed
             raise PictureError(f"{_describe(source)}: can not be decoded: {error}") from error
     if isinstance(source, np.ndarray) or is_torch(source):
         array = channels_last(np.asarray(source.detach().cpu() if is_torch(source) else source))
