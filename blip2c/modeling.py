@@ -6,6 +6,7 @@ raises UnsupportedError naming the option; no option is silently dropped.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
@@ -314,6 +315,36 @@ class Blip2ForConditionalGeneration:
         ):
             sizes.pop("language_model.lm_head.weight", None)
         return sum(sizes.values())
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None) -> None:
+        """Nothing where the vocabulary has that size already; UnsupportedError where rows would be made up."""
+        size = int(self._core_config["text"]["vocab_size"])
+        wanted = size if new_num_tokens is None else int(new_num_tokens)
+        if pad_to_multiple_of is not None:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != size:
+            raise UnsupportedError(
+                f"resize_token_embeddings: {wanted} tokens are asked for, the vocabulary has {size}; new rows would be"
+                " random (checkpoints without an image token work as they are: the picture is put in front)"
+            )
+
+    def __copy__(self) -> Blip2ForConditionalGeneration:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _lock=threading.Lock())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Blip2ForConditionalGeneration:
+        twin = copy.copy(self)  # weights are immutable, so they are shared
+        memo[id(self)] = twin
+        for name in ("config", "generation_config", "language_model"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} can not be pickled: its weights live in the C part; call from_pretrained() in each"
+            " process"
+        )
 
     def get_memory_footprint(self) -> int:
         """Bytes of all weights as held."""

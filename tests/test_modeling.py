@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 import subprocess
 import sys
@@ -255,6 +257,33 @@ def test_another_config_may_be_given(folder: Path, model: Any) -> None:
     mine.text_config.ffn_dim = 40
     with pytest.raises(blip2c.CheckpointError, match="fc1"):
         Blip2ForConditionalGeneration.from_pretrained(folder, config=mine)
+
+
+def test_copies_share_weights_and_nothing_else(folder: Path, reference: Any, inputs: Any) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(folder)
+    theirs = copy.deepcopy(reference)
+    pixels, ids = inputs
+    twin = copy.deepcopy(model)
+    assert isinstance(twin, Blip2ForConditionalGeneration)
+    for one in (twin, theirs):
+        one.language_model.generation_config.max_new_tokens = 3
+    want = theirs.generate(torch.from_numpy(pixels), torch.from_numpy(ids)).numpy()
+    assert np.array_equal(twin.generate(pixels, ids), want)
+    assert model.language_model.generation_config.max_new_tokens is None
+    assert np.array_equal(
+        copy.copy(model).half().float().generate(pixels, ids, max_new_tokens=3)[:, : ids.shape[1]], ids
+    )
+    whole = reference.generate(torch.from_numpy(pixels), torch.from_numpy(ids)).numpy()
+    assert np.array_equal(model.generate(pixels, ids), whole)
+    with pytest.raises(TypeError, match="can not be pickled.*from_pretrained"):
+        pickle.dumps(model)
+
+
+def test_resizing_the_vocabulary_is_refused_by_name(model: Any) -> None:
+    for options in ({}, {"new_num_tokens": 320}, {"new_num_tokens": 300, "pad_to_multiple_of": 64}):
+        model.resize_token_embeddings(**options)
+    with pytest.raises(UnsupportedError, match="resize_token_embeddings: 384 tokens.* has 320"):
+        model.resize_token_embeddings(321, pad_to_multiple_of=64)
 
 
 def test_a_config_that_is_none_is_named(folder: Path) -> None:
