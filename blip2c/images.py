@@ -63,6 +63,8 @@ def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Image.Im
                     f"{name[:80]}: pictures are not fetched from addresses; pass a file, bytes or an image"
                 )
             raise FileNotFoundError(f"{name}: no such picture")
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise PictureError(f"{name}: is a pipe or device, not a file with a picture")
     stream: Any = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
     try:
         # The filters of `warnings` belong to the process, hence the lock. Only the header is read inside.

@@ -172,6 +172,13 @@ def test_a_missing_picture_exits_1(folder: Path, pictures: Path, capfd: Any) -> 
     assert "none.png" in err
 
 
+def test_a_pipe_is_refused_without_waiting_for_it(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    done = run("caption", tmp_path / "pipe.png", "--model", folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pipe.png: is a pipe or device" in done.stderr
+
+
 def test_version_and_help() -> None:
     assert run("--version").stdout.strip() == f"blip2c {blip2c.__version__}"
     for arguments in (["--help"], ["caption", "--help"], ["ask", "--help"], ["info", "--help"]):
