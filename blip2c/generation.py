@@ -462,7 +462,7 @@ def _bad_words(value: Any, eos: list[int]) -> list[list[int]]:
     words = [[_integer("bad_words_ids", item, 0) for item in word] for word in value]
     words = [word for word in words if not (len(word) == 1 and word[0] in eos)]
     if not words:
-        raise ValueError(f"`bad_words_ids` holds nothing but end tokens, which can not be forbidden: {value!r}.")
+        warnings.warn(f"bad_words_ids: {value!r} are end tokens, which are not forbidden, as upstream", stacklevel=4)
     return words
 
 

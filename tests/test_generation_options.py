@@ -207,7 +207,6 @@ def test_who_wins_among_lengths_and_pads_is_as_in_transformers(recorder: Recorde
         ({"bad_words_ids": [[3], []]}, "`bad_words_ids` has to be a list of non-empty lists"),
         ({"bad_words_ids": [[-3]]}, "bad_words_ids: expected at least 0"),
         ({"bad_words_ids": [["a"]]}, "bad_words_ids: expected an integer"),
-        ({"bad_words_ids": [[2]], "eos_token_id": 2}, "`bad_words_ids` holds nothing but end tokens"),
         ({"suppress_tokens": 3}, "suppress_tokens: expected a list of integers"),
         ({"suppress_tokens": ["a"]}, "suppress_tokens: expected an integer"),
         ({"eos_token_id": "a"}, "eos_token_id: expected a list of integers"),
@@ -294,3 +293,11 @@ def test_tensors_and_arrays_are_taken_for_ids() -> None:
     assert (options["eos_ids"], options["pad_id"], options["suppress_ids"]) == ([2, 3], 1, [4])
     assert resolve(eos_token_id=torch.tensor(2))["eos_ids"] == [2]
     assert resolve(eos_token_id=2, bad_words_ids=[[2], [3, 4]])["bad_words"] == [[3, 4]]
+
+
+def test_end_tokens_are_not_forbidden_as_upstream() -> None:
+    """transformers drops end tokens from bad_words_ids; where nothing else is there, it is worth a word."""
+    config = GenerationConfig(eos_token_id=[2, 7], max_new_tokens=3)
+    with pytest.warns(UserWarning, match=r"bad_words_ids: \[\[7\], \[2\]\] are end tokens"):
+        assert core_options(config, {"bad_words_ids": [[7], [2]]}, [4])["bad_words"] == []
+    assert core_options(config, {"bad_words_ids": [[7], [5]]}, [4])["bad_words"] == [[5]]

@@ -23,7 +23,11 @@ struct b2_step {
                    float *logits, b2_err *err);
 };
 
-typedef enum b2_early_stopping { B2_EARLY_STOPPING_FALSE = 0, B2_EARLY_STOPPING_TRUE, B2_EARLY_STOPPING_NEVER } b2_early_stopping;
+typedef enum b2_early_stopping {
+    B2_EARLY_STOPPING_FALSE = 0,
+    B2_EARLY_STOPPING_TRUE,
+    B2_EARLY_STOPPING_NEVER
+} b2_early_stopping;
 
 /* transformers' names. Python has resolved the defaults and which of two options wins; here everything is explicit,
  * and every bound that is set holds. Lengths count from each row's own prompt. */

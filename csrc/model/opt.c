@@ -189,11 +189,6 @@ static void opt_release(b2_lm *lm)
     m->layers = NULL;
 }
 
-static int64_t max64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 static size_t opt_scratch(const b2_ctx *ctx, const b2_lm *lm, int64_t tokens, int64_t keys, int64_t logits)
 {
     const b2_lm_config *c = &lm->config;
@@ -201,7 +196,7 @@ static size_t opt_scratch(const b2_ctx *ctx, const b2_lm *lm, int64_t tokens, in
            b2_arena_cost((size_t)(tokens * c->ffn_dim), sizeof(float)) +
            b2_arena_cost((size_t)(logits * c->hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)tokens, sizeof(int32_t)) +
-           b2_scratch_bytes(ctx, max64(tokens, logits), max64(c->ffn_dim, c->vocab_size), keys,
+           b2_scratch_bytes(ctx, b2_max64(tokens, logits), b2_max64(c->ffn_dim, c->vocab_size), keys,
                             (int)(c->hidden_size / c->num_attention_heads));
 }
 
@@ -213,20 +208,13 @@ typedef struct buffers {
     b2_tensor inner; /* [N, F] */
 } buffers;
 
-static int take_tensor(b2_ctx *ctx, b2_tensor *out, int64_t rows, int64_t cols, b2_err *err)
-{
-    float *data = b2_arena_take(ctx->scratch, (size_t)(rows * cols), sizeof *data, err);
-    *out = b2_tensor_of(data, rows, cols);
-    return data ? 0 : -1;
-}
-
 static int take_buffers(b2_ctx *ctx, buffers *w, const b2_lm_config *c, int64_t tokens, b2_err *err)
 {
-    return take_tensor(ctx, &w->h, tokens, c->hidden_size, err) < 0 ||
-                   take_tensor(ctx, &w->q, tokens, c->hidden_size, err) < 0 ||
-                   take_tensor(ctx, &w->k, tokens, c->hidden_size, err) < 0 ||
-                   take_tensor(ctx, &w->v, tokens, c->hidden_size, err) < 0 ||
-                   take_tensor(ctx, &w->inner, tokens, c->ffn_dim, err) < 0
+    return b2_stage_take(ctx, &w->h, tokens, c->hidden_size, err) < 0 ||
+                   b2_stage_take(ctx, &w->q, tokens, c->hidden_size, err) < 0 ||
+                   b2_stage_take(ctx, &w->k, tokens, c->hidden_size, err) < 0 ||
+                   b2_stage_take(ctx, &w->v, tokens, c->hidden_size, err) < 0 ||
+                   b2_stage_take(ctx, &w->inner, tokens, c->ffn_dim, err) < 0
                ? -1
                : 0;
 }
@@ -258,7 +246,8 @@ static int cached_attention(b2_ctx *ctx, const opt *m, int i, b2_lm_batch *batch
 {
     const b2_lm_config *c = &m->base.config;
     const opt_layer *layer = &m->layers[i];
-    b2_linear_opts q_opts = {.bias = &layer->q_bias}, k_opts = {.bias = &layer->k_bias}, v_opts = {.bias = &layer->v_bias};
+    b2_linear_opts q_opts = {.bias = &layer->q_bias}, k_opts = {.bias = &layer->k_bias};
+    b2_linear_opts v_opts = {.bias = &layer->v_bias};
     b2_tensor keys = b2_kv_cache_keys(batch->cache, i), values = b2_kv_cache_values(batch->cache, i);
     if (b2_linear(ctx, w->q, w->h, &layer->q_weight, &q_opts, err) < 0 ||
         b2_linear(ctx, w->k, w->h, &layer->k_weight, &k_opts, err) < 0 ||
@@ -331,7 +320,7 @@ static int head(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
     b2_linear_opts opts = {0};
     if (batch->logits.rows == 0)
         return 0;
-    if (take_tensor(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
+    if (b2_stage_take(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
         b2_copy_rows(ctx, last, NULL, batch->x, batch->logit_rows, last.rows, err) < 0)
         return -1;
     if (has_final_norm(&m->base.config) && norm(ctx, last, last, &m->final_norm_weight, &m->final_norm_bias, err) < 0)

@@ -98,21 +98,16 @@ void b2_qformer_release(b2_qformer *qformer)
     qformer->layers = NULL;
 }
 
-static int64_t max64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t pictures, int64_t image_tokens)
 {
     const b2_qformer_config *c = &qformer->config;
-    int64_t queries = pictures * c->num_query_tokens, keys = pictures * max64(image_tokens, c->num_query_tokens);
-    int64_t widest = max64(max64(c->hidden_size, c->intermediate_size), c->encoder_hidden_size);
+    int64_t queries = pictures * c->num_query_tokens, keys = pictures * b2_max64(image_tokens, c->num_query_tokens);
+    int64_t widest = b2_max64(b2_max64(c->hidden_size, c->intermediate_size), c->encoder_hidden_size);
     return 3 * b2_arena_cost((size_t)(queries * c->hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(queries * c->intermediate_size), sizeof(float)) +
            2 * b2_arena_cost((size_t)(keys * c->hidden_size), sizeof(float)) +
            2 * b2_stage_attention_scratch(pictures) +
-           b2_scratch_bytes(ctx, max64(queries, keys), widest, max64(image_tokens, c->num_query_tokens),
+           b2_scratch_bytes(ctx, b2_max64(queries, keys), widest, b2_max64(image_tokens, c->num_query_tokens),
                             (int)(c->hidden_size / c->num_attention_heads));
 }
 
@@ -127,23 +122,16 @@ typedef struct buffers {
     int64_t image_tokens;
 } buffers;
 
-static int take_tensor(b2_ctx *ctx, b2_tensor *out, int64_t rows, int64_t cols, b2_err *err)
-{
-    float *data = b2_arena_take(ctx->scratch, (size_t)(rows * cols), sizeof *data, err);
-    *out = b2_tensor_of(data, rows, cols);
-    return data ? 0 : -1;
-}
-
 static int take_buffers(b2_ctx *ctx, buffers *w, const b2_qformer_config *c, int64_t pictures, int64_t image_tokens,
                         b2_err *err)
 {
     int64_t queries = pictures * c->num_query_tokens;
-    size_t keys = (size_t)(pictures * max64(image_tokens, c->num_query_tokens) * c->hidden_size);
+    size_t keys = (size_t)(pictures * b2_max64(image_tokens, c->num_query_tokens) * c->hidden_size);
     w->image_tokens = image_tokens;
-    if (take_tensor(ctx, &w->x, queries, c->hidden_size, err) < 0 ||
-        take_tensor(ctx, &w->q, queries, c->hidden_size, err) < 0 ||
-        take_tensor(ctx, &w->h, queries, c->hidden_size, err) < 0 ||
-        take_tensor(ctx, &w->inner, queries, c->intermediate_size, err) < 0)
+    if (b2_stage_take(ctx, &w->x, queries, c->hidden_size, err) < 0 ||
+        b2_stage_take(ctx, &w->q, queries, c->hidden_size, err) < 0 ||
+        b2_stage_take(ctx, &w->h, queries, c->hidden_size, err) < 0 ||
+        b2_stage_take(ctx, &w->inner, queries, c->intermediate_size, err) < 0)
         return -1;
     w->k = b2_arena_take(ctx->scratch, keys, sizeof *w->k, err);
     w->v = b2_arena_take(ctx->scratch, keys, sizeof *w->v, err);
@@ -159,10 +147,11 @@ static int attend(b2_ctx *ctx, const b2_qformer_config *c, const b2_qformer_atte
                   int64_t source_tokens, const b2_stage_rows *rows, b2_err *err)
 {
     b2_tensor k = b2_tensor_of(w->k, source.rows, c->hidden_size), v = b2_tensor_of(w->v, source.rows, c->hidden_size);
-    b2_linear_opts q_opts = {.bias = &a->query_bias, .item_rows = b2_item_rows(ctx, c->num_query_tokens)};
+    int64_t queries = b2_item_rows(ctx, c->num_query_tokens);
+    b2_linear_opts q_opts = {.bias = &a->query_bias, .item_rows = queries};
     b2_linear_opts k_opts = {.bias = &a->key_bias, .item_rows = b2_item_rows(ctx, source_tokens)};
     b2_linear_opts v_opts = {.bias = &a->value_bias, .item_rows = b2_item_rows(ctx, source_tokens)};
-    b2_linear_opts dense = {.bias = &a->dense_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, c->num_query_tokens)};
+    b2_linear_opts dense = {.bias = &a->dense_bias, .residual = w->x, .item_rows = queries};
     if (b2_linear(ctx, w->q, w->x, &a->query_weight, &q_opts, err) < 0 ||
         b2_linear(ctx, k, source, &a->key_weight, &k_opts, err) < 0 ||
         b2_linear(ctx, v, source, &a->value_weight, &v_opts, err) < 0)
@@ -188,8 +177,9 @@ static int cross_attention(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_la
 static int feed_forward(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_layer *layer, buffers *w, b2_err *err)
 {
     const b2_qformer_config *c = &m->config;
-    b2_linear_opts up = {.bias = &layer->intermediate_bias, .act = c->act, .item_rows = b2_item_rows(ctx, c->num_query_tokens)};
-    b2_linear_opts down = {.bias = &layer->output_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, c->num_query_tokens)};
+    int64_t queries = b2_item_rows(ctx, c->num_query_tokens);
+    b2_linear_opts up = {.bias = &layer->intermediate_bias, .act = c->act, .item_rows = queries};
+    b2_linear_opts down = {.bias = &layer->output_bias, .residual = w->x, .item_rows = queries};
     if (b2_linear(ctx, w->inner, w->x, &layer->intermediate_weight, &up, err) < 0 ||
         b2_linear(ctx, w->x, w->inner, &layer->output_weight, &down, err) < 0)
         return -1;

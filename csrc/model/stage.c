@@ -2,6 +2,13 @@
 
 #include <math.h>
 
+int b2_stage_take(b2_ctx *ctx, b2_tensor *out, int64_t rows, int64_t cols, b2_err *err)
+{
+    float *data = b2_arena_take(ctx->scratch, (size_t)(rows * cols), sizeof *data, err);
+    *out = b2_tensor_of(data, rows, cols);
+    return data ? 0 : -1;
+}
+
 size_t b2_stage_attention_scratch(int64_t items)
 {
     return 3 * b2_arena_cost((size_t)(items + 1), sizeof(int32_t));

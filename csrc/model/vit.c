@@ -63,7 +63,8 @@ static int bind_split_bias(b2_vit_layer *layer, b2_binder *binder, b2_err *err)
     const char *name = v_name ? b2_binder_name(binder, qkv_bias_row.name, err) : NULL;
     if (!name)
         return -1;
-    const b2_st_tensor *parts[2] = {b2_binder_find(binder, q_name, shape, err), b2_binder_find(binder, v_name, shape, err)};
+    const b2_st_tensor *parts[2] = {b2_binder_find(binder, q_name, shape, err),
+                                    b2_binder_find(binder, v_name, shape, err)};
     if (err->code != B2_OK)
         return -1;
     if (!parts[0] || !parts[1])
@@ -137,10 +138,8 @@ void b2_vit_release(b2_vit *vit)
 
 static int64_t wide_columns(const b2_vit_config *config)
 {
-    int64_t widest = 3 * config->hidden_size;
     int64_t patch = config->num_channels * config->patch_size * config->patch_size;
-    widest = patch > widest ? patch : widest;
-    return config->intermediate_size > widest ? config->intermediate_size : widest;
+    return b2_max64(b2_max64(3 * config->hidden_size, patch), config->intermediate_size);
 }
 
 size_t b2_vit_scratch(const b2_ctx *ctx, const b2_vit *vit, int64_t pictures)
@@ -167,15 +166,14 @@ typedef struct buffers {
 static int take_buffers(b2_ctx *ctx, buffers *w, const b2_vit_config *c, int64_t pictures, b2_err *err)
 {
     int64_t tokens = b2_vit_tokens(c), rows = pictures * tokens;
-    float *x = b2_arena_take(ctx->scratch, (size_t)(rows * c->hidden_size), sizeof *x, err);
-    float *h = b2_arena_take(ctx->scratch, (size_t)(rows * c->hidden_size), sizeof *h, err);
+    if (b2_stage_take(ctx, &w->x, rows, c->hidden_size, err) < 0 ||
+        b2_stage_take(ctx, &w->h, rows, c->hidden_size, err) < 0)
+        return -1;
     w->wide = b2_arena_take(ctx->scratch, (size_t)(rows * wide_columns(c)), sizeof *w->wide, err);
     w->class_rows = b2_arena_take(ctx->scratch, (size_t)pictures, sizeof *w->class_rows, err);
     w->patch_rows = b2_arena_take(ctx->scratch, (size_t)rows, sizeof *w->patch_rows, err);
-    if (!x || !h || !w->wide || !w->class_rows || !w->patch_rows)
+    if (!w->wide || !w->class_rows || !w->patch_rows)
         return -1;
-    w->x = b2_tensor_of(x, rows, c->hidden_size);
-    w->h = b2_tensor_of(h, rows, c->hidden_size);
     for (int64_t b = 0, i = 0; b < pictures; b++) {
         w->class_rows[b] = (int32_t)(b * tokens);
         for (int64_t t = 1; t < tokens; t++)
@@ -211,7 +209,8 @@ static int self_attention(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *la
     b2_tensor qkv = b2_tensor_of(w->wide, w->x.rows, 3 * width);
     b2_linear_opts to_qkv = {.bias = &layer->qkv_bias, .item_rows = b2_item_rows(ctx, tokens)};
     b2_linear_opts out = {.bias = &layer->projection_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, tokens)};
-    if (b2_layer_norm(ctx, w->h, w->x, &layer->layer_norm1_weight, &layer->layer_norm1_bias, c->layer_norm_eps, err) < 0 ||
+    if (b2_layer_norm(ctx, w->h, w->x, &layer->layer_norm1_weight, &layer->layer_norm1_bias, c->layer_norm_eps,
+                      err) < 0 ||
         b2_linear(ctx, qkv, w->h, &layer->qkv_weight, &to_qkv, err) < 0)
         return -1;
     b2_attention_args args = b2_stage_attention(&w->pictures, w->h, b2_cols(qkv, 0, width), b2_cols(qkv, width, width),
@@ -229,7 +228,8 @@ static int feed_forward(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *laye
     b2_tensor inner = b2_tensor_of(w->wide, w->x.rows, c->intermediate_size);
     b2_linear_opts up = {.bias = &layer->fc1_bias, .act = c->act, .item_rows = b2_item_rows(ctx, tokens)};
     b2_linear_opts down = {.bias = &layer->fc2_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, tokens)};
-    if (b2_layer_norm(ctx, w->h, w->x, &layer->layer_norm2_weight, &layer->layer_norm2_bias, c->layer_norm_eps, err) < 0 ||
+    if (b2_layer_norm(ctx, w->h, w->x, &layer->layer_norm2_weight, &layer->layer_norm2_bias, c->layer_norm_eps,
+                      err) < 0 ||
         b2_linear(ctx, inner, w->h, &layer->fc1_weight, &up, err) < 0)
         return -1;
     return b2_linear(ctx, w->x, inner, &layer->fc2_weight, &down, err);

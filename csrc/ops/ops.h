@@ -8,8 +8,8 @@
  *
  * Same bits (CPU, fp32): an output element does not depend on how many other rows there are, where its row stands,
  * how many threads run or how work is tiled. Each product is one chain of fused multiply-adds over ascending K
- * starting from 0; bias, activation, residual follow in this order. The one exception is a fp32 weight in B2_ROWS layout
- * with `item_rows`: it goes through OpenBLAS in tiles whose shape depends on the model and on one item alone. */
+ * starting from 0; bias, activation, residual follow in this order. The one exception is a fp32 weight in B2_ROWS
+ * layout with `item_rows`: it goes through OpenBLAS in tiles whose shape depends on the model and on one item alone. */
 #ifndef B2_OPS_H
 #define B2_OPS_H
 
@@ -37,13 +37,20 @@ struct b2_tap {
     int (*fn)(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err);
 };
 
-typedef enum b2_act { B2_ACT_NONE = 0, B2_ACT_GELU_ERF, B2_ACT_RELU, B2_ACT_GELU_TANH, B2_ACT_QUICK_GELU, B2_ACT_SILU } b2_act;
+typedef enum b2_act {
+    B2_ACT_NONE = 0,
+    B2_ACT_GELU_ERF,
+    B2_ACT_RELU,
+    B2_ACT_GELU_TANH,
+    B2_ACT_QUICK_GELU,
+    B2_ACT_SILU
+} b2_act;
 
 typedef struct b2_linear_opts {
     const b2_weight *bias; /* [Dout] or NULL */
     b2_act act;
     b2_tensor residual;    /* [N, Dout], added after the activation; data NULL: none; may be `out` itself */
-    int64_t item_rows;     /* rows of one picture when N is whole pictures (a multiple of it); 0: rows are single tokens */
+    int64_t item_rows;     /* b2_item_rows() when N is whole pictures (a multiple of it); 0: rows are single tokens */
 } b2_linear_opts;
 
 /* Multi-head attention over up to two stretches of keys per row: a prefix (contiguous) and a suffix (through slots).
@@ -106,7 +113,8 @@ static inline int64_t b2_item_rows(const b2_ctx *ctx, int64_t rows)
     return ctx->ops->items_by_blas ? rows : 0;
 }
 
-/* out = (x - mean) / sqrt(var + eps) * gamma + beta over the last axis; gamma, beta [D], either may be absent (data NULL); out may be x. */
+/* out = (x - mean) / sqrt(var + eps) * gamma + beta over the last axis; gamma, beta [D], either may be absent (data
+ * NULL); out may be x. */
 int b2_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
                   b2_err *err);
 
