@@ -22,6 +22,7 @@ from blip2c.processing import Blip2Processor
 
 QUESTION = "Question: {} Answer:"
 DEFAULT_BATCH = 8
+CAPTION_TOKENS, ANSWER_TOKENS = 30, 20
 # What one row may raise without being the fault of the others.
 ROW_ERRORS = (ValueError, TypeError, OSError, NumericError)
 
@@ -108,8 +109,8 @@ class Captioner:
         images: Any,
         prompt: str | Sequence[str] | None = None,
         *,
-        max_new_tokens: int = 30,
-        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
         batch_size: int = DEFAULT_BATCH,
         progress: bool | None = None,
         errors: str = "raise",
@@ -120,15 +121,17 @@ class Captioner:
         images: a path, bytes, Pillow image or array (H, W, 3), or an iterable of them. prompt: a beginning to go on
         from, for all or one each. progress: True, False, or None for a bar where stderr is a terminal and there is
         more than one batch. errors: "raise", or "return" to get the exception in place of a picture's caption. Other
-        options go to `generate`. Raises PictureError or FileNotFoundError naming the picture.
+        options go to `generate`; where neither they nor a generation_config among them say how long, a caption ends
+        after 30 new tokens. Raises PictureError or FileNotFoundError naming the picture.
         """
         single = is_picture(images)
-        pictures = [images] if single else list(images)
-        prompts = [prompt] * len(pictures) if prompt is None or isinstance(prompt, str) else list(prompt)
+        pictures = [images] if single else _listed("images", images)
+        one = prompt is None or isinstance(prompt, str)
+        prompts = [prompt] * len(pictures) if one else _listed("prompt", prompt)
         if len(prompts) != len(pictures):
             raise ValueError(f"{len(prompts)} prompts for {len(pictures)} pictures; pass one, or one each")
         rows = list(zip(range(len(pictures)), prompts, strict=True))
-        options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **generate_options}
+        options = _options(max_new_tokens, num_beams, CAPTION_TOKENS, generate_options)
         found = self._collect(pictures, rows, options, batch_size, progress, errors)
         return found[0] if single else Captions(found, [picture_name(p, i) for i, p in enumerate(pictures)])
 
@@ -138,8 +141,8 @@ class Captioner:
         questions: str | Sequence[str],
         template: str = QUESTION,
         *,
-        max_new_tokens: int = 20,
-        num_beams: int = 1,
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
         batch_size: int = DEFAULT_BATCH,
         progress: bool | None = None,
         errors: str = "raise",
@@ -148,13 +151,16 @@ class Captioner:
         """An answer (a str) to one question on one picture; else a list of answers.
 
         One picture and several questions: the picture is encoded once. Several pictures: one question for all, or one
-        each. template: how a question is put, with {} for it. Other arguments as in caption().
+        each. template: how a question is put, with {} for it. Other arguments as in caption(), but 20 tokens.
         """
         if "{}" not in template:
             raise ValueError(f"template must hold {{}} where the question goes, found {template!r}")
         one_picture, one_question = is_picture(images), isinstance(questions, str)
-        pictures = [images] if one_picture else list(images)
-        asked = [questions] if isinstance(questions, str) else list(questions)
+        pictures = [images] if one_picture else _listed("images", images)
+        asked = [questions] if isinstance(questions, str) else _listed("questions", questions)
+        for question in asked:
+            if not isinstance(question, str):
+                raise TypeError(f"a question must be a string, found {type(question).__name__}")
         if one_picture:
             pairs = [(0, question) for question in asked]
         elif one_question:
@@ -164,7 +170,7 @@ class Captioner:
         else:
             raise ValueError(f"{len(asked)} questions for {len(pictures)} pictures; pass one, or one each")
         rows = [(index, template.replace("{}", question)) for index, question in pairs]
-        options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **generate_options}
+        options = _options(max_new_tokens, num_beams, ANSWER_TOKENS, generate_options)
         found = self._collect(pictures, rows, options, batch_size, progress, errors)
         if one_picture and one_question:
             return found[0]
@@ -302,6 +308,26 @@ class Captioner:
 
     def __repr__(self) -> str:
         return f"Captioner({self.model!r})"
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError(f"{name}: expected a list, found {type(value).__name__}")
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name}: {type(value).__name__} is neither one nor a list of them") from None
+
+
+def _options(
+    max_new_tokens: int | None, num_beams: int | None, default: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """generate()'s options: a default length only where nothing that was given says how long."""
+    given = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+    result = {**{name: value for name, value in given.items() if value is not None}, **options}
+    config = options.get("generation_config")
+    bounds = [result.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")]
+    return result if any(bound is not None for bound in bounds) else {**result, "max_new_tokens": default}
 
 
 def picture_name(picture: Any, index: int) -> str:

@@ -63,6 +63,14 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path}: integer-range: {error}") from error
 
 
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """read_json() of a file that must hold an object; CheckpointError if it holds something else."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: json-form: expected an object, found {_kind(values)}")
+    return values
+
+
 def _require_folder(folder: Path) -> None:
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
@@ -82,10 +90,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{folder}: no {CONFIG} in this folder")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: json-form: expected an object, found {_kind(config)}")
-    return config
+    return read_object(path)
 
 
 def _kind(value: object) -> str:

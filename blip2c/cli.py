@@ -91,6 +91,25 @@ def say(message: str) -> None:
     print(f"blip2c: {message}", file=sys.stderr, flush=True)
 
 
+def _encodable(text: str) -> bool:
+    """Whether stdout can write it, and a reader take it for text: a file's name may be any bytes."""
+    try:
+        text.encode()
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _one_line(text: str) -> str:
+    r"""Line breaks, and what stdout has no bytes for, as \n, \udcff and so on."""
+    text = "".join(repr(c)[1:-1] if c in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029" else c for c in text)
+    if _encodable(text):
+        return text
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def find_pictures(names: Sequence[str], recursive: bool = False) -> list[str]:
     """The files of `names`, folders replaced by the pictures in them, sorted. Missing files stay, as row errors."""
     from blip2c.images import EXTENSIONS
@@ -136,13 +155,13 @@ def _print_row(name: str, result: Any, key: str, text_key: str, as_json: bool, a
             row[text_key] = str(result)
             if result.reason:
                 row["reason"] = result.reason
-        line = json.dumps(row, ensure_ascii=False)
+        line = json.dumps(row, ensure_ascii=not _encodable(name + row.get(text_key, "")))
     elif isinstance(result, Exception):
-        say(str(result) if name in str(result) else f"{name}: {result}")
+        say(_one_line(str(result) if name in str(result) else f"{name}: {result}"))
         return
     else:
         text = str(result) if result else f"(empty: {result.reason})"
-        line = text if alone else f"{name}: {text}"
+        line = _one_line(text if alone else f"{name}: {text}")
     if hasattr(bar, "clear"):
         bar.clear()
     print(line, flush=True)

@@ -122,6 +122,12 @@ NOT_DONE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
 INERT_ARGUMENTS = ("tokenizer", "trust_remote_code")
 
 NAMES: tuple[str, ...] = (*DONE, *SAMPLING, *ENCODER_ONLY, *EXTRA_OUTPUTS, *INERT, *NOT_DONE)
+# Options that transformers 5.23 drops when it reads them in a model's config.json: they were written into every one of
+# them before generation had a configuration of its own. Others that stand there count.
+DROPPED_FROM_MODELS = frozenset(DEFAULTS) - {"use_cache"} | {
+    "bad_words_ids", "suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens",
+    "exponential_decay_length_penalty", "return_dict_in_generate", "remove_invalid_values",
+}  # fmt: skip
 METADATA = ("_from_model_config", "_commit_hash", "_original_object_hash", "transformers_version")
 
 
@@ -224,15 +230,18 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, text_config: Any) -> GenerationConfig:
-        """What transformers makes of a language model's configuration: its special tokens and nothing else.
+        """What transformers makes of a language model's configuration: special tokens, and what it does not drop.
 
         text_config: a mapping, or an object with to_dict(), in which the defaults of its model_type are filled in.
         BLIP-2 generates with the configuration that is made so from `config.text_config`: neither a checkpoint's
         generation_config.json nor what is assigned to the outer model's `generation_config` has an effect upstream.
         """
         values = text_config if isinstance(text_config, Mapping) else text_config.to_dict()
-        names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache")
-        return cls(**{name: values[name] for name in names if values.get(name) is not None})
+        names = [name for name in NAMES if name not in DROPPED_FROM_MODELS and name not in METADATA]
+        options = {name: values[name] for name in names if values.get(name) is not None}
+        if any(options.get(name) for name in EXTRA_OUTPUTS):
+            options["return_dict_in_generate"] = True
+        return cls(**options)
 
 
 def core_options(
@@ -374,6 +383,8 @@ def _integer(name: str, value: Any, low: int) -> int:
 
 
 def _number(name: str, value: Any) -> float:
+    if isinstance(value, str | bytes):
+        raise ValueError(f"{name}: expected a number, found {value!r}")
     try:
         number = float(value)
     except (TypeError, ValueError):

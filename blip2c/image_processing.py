@@ -239,20 +239,20 @@ class BlipImageProcessor:
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> BlipImageProcessor:
         """From a folder or Hub id: processor_config.json's image_processor, else preprocessor_config.json."""
-        from blip2c.checkpoint import read_json
+        from blip2c.checkpoint import read_object
         from blip2c.hub import pop_hub_options, resolve
 
         folder = resolve(path_or_id, weights=False, **pop_hub_options(options))
         values = None
         if (folder / "processor_config.json").is_file():
-            values = read_json(folder / "processor_config.json").get("image_processor")
+            values = read_object(folder / "processor_config.json").get("image_processor")
         if values is None:
             file = folder / "preprocessor_config.json"
             if not file.is_file():
                 raise FileNotFoundError(
                     f"{folder}: no preprocessor_config.json and no image_processor in processor_config.json"
                 )
-            values = read_json(file)
+            values = read_object(file)
         return cls.from_dict(values, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:

@@ -53,6 +53,8 @@ def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Image.Im
     name = _describe(source)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
+        if not name:
+            raise PictureError("'' is not the path of a picture")
         if path.is_dir():
             raise PictureError(f"{name}: is a folder, not a picture")
         if not path.exists():
@@ -61,6 +63,8 @@ def open_picture(source: str | os.PathLike[str] | bytes | IO[bytes]) -> Image.Im
                     f"{name[:80]}: pictures are not fetched from addresses; pass a file, bytes or an image"
                 )
             raise FileNotFoundError(f"{name}: no such picture")
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise PictureError(f"{name}: is a pipe or device, not a file with a picture")
     stream: Any = io.BytesIO(source) if isinstance(source, bytes | bytearray) else source
     try:
         # The filters of `warnings` belong to the process, hence the lock. Only the header is read inside.
@@ -175,8 +179,11 @@ def load_image(source: Any) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         try:
+            source.load()
             return to_rgb(scale_deep(source))
-        except OSError as error:
+        except PictureError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a picture that was closed
             raise PictureError(f"{_describe(source)}: can not be decoded: {error}") from error
     if isinstance(source, np.ndarray) or is_torch(source):
         array = channels_last(np.asarray(source.detach().cpu() if is_torch(source) else source))

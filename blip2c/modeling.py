@@ -6,6 +6,7 @@ raises UnsupportedError naming the option; no option is silently dropped.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
@@ -169,6 +170,8 @@ class Blip2ForConditionalGeneration:
         if config is None:
             config = Blip2Config.from_pretrained(folder)
         elif not isinstance(config, Blip2Config):  # transformers' own
+            if not hasattr(config, "to_dict"):
+                raise TypeError(f"config must be a Blip2Config, found {type(config).__name__}")
             config = Blip2Config.from_dict(config.to_dict())
         core_config(config)  # refuse what can not be computed before looking for its weights
         model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested)
@@ -313,6 +316,36 @@ class Blip2ForConditionalGeneration:
             sizes.pop("language_model.lm_head.weight", None)
         return sum(sizes.values())
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None) -> None:
+        """Nothing where the vocabulary has that size already; UnsupportedError where rows would be made up."""
+        size = int(self._core_config["text"]["vocab_size"])
+        wanted = size if new_num_tokens is None else int(new_num_tokens)
+        if pad_to_multiple_of is not None:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != size:
+            raise UnsupportedError(
+                f"resize_token_embeddings: {wanted} tokens are asked for, the vocabulary has {size}; new rows would be"
+                " random (checkpoints without an image token work as they are: the picture is put in front)"
+            )
+
+    def __copy__(self) -> Blip2ForConditionalGeneration:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _lock=threading.Lock())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Blip2ForConditionalGeneration:
+        twin = copy.copy(self)  # weights are immutable, so they are shared
+        memo[id(self)] = twin
+        for name in ("config", "generation_config", "language_model"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} can not be pickled: its weights live in the C part; call from_pretrained() in each"
+            " process"
+        )
+
     def get_memory_footprint(self) -> int:
         """Bytes of all weights as held."""
         return int(self._core.nbytes)
@@ -428,8 +461,14 @@ class Blip2ForConditionalGeneration:
 
     @property
     def _image_token(self) -> int | None:
-        token = self._core_config["image_token_id"]
-        return None if token < 0 else int(token)
+        # As it is now: scripts that bring old checkpoints up to date set it after loading.
+        token = self.config.image_token_index
+        vocabulary = int(self._core_config["text"]["vocab_size"])
+        if token is None:
+            return None
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
+            raise ValueError(f"config.image_token_index must be None or in 0..{vocabulary - 1}, found {token!r}")
+        return int(token)
 
     def _pixels(self, value: Any) -> NDArray[np.float32]:
         return check_pixels(value, int(self._core_config["vision"]["image_size"]))

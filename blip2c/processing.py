@@ -123,14 +123,14 @@ class Blip2Processor:
 
         Raises CheckpointError naming the file that is missing or damaged.
         """
-        from blip2c.checkpoint import read_json
+        from blip2c.checkpoint import read_object
         from blip2c.hub import pop_hub_options, resolve
 
         folder = resolve(path_or_id, weights=False, **pop_hub_options(options))
         options.pop("use_fast", None)
         options.pop("trust_remote_code", None)
         file = folder / "processor_config.json"
-        config: Mapping[str, Any] = read_json(file) if file.is_file() else {}
+        config: Mapping[str, Any] = read_object(file) if file.is_file() else {}
         queries = options.pop("num_query_tokens", config.get("num_query_tokens"))
         image_options = {key: options.pop(key) for key in list(options) if key in IMAGE_OPTIONS}
         image_processor = BlipImageProcessor.from_pretrained(folder, **image_options)

@@ -7,7 +7,9 @@ tokens a text gets is said by the file's post-processor: OPT's puts </s> in fron
 from __future__ import annotations
 
 import json
+import operator
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +66,8 @@ class Blip2Tokenizer:
 
     def __init__(self, backend: Tokenizer, /, **config: Any) -> None:
         self.backend_tokenizer = backend
+        # Padding and truncation are state of the backend: one text at a time may be encoded with it.
+        self._lock = threading.Lock()
         self.init_kwargs = dict(config)
         self.padding_side: str = config.get("padding_side", "right")
         self.truncation_side: str = config.get("truncation_side", "right")
@@ -79,6 +83,12 @@ class Blip2Tokenizer:
         missing = [t for t in [*self._special.values(), *self._extra] if t is not None and str(t) not in contents]
         if missing:
             backend.add_special_tokens(missing)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     # -- special tokens ------------------------------------------------------------------------------------------
 
@@ -167,7 +177,8 @@ class Blip2Tokenizer:
 
     def tokenize(self, text: str, add_special_tokens: bool = False) -> list[str]:
         """Tokens of a text."""
-        return list(self._encode_batch([text], add_special_tokens)[0].tokens)
+        with self._lock:
+            return list(self._encode_batch([text], add_special_tokens)[0].tokens)
 
     # -- text to ids ---------------------------------------------------------------------------------------------
 
@@ -205,13 +216,18 @@ class Blip2Tokenizer:
         for row, item in enumerate(texts):
             if not isinstance(item, str):
                 raise ValueError(f"text {row} must be a string, found {type(item).__name__}")
+            try:
+                item.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text {row} is not Unicode: {error.reason} at character {error.start}") from None
         pad, cut, length = self._strategies(padding, truncation, max_length, pad_to_multiple_of)
-        self._configure(pad, cut, length, pad_to_multiple_of, padding_side)
-        try:
-            encodings = self._encode_batch(texts, add_special_tokens)
-        finally:
-            self.backend_tokenizer.no_padding()
-            self.backend_tokenizer.no_truncation()
+        with self._lock:
+            try:
+                self._configure(pad, cut, length, pad_to_multiple_of, padding_side)
+                encodings = self._encode_batch(texts, add_special_tokens)
+            finally:
+                self.backend_tokenizer.no_padding()
+                self.backend_tokenizer.no_truncation()
         if verbose and length is None and any(len(e.ids) > self.model_max_length for e in encodings):
             warnings.warn(f"a text is longer than model_max_length {self.model_max_length}", stacklevel=2)
         data: dict[str, Any] = {"input_ids": [e.ids for e in encodings]}
@@ -229,9 +245,9 @@ class Blip2Tokenizer:
             data = {key: value[0] for key, value in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def encode(self, text: str, **options: Any) -> list[int]:
-        """Ids of one text."""
-        return list(self(text, **options)["input_ids"])
+    def encode(self, text: str, **options: Any) -> Any:
+        """Ids of one text: a list, or [1, T] with return_tensors."""
+        return self(text, **options)["input_ids"]
 
     def _encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
         return list(self.backend_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens))
@@ -305,12 +321,11 @@ class Blip2Tokenizer:
         return [texts] if isinstance(texts, str) else list(texts)
 
     def _decode_row(self, row: Sequence[int], skip_special_tokens: bool) -> str:
-        for index in row:
+        ids = [operator.index(index) for index in row]
+        for index in ids:
             if index < 0:
                 raise ValueError(f"token id {index} is negative")
-        return str(
-            self.backend_tokenizer.decode([int(index) for index in row], skip_special_tokens=skip_special_tokens)
-        )
+        return str(self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -331,7 +346,8 @@ class Blip2Tokenizer:
         config.update(options)
         if (folder / "tokenizer.json").is_file():
             try:
-                backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+                # Not from_file(): it takes no path that is not UTF-8.
+                backend = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
             except Exception as error:  # the package raises bare Exception
                 raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from None
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -346,7 +362,7 @@ class Blip2Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, which transformers reads."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
         config: dict[str, Any] = {
             **self.special_tokens_map,
             "tokenizer_class": self.init_kwargs.get("tokenizer_class") or "GPT2Tokenizer",
@@ -375,9 +391,9 @@ def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    from blip2c.checkpoint import read_json
+    from blip2c.checkpoint import read_object
 
-    return dict(read_json(path)) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _check_added(backend: Tokenizer, index: int, token: Any, folder: Path) -> None:

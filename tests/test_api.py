@@ -193,10 +193,39 @@ def test_wrong_arguments_raise_for_the_whole_call(model: Any, pictures: list[Any
         ({"num_beams": 0}, ValueError, "num_beams"),
         ({"do_sample": True}, UnsupportedError, "do_sample"),
         ({"max_new_tokns": 3}, ValueError, "max_new_tokns"),
+        ({"images": 5}, TypeError, "images: int"),
+        ({"images": None}, TypeError, "images: NoneType"),
+        ({"images": memoryview(b"x")}, TypeError, "images: expected a list, found memoryview"),
+        ({"prompt": 5}, TypeError, "prompt: int"),
         ({"num_beams": 2, "num_return_sequences": 2}, ValueError, "num_return_sequences"),
     ):
         with pytest.raises(error, match=message):
             model.caption(**{"images": pictures, "errors": "return", **arguments})
+    for questions in (None, 5, b"what?", [None], ["a", b"b"]):
+        with pytest.raises(TypeError, match="question"):
+            model.ask(pictures[0], questions)
+
+
+def test_how_long_and_with_how_many_beams_is_the_caller_s(model: Any, pictures: list[Any]) -> None:
+    drop_in, image = model.model, model.processor(pictures[0], return_tensors="np")
+    config = blip2c.GenerationConfig(max_new_tokens=6, num_beams=3)
+    for options in ({"max_length": 9}, {"max_length": 9, "num_beams": 3}, {"generation_config": config}):
+        want = drop_in.generate(**image, **options)[0, 5:].tolist()
+        assert model.caption(pictures[0], **options).ids == want, options
+        assert len(want) == (4 if "max_length" in options else 6)
+    rules = {"num_beams": 3, "no_repeat_ngram_size": 2}
+    beams = model.caption(pictures, generation_config=blip2c.GenerationConfig(**rules))
+    assert beams == model.caption(pictures, max_new_tokens=30, **rules)
+    assert beams != model.caption(pictures, max_new_tokens=30, no_repeat_ngram_size=2)
+
+
+def test_a_closed_picture_is_a_picture_error(model: Any) -> None:
+    image = picture(1)
+    image.close()
+    with pytest.raises(PictureError, match="closed"):
+        model.caption(image)
+    with pytest.raises(PictureError, match="''"):
+        model.caption("")
 
 
 def test_an_empty_caption_says_why(model: Any, pictures: list[Any], folder: Path, tmp_path: Path) -> None:

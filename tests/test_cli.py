@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,22 @@ def test_captions_of_a_folder(folder: Path, pictures: Path, capfd: Any) -> None:
     assert [Path(row["image"]).name for row in rows] == ["a.png", "b.JPG", "broken.jpg", "c.webp", "d.png"]
     assert ["error" in row for row in rows] == [False, False, True, False, False]
     assert "PictureError" in rows[2]["error"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_a_name_may_be_any_bytes(folder: Path, pictures: Path, encoding: str) -> None:
+    names = [b"line\nbreak.png", b"\xff\xfe.png", "ü漢🙂.png".encode(), b"plain.png"]
+    paths = [os.path.join(os.fsencode(pictures), name) for name in names]
+    for path in paths:
+        shutil.copy(os.fsencode(pictures / "a.png"), path)
+    command = [sys.executable, "-m", "blip2c", "caption", *paths, "--model", folder, "--max-new-tokens", "3"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    plain = subprocess.run(command, capture_output=True, check=True, timeout=120, env=environment)
+    assert len(plain.stdout.decode(encoding).splitlines()) == len(names)
+    done = subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=120, env=environment)
+    rows = [json.loads(line) for line in done.stdout.decode(encoding).split("\n")[:-1]]
+    assert [os.fsencode(row["image"]) for row in rows] == paths
+    assert len({row["caption"] for row in rows}) == 1
 
 
 def test_options_reach_the_model(folder: Path, pictures: Path, capfd: Any) -> None:
@@ -153,6 +170,13 @@ def test_a_missing_picture_exits_1(folder: Path, pictures: Path, capfd: Any) -> 
     assert code == 1
     assert out.startswith(str(pictures / "a.png"))
     assert "none.png" in err
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(folder: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    done = run("caption", tmp_path / "pipe.png", "--model", folder)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pipe.png: is a pipe or device" in done.stderr
 
 
 def test_version_and_help() -> None:

@@ -59,7 +59,7 @@ def test_threads() -> None:
         _core.set_num_threads(n)
         assert _core.get_num_threads() == n
     for bad in (0, -1, 257, 2**31, 2**32 + 1, -(2**40)):
-        with pytest.raises(ValueError, match="threads: expected 1 to 256"):
+        with pytest.raises(ValueError, match=f"threads: expected 1 to 256, found {bad}"):
             _core.set_num_threads(bad)
     with pytest.raises(OverflowError):
         _core.set_num_threads(2**100)

@@ -38,6 +38,8 @@ def test_defaults_are_those_of_transformers() -> None:
         transformers.OPTConfig(),
         transformers.OPTConfig(eos_token_id=[50118, 2], pad_token_id=None, bos_token_id=7),
         transformers.OPTConfig(num_beams=4, max_length=33, eos_token_id=5),
+        transformers.OPTConfig(max_new_tokens=3, min_new_tokens=2, max_time=1.5, renormalize_logits=True),
+        transformers.OPTConfig(output_hidden_states=True),
         transformers.T5Config(decoder_start_token_id=0),
         transformers.LlamaConfig(),
     ],
@@ -49,6 +51,23 @@ def test_from_model_config_takes_what_transformers_takes(text_config: Any) -> No
         for name in NAMES:
             if not name.startswith("output_") and name != "transformers_version":
                 assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_options_in_a_config_json_count_or_are_dropped_as_there() -> None:
+    values: dict[str, Any] = {"num_beams": 4, "do_sample": True, "max_length": 33, "min_length": 3}
+    values |= {"no_repeat_ngram_size": 2, "repetition_penalty": 1.5, "bad_words_ids": [[5]], "suppress_tokens": [6]}
+    values |= {"length_penalty": 2.0, "num_return_sequences": 2, "temperature": 0.5, "forced_eos_token_id": 2}
+    values |= {"max_new_tokens": 7, "min_new_tokens": 2, "guidance_scale": 1.5, "eos_token_id": [2, 9]}
+    for name, value in values.items():
+        theirs = transformers.GenerationConfig.from_model_config(transformers.OPTConfig.from_dict({name: value}))
+        ours = GenerationConfig.from_model_config({"model_type": "opt", name: value})
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "length_penalty"])
+def test_a_string_is_no_number(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected a number, found '1.5'"):
+        resolve(num_beams=2, **{name: "1.5"})
 
 
 def test_files_go_both_ways(tmp_path: Path) -> None:

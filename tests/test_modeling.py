@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -256,6 +259,37 @@ def test_another_config_may_be_given(folder: Path, model: Any) -> None:
         Blip2ForConditionalGeneration.from_pretrained(folder, config=mine)
 
 
+def test_copies_share_weights_and_nothing_else(folder: Path, reference: Any, inputs: Any) -> None:
+    model = Blip2ForConditionalGeneration.from_pretrained(folder)
+    theirs = copy.deepcopy(reference)
+    pixels, ids = inputs
+    twin = copy.deepcopy(model)
+    assert isinstance(twin, Blip2ForConditionalGeneration)
+    for one in (twin, theirs):
+        one.language_model.generation_config.max_new_tokens = 3
+    want = theirs.generate(torch.from_numpy(pixels), torch.from_numpy(ids)).numpy()
+    assert np.array_equal(twin.generate(pixels, ids), want)
+    assert model.language_model.generation_config.max_new_tokens is None
+    assert copy.copy(model).half().dtype == torch.float16
+    assert model.dtype == torch.float32
+    whole = reference.generate(torch.from_numpy(pixels), torch.from_numpy(ids)).numpy()
+    assert np.array_equal(model.generate(pixels, ids), whole)
+    with pytest.raises(TypeError, match=r"can not be pickled.*from_pretrained"):
+        pickle.dumps(model)
+
+
+def test_resizing_the_vocabulary_is_refused_by_name(model: Any) -> None:
+    for options in ({}, {"new_num_tokens": 320}, {"new_num_tokens": 300, "pad_to_multiple_of": 64}):
+        model.resize_token_embeddings(**options)
+    with pytest.raises(UnsupportedError, match=r"resize_token_embeddings: 384 tokens.* has 320"):
+        model.resize_token_embeddings(321, pad_to_multiple_of=64)
+
+
+def test_a_config_that_is_none_is_named(folder: Path) -> None:
+    with pytest.raises(TypeError, match="config must be a Blip2Config, found dict"):
+        Blip2ForConditionalGeneration.from_pretrained(folder, config={})
+
+
 def test_loading_options_that_do_not_exist(folder: Path) -> None:
     with pytest.raises(TypeError, match="no option dtpye"):
         Blip2ForConditionalGeneration.from_pretrained(folder, dtpye="float16")
@@ -332,6 +366,25 @@ def test_without_an_image_token_the_queries_go_in_front(
     full_mask = np.concatenate([np.ones_like(ids[:, :4]), mask], axis=1)
     want = reference.generate(*(torch.from_numpy(x) for x in (pixels, full, full_mask)), max_new_tokens=5).numpy()
     assert np.array_equal(old.generate(pixels, text, mask, max_new_tokens=5), want[:, 4:])
+
+
+def test_the_image_token_may_be_set_after_loading(tmp_path: Path, folder: Path, reference: Any, inputs: Any) -> None:
+    """As transformers' hint for old checkpoints has it: config.image_token_index = ..."""
+    shutil.copytree(folder, tmp_path / "old")
+    edit_config(tmp_path / "old", image_token_index=None)
+    old = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "old")
+    pixels, ids = (torch.from_numpy(array) for array in inputs)
+    old.config.image_token_index = reference.config.image_token_index
+    for options in ({"max_new_tokens": 6}, {"max_new_tokens": 6, "num_beams": 3}):
+        assert torch.equal(old.generate(pixels, ids, **options), reference.generate(pixels, ids, **options))
+        assert torch.equal(old.generate(pixels, **options), reference.generate(pixels, **options))
+    old.config.image_token_index = 7
+    with pytest.raises(ValueError, match=r"image placeholders \(token 7\)"):
+        old.generate(pixels, ids)
+    for wrong_token in (-1, 320, "319", True):
+        old.config.image_token_index = wrong_token
+        with pytest.raises(ValueError, match="image_token_index must be"):
+            old.generate(pixels, ids)
 
 
 # -- inputs that do not fit ----------------------------------------------------------------------------------------

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
+import os
+import pickle
+import shutil
 import struct
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -575,6 +581,60 @@ def test_damaged_tokenizer_files_are_named(folder: Path, tmp_path: Path) -> None
     (tmp_path / "processor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="preprocessor_config"):
         Blip2Processor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "processor_config.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "3"])
+def test_a_file_that_holds_no_object_is_named(folder: Path, tmp_path: Path, name: str, content: str) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / name).write_text(content)
+    with pytest.raises(blip2c.CheckpointError, match=f"{name}.*expected an object"):
+        Blip2Processor.from_pretrained(tmp_path / "copy")
+
+
+def test_a_folder_may_have_any_name(folder: Path, tmp_path: Path) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff \n"))
+    ours = Blip2Processor.from_pretrained(folder)
+    ours.save_pretrained(place)
+    again = Blip2Processor.from_pretrained(place)
+    assert again(text="a dog")["input_ids"] == ours(text="a dog")["input_ids"]
+
+
+def test_threads_share_a_processor(pair: Any) -> None:
+    ours, theirs = pair
+    calls: list[dict[str, Any]] = [
+        {"text": ["a small red circle", "a"], "padding": True},
+        {"text": "a dog"},
+        {"text": ["a small red circle", "a"], "padding": "max_length", "max_length": 9, "truncation": True},
+    ]
+    want = [theirs(**call)["input_ids"] for call in calls]
+
+    def work(turn: int) -> bool:
+        return bool(ours(**calls[turn % 3])["input_ids"] == want[turn % 3])
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            assert all(pool.map(work, range(1500)))
+    finally:
+        sys.setswitchinterval(before)
+    again = pickle.loads(pickle.dumps(ours))
+    assert again(**calls[0])["input_ids"] == want[0]
+    assert copy.deepcopy(ours)(**calls[2])["input_ids"] == want[2]
+
+
+def test_encode_and_decode_obey_what_they_are_given(pair: Any) -> None:
+    ours, theirs = (processor.tokenizer for processor in pair)
+    for tensors in ("np", "pt"):
+        got, want = ours.encode("a dog", return_tensors=tensors), theirs.encode("a dog", return_tensors=tensors)
+        assert type(got) is type(want)
+        assert np.array_equal(got, want)
+    for tokenizer in (ours, theirs):
+        with pytest.raises(TypeError, match="float"):
+            tokenizer.decode([1.5])
+    with pytest.raises(ValueError, match="text 1 is not Unicode: surrogates not allowed at character 2"):
+        ours(["a", "b \ud800"])
 
 
 # -- BatchFeature --------------------------------------------------------------------------------------------------

@@ -81,10 +81,13 @@ static PyObject *set_num_threads(PyObject *module, PyObject *argument)
     long threads = PyLong_AsLong(argument);
     if (threads == -1 && PyErr_Occurred())
         return NULL;
-    int wanted = threads < 0 || threads > B2_MAX_THREADS ? 0 : (int)threads;
+    if (threads < 1 || threads > B2_MAX_THREADS) {
+        PyErr_Format(PyExc_ValueError, "threads: expected 1 to %d, found %ld", B2_MAX_THREADS, threads);
+        return NULL;
+    }
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = b2_pool_resize(state->pool, wanted, &err);
+    status = b2_pool_resize(state->pool, (int)threads, &err);
     Py_END_ALLOW_THREADS
     if (status < 0)
         return b2py_raise(state, &err);
