@@ -448,3 +448,14 @@ def test_failed_allocations_are_memory_errors(tmp_path: Path) -> None:
         assert failures >= min(count, 1)
         assert failures < 1999
     np.testing.assert_array_equal(core.encode(pixels), expected)
+
+
+def test_scratch_for_a_model_wider_than_its_inner_layer_and_vocabulary(tmp_path: Path) -> None:
+    """The plan counts the widest input of a product, whichever it is; more rows ask for more, so several counts."""
+    text = {"hidden_size": 1024, "num_attention_heads": 64, "ffn_dim": 16, "num_hidden_layers": 1}
+    random_checkpoint(tmp_path, seed=14, text={**text, "vocab_size": 64, "max_position_embeddings": 1100})
+    core = open_core(tmp_path)
+    for tokens in (1, 16, 60, 80, 120, 300, 1024):
+        ids = np.full(tokens, 5, np.int32)
+        logits = core.forward(None, ids, np.array([0, tokens], np.int64))["logits"]
+        assert np.isfinite(logits).all()
