@@ -429,12 +429,19 @@ def test_strided_and_read_only_arrays(wide: tuple[Any, Any]) -> None:
 
 
 def test_failed_allocations_are_memory_errors(tmp_path: Path) -> None:
-    """Fail the k-th allocation of load and encode for every k: MemoryError, and the next try works."""
+    """Fail the k-th allocation of each call for every k: MemoryError, and the next try works."""
     random_checkpoint(tmp_path, seed=11)
     pixels = random_pixels(Blip2Config.from_pretrained(tmp_path), 1)
     expected = open_core(tmp_path).encode(pixels)
     core = open_core(tmp_path)
-    for work, count in ((lambda: open_core(tmp_path), 40), (lambda: core.encode(pixels), 20)):
+    ids, offsets = np.full(3, 5, np.int32), np.array([0, 3], np.int64)
+    calls: list[tuple[Any, int]] = [
+        (lambda: open_core(tmp_path), 40),
+        (lambda: core.encode(pixels), 20),
+        (lambda: core.encode_stages(pixels, hidden_states=True), 5),
+        (lambda: core.forward(None, ids, offsets, hidden_states=True), 5),
+    ]
+    for work, count in calls:
         failures = 0
         for k in range(1, 2000):
             _core._fail_allocation_after(k)

@@ -312,11 +312,13 @@ static int record(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b
     return 0;
 }
 
+/* May come twice: recorder_make releases what it could not finish. */
 static void recorder_release(recorder *r)
 {
     Py_XDECREF(r->arrays);
     b2_free(r->data);
     b2_free(r->rows_seen);
+    *r = (recorder){0};
 }
 
 static int recorder_make(recorder *r, b2py_state *state, const char *stage, int layers, int ndim, npy_intp *shape)
