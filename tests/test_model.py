@@ -466,3 +466,21 @@ def test_scratch_for_a_model_wider_than_its_inner_layer_and_vocabulary(tmp_path:
         ids = np.full(tokens, 5, np.int32)
         logits = core.forward(None, ids, np.array([0, tokens], np.int64))["logits"]
         assert np.isfinite(logits).all()
+
+
+def test_a_model_is_loaded_once(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, seed=15)
+    paths, config = [str(f) for f in resolve_files(tmp_path)], core_config(Blip2Config.from_pretrained(tmp_path))
+    core = _core.Model.__new__(_core.Model)
+
+    class Loader(dict[str, Any]):
+        """Loads the same object while its configuration is read, as another thread may while files are read."""
+
+        def __getitem__(self, key: str) -> Any:
+            if key == "num_query_tokens":
+                core.__init__(paths, config)
+            return super().__getitem__(key)
+
+    with pytest.raises(RuntimeError, match="already loaded"):
+        core.__init__(paths, Loader(config))
+    assert np.isfinite(core.encode(random_pixels(Blip2Config.from_pretrained(tmp_path), 1))).all()
