@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import edit_config, random_checkpoint
 from PIL import Image
 
 import blip2c
 from blip2c import Caption, NumericError, PictureError, UnsupportedError, api
+from helpers import edit_config, random_checkpoint
 
 SAMPLES = 7
 

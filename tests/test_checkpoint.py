@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from attacks.index_files import INDEXES, SHARD_NAMES
 from transformers import BertConfig, BertModel
 
+from attacks.index_files import INDEXES, SHARD_NAMES
 from blip2c._core import CheckpointError, SafetensorsFile, write_safetensors
 from blip2c.checkpoint import MAX_JSON_BYTES, read_config, read_json, resolve_files
 

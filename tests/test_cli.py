@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import random_checkpoint
 from PIL import Image
 
 import blip2c
 from blip2c import cli
+from helpers import random_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import transformers
-from helpers import random_config
 
 from blip2c import Blip2Config, CheckpointError, UnsupportedError
 from blip2c.config import OPTConfig, core_config
+from helpers import random_config
 
 # Salesforce/blip2-opt-2.7b's config.json as it was before image tokens, cut to what says something.
 OLD = {

@@ -10,10 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from running import run_python, set_threads
 
 import blip2c
 from blip2c import _core
+from running import run_python, set_threads
 
 IMPORT = "from blip2c import _core; print(_core.cpu_info()['isa'], _core.get_num_threads())"
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import prompt_ids, random_checkpoint, random_pixels, reference_model
 
 import blip2c
+from helpers import prompt_ids, random_checkpoint, random_pixels, reference_model
 
 MARGIN = 1e-5
 ORDINARY_CASES, EXHAUSTIVE_CASES = 320, 10_000
@@ -424,3 +424,15 @@ def test_failed_allocations_while_generating(pairs: list[tuple[Any, Any, Path]])
             blip2c._core._fail_allocation_after(0)
     assert 5 < k < 999
     np.testing.assert_array_equal(model._core.generate(*inputs, options)["ids"], expected)
+
+
+@pytest.mark.parametrize(
+    ("beams", "words"), [(-5, "num_beams: expected at least 1, found -5"), (2**31 - 1, "num_beams: 2147483647 beams")]
+)
+def test_beams_are_judged_before_memory_is_taken(pairs: list[tuple[Any, Any, Path]], beams: int, words: str) -> None:
+    model = pairs[0][0]
+    inputs = core_inputs(model, 2, 3)
+    before = blip2c._core._allocation_count()
+    with pytest.raises(ValueError, match=words):
+        model._core.generate(*inputs, core_options(num_beams=beams))
+    assert blip2c._core._allocation_count() - before < 10  # the options alone

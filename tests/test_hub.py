@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import huggingface_hub
 import numpy as np
 import pytest
-from helpers import prompt_ids, random_checkpoint, random_pixels
 from huggingface_hub import errors
 
 import blip2c
 from blip2c import hub
+from helpers import prompt_ids, random_checkpoint, random_pixels
 
 REPO = "owner/blip2-tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

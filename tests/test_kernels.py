@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -743,3 +744,13 @@ else:
 
     def test_the_instruction_set_is_the_one_asked_for() -> None:
         assert _core.cpu_info()["isa"] == os.environ["BLIP2C_ISA"]
+
+
+def test_top_k_of_too_many_takes_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="k = 10000000 of 4 values"):
+            kernels.top_k(np.zeros((1, 4), np.float32), 10_000_000)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

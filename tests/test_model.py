@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import edit_config, prompt_ids, random_checkpoint, random_pixels, reference_model
 from numpy.typing import NDArray
 
 from blip2c import _core
 from blip2c.checkpoint import resolve_files
 from blip2c.config import Blip2Config, core_config
+from helpers import edit_config, prompt_ids, random_checkpoint, random_pixels, reference_model
 
 HIDDEN_TOLERANCE = 1e-4  # relative to the largest value of the stage
 LOGITS_TOLERANCE = 1e-3
@@ -429,12 +429,19 @@ def test_strided_and_read_only_arrays(wide: tuple[Any, Any]) -> None:
 
 
 def test_failed_allocations_are_memory_errors(tmp_path: Path) -> None:
-    """Fail the k-th allocation of load and encode for every k: MemoryError, and the next try works."""
+    """Fail the k-th allocation of each call for every k: MemoryError, and the next try works."""
     random_checkpoint(tmp_path, seed=11)
     pixels = random_pixels(Blip2Config.from_pretrained(tmp_path), 1)
     expected = open_core(tmp_path).encode(pixels)
     core = open_core(tmp_path)
-    for work, count in ((lambda: open_core(tmp_path), 40), (lambda: core.encode(pixels), 20)):
+    ids, offsets = np.full(3, 5, np.int32), np.array([0, 3], np.int64)
+    calls: list[tuple[Any, int]] = [
+        (lambda: open_core(tmp_path), 40),
+        (lambda: core.encode(pixels), 20),
+        (lambda: core.encode_stages(pixels, hidden_states=True), 5),
+        (lambda: core.forward(None, ids, offsets, hidden_states=True), 5),
+    ]
+    for work, count in calls:
         failures = 0
         for k in range(1, 2000):
             _core._fail_allocation_after(k)
@@ -448,3 +455,32 @@ def test_failed_allocations_are_memory_errors(tmp_path: Path) -> None:
         assert failures >= min(count, 1)
         assert failures < 1999
     np.testing.assert_array_equal(core.encode(pixels), expected)
+
+
+def test_scratch_for_a_model_wider_than_its_inner_layer_and_vocabulary(tmp_path: Path) -> None:
+    """The plan counts the widest input of a product, whichever it is; more rows ask for more, so several counts."""
+    text = {"hidden_size": 1024, "num_attention_heads": 64, "ffn_dim": 16, "num_hidden_layers": 1}
+    random_checkpoint(tmp_path, seed=14, text={**text, "vocab_size": 64, "max_position_embeddings": 1100})
+    core = open_core(tmp_path)
+    for tokens in (1, 16, 60, 80, 120, 300, 1024):
+        ids = np.full(tokens, 5, np.int32)
+        logits = core.forward(None, ids, np.array([0, tokens], np.int64))["logits"]
+        assert np.isfinite(logits).all()
+
+
+def test_a_model_is_loaded_once(tmp_path: Path) -> None:
+    random_checkpoint(tmp_path, seed=15)
+    paths, config = [str(f) for f in resolve_files(tmp_path)], core_config(Blip2Config.from_pretrained(tmp_path))
+    core = _core.Model.__new__(_core.Model)
+
+    class Loader(dict[str, Any]):
+        """Loads the same object while its configuration is read, as another thread may while files are read."""
+
+        def __getitem__(self, key: str) -> Any:
+            if key == "num_query_tokens":
+                core.__init__(paths, config)
+            return super().__getitem__(key)
+
+    with pytest.raises(RuntimeError, match="already loaded"):
+        core.__init__(paths, Loader(config))
+    assert np.isfinite(core.encode(random_pixels(Blip2Config.from_pretrained(tmp_path), 1))).all()

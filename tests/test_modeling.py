@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import edit_config, prompt_ids, random_checkpoint, random_pixels, reference_model
 from safetensors.torch import load_file, save_file
 
 import blip2c
 from blip2c import Blip2ForConditionalGeneration, NumericError, UnsupportedError
 from blip2c.config import core_config
+from helpers import edit_config, prompt_ids, random_checkpoint, random_pixels, reference_model
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import random_config, random_processor, small_tokenizer
 from PIL import Image
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -27,6 +26,7 @@ import blip2c
 from blip2c import BatchFeature, Blip2Processor, BlipImageProcessor, PictureError, UnsupportedError
 from blip2c.images import load_image
 from blip2c.tokenizer import Blip2Tokenizer
+from helpers import random_config, random_processor, small_tokenizer
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "YCbCr", "HSV", "LAB"]
 SIZES = [(1, 1), (1, 40), (33, 2), (28, 28), (37, 51), (224, 224), (300, 199), (640, 480)]

@@ -19,11 +19,10 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from attacks.safetensors_files import BAD, GOOD, assemble, entry
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import run_python
 
+from attacks.safetensors_files import BAD, GOOD, assemble, entry
 from blip2c._core import (
     CheckpointError,
     SafetensorsFile,
@@ -32,6 +31,7 @@ from blip2c._core import (
     parse_safetensors,
     write_safetensors,
 )
+from running import run_python
 
 NUMPY_DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "F16": np.float16,

@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
+from blip2c import _core
+from blip2c.generation import GenerationConfig, core_options
+from blip2c.search import SearchResult, beam_search, greedy_search
 from search_helpers import (
     DEAD,
     EOS,
@@ -24,10 +28,6 @@ from search_helpers import (
     smallest_margin,
     transformers_search,
 )
-
-from blip2c import _core
-from blip2c.generation import GenerationConfig, core_options
-from blip2c.search import SearchResult, beam_search, greedy_search
 
 TIE = 1e-5
 
@@ -508,3 +508,29 @@ def test_other_threads_run_while_it_searches() -> None:
 def test_greedy_search_refuses_beams() -> None:
     with pytest.raises(ValueError, match="num_beams: greedy_search has one beam, found 3"):
         greedy_search(Table(np.random.default_rng(0), 5, 1.0), [[3, 4]], num_beams=3)
+
+
+def test_lists_that_grow_while_they_are_read() -> None:
+    """__index__ is somebody's code: it may append to the very list that is being copied."""
+
+    class Grower:
+        def __init__(self, ids: list[Any]) -> None:
+            self.ids = ids
+
+        def __index__(self) -> int:
+            self.ids.extend([3] * 4000)
+            return 2
+
+    options = core_options(GenerationConfig(), {"max_new_tokens": 2, "bad_words_ids": [[4, 5]]}, [1])
+    ids, offsets = np.array([3], np.int32), np.array([0, 1], np.int64)
+    for name in ("eos_ids", "suppress_ids", "bad_words"):
+        grown: list[Any] = []
+        grown += [Grower(grown), 2]
+        result = _core.search(
+            lambda rows: np.zeros((len(rows), 8), np.float32),
+            ids,
+            offsets,
+            {**options, name: [grown] if name == "bad_words" else grown},
+            True,
+        )
+        assert result["lengths"].tolist() == [2]

@@ -160,13 +160,19 @@ static int search_and_tighten(b2_search *search, b2_err *err)
     return status;
 }
 
+int b2_generate_check(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t vocabulary, b2_err *err)
+{
+    if (check_prompts(prompts, vocabulary, err) < 0 || check_beams(opts, err) < 0 || check_lengths(opts, err) < 0 ||
+        check_rules(opts, vocabulary, err) < 0)
+        return -1;
+    return check_size(opts, vocabulary, err);
+}
+
 int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_opts *opts, b2_step *step,
                 b2_pool *pool, b2_cancel *cancel, b2_err *err)
 {
     *out = (b2_generated){0};
-    if (check_prompts(prompts, step->vocabulary, err) < 0 || check_beams(opts, err) < 0 ||
-        check_lengths(opts, err) < 0 || check_rules(opts, step->vocabulary, err) < 0 ||
-        check_size(opts, step->vocabulary, err) < 0)
+    if (b2_generate_check(prompts, opts, step->vocabulary, err) < 0)
         return -1;
     b2_search search = {
         .prompts = prompts, .opts = opts, .step = step, .pool = pool, .cancel = cancel, .out = out};

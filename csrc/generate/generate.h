@@ -71,7 +71,10 @@ typedef struct b2_generated {
     int64_t steps;      /* model calls after the prefill */
 } b2_generated;
 
-/* Checks options and prompts (B2_E_VALUE naming the option), then searches. */
+/* B2_E_VALUE naming the option or the prompt. For callers who allocate by the options before they search. */
+int b2_generate_check(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t vocabulary, b2_err *err);
+
+/* b2_generate_check, then the search. */
 int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_opts *opts, b2_step *step,
                 b2_pool *pool, b2_cancel *cancel, b2_err *err);
 void b2_generated_release(b2_generated *out);

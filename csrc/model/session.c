@@ -151,6 +151,9 @@ static int session_open(session *s, b2_ctx *ctx, const b2_blip2 *model, const b2
     s->running = in->rows * beams;
     if (in->offsets[in->rows] > INT32_MAX)
         return b2_fail(err, B2_E_VALUE, "%lld tokens are too many for one batch", (long long)in->offsets[in->rows]);
+    if (s->running > INT32_MAX)
+        return b2_fail(err, B2_E_VALUE, "num_beams: %lld beams for %lld rows are too many", (long long)beams,
+                       (long long)in->rows);
     if (own_prompt_tables(s, err) < 0)
         return -1;
     fill_prompt_tables(s);
@@ -421,7 +424,9 @@ static int run_search(session *s, const int32_t *rule_ids, const b2_generate_opt
 int b2_session_generate(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, const int32_t *rule_ids,
                         const b2_generate_opts *opts, b2_generated *out, b2_session_stats *stats, b2_err *err)
 {
-    if (b2_session_check(model, in, err) < 0)
+    b2_prompts prompts = {.rows = in->rows, .ids = rule_ids, .offsets = in->offsets};
+    if (b2_session_check(model, in, err) < 0 ||
+        b2_generate_check(&prompts, opts, model->lm->config.vocab_size, err) < 0)
         return -1;
     session s = {.step = {model->lm->config.vocab_size, session_prefill, session_advance}};
     int status = session_open(&s, ctx, model, in, opts->num_beams,

@@ -426,7 +426,9 @@ static PyObject *top_k(PyObject *module, PyObject *args)
         return NULL;
     PyArrayObject *x = rows_array(object, "x"), *values = NULL;
     PyObject *ids = NULL;
-    if (x && (values = poisoned_like(x, count < 0 ? 0 : count)))
+    /* A k that the operation refuses must not size anything before. */
+    int fits = x && count > 0 && count <= view_of(x).cols;
+    if (x && (values = poisoned_like(x, fits ? count : 0)))
         ids = PyArray_SimpleNew(PyArray_NDIM(values), PyArray_DIMS(values), NPY_INT32);
     int status = -1;
     kernel_call k;

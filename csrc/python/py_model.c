@@ -175,6 +175,13 @@ static int read_policy(const char *name, b2_dtype_policy *policy)
 
 /* ---- life ---- */
 
+static int refuse_second_load(const model_object *self)
+{
+    if (self->loaded)
+        PyErr_SetString(PyExc_RuntimeError, "Model: already loaded");
+    return self->loaded ? -1 : 0;
+}
+
 static int load(model_object *self, const b2_blip2_config *config, PyObject *path_list, b2_dtype_policy policy)
 {
     b2py_state *state = state_of((PyObject *)self);
@@ -192,29 +199,37 @@ static int load(model_object *self, const b2_blip2_config *config, PyObject *pat
             return -1;
         }
     }
+    b2_blip2 model;
     b2py_call call;
     b2py_call_begin(&call);
-    int status = b2_blip2_load(&self->model, config, paths, count, policy, state->pool, &err);
+    int status = b2_blip2_load(&model, config, paths, count, policy, state->pool, &err);
     b2py_call_end(&call);
     b2_free(paths);
-    if (status < 0)
+    if (status < 0) {
         b2py_raise(state, &err);
-    self->loaded = status == 0;
+    } else if ((status = refuse_second_load(self)) < 0) { /* another thread's came first */
+        b2_blip2_release(&model);
+    } else {
+        self->model = model;
+        self->loaded = 1;
+    }
     return status;
 }
 
 /* Paths as bytes in the file system's encoding. */
 static PyObject *encode_paths(PyObject *paths)
 {
-    PyObject *fast = PySequence_Fast(paths, "paths: expected a sequence of file names");
-    PyObject *encoded = fast ? PyList_New(0) : NULL;
-    for (Py_ssize_t i = 0; encoded && i < PySequence_Fast_GET_SIZE(fast); i++) {
+    PyObject *items = PySequence_Tuple(paths); /* a tuple: the __fspath__ of an item cannot change it */
+    if (!items && PyErr_ExceptionMatches(PyExc_TypeError))
+        PyErr_SetString(PyExc_TypeError, "paths: expected a sequence of file names");
+    PyObject *encoded = items ? PyList_New(0) : NULL;
+    for (Py_ssize_t i = 0; encoded && i < PyTuple_GET_SIZE(items); i++) {
         PyObject *bytes = NULL;
-        if (!PyUnicode_FSConverter(PySequence_Fast_GET_ITEM(fast, i), &bytes) || PyList_Append(encoded, bytes) < 0)
+        if (!PyUnicode_FSConverter(PyTuple_GET_ITEM(items, i), &bytes) || PyList_Append(encoded, bytes) < 0)
             Py_CLEAR(encoded);
         Py_XDECREF(bytes);
     }
-    Py_XDECREF(fast);
+    Py_XDECREF(items);
     return encoded;
 }
 
@@ -227,11 +242,8 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
     const char *dtype = "auto";
     b2_dtype_policy policy;
     b2_blip2_config parsed = {0};
-    if (self->loaded) {
-        PyErr_SetString(PyExc_RuntimeError, "Model: already loaded");
-        return -1;
-    }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|s", names, &paths, &config, &dtype) ||
+    if (refuse_second_load(self) < 0 ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|s", names, &paths, &config, &dtype) ||
         read_policy(dtype, &policy) < 0 || read_vision(state, config, &parsed.vision) < 0 ||
         read_qformer(state, config, &parsed.qformer) < 0 || read_text_config(state, config, &parsed.text) < 0)
         return -1;
@@ -312,11 +324,13 @@ static int record(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b
     return 0;
 }
 
+/* May come twice: recorder_make releases what it could not finish. */
 static void recorder_release(recorder *r)
 {
     Py_XDECREF(r->arrays);
     b2_free(r->data);
     b2_free(r->rows_seen);
+    *r = (recorder){0};
 }
 
 static int recorder_make(recorder *r, b2py_state *state, const char *stage, int layers, int ndim, npy_intp *shape)
@@ -620,8 +634,9 @@ static PyObject *model_generate(PyObject *self, PyObject *args, PyObject *kwargs
     b2py_options_storage storage = {0};
     b2_err err = {0};
     PyObject *result = NULL;
-    PyArrayObject *rule_ids = b2py_array(rules, "rule_ids", NPY_INT32, 1);
-    if (read_rows(&arrays, &in, model, features, ids, offsets, mask) == 0 && rule_ids) {
+    PyArrayObject *rule_ids = NULL;
+    if (read_rows(&arrays, &in, model, features, ids, offsets, mask) == 0 &&
+        (rule_ids = b2py_array(rules, "rule_ids", NPY_INT32, 1))) {
         if (b2py_parse_options(options, &opts, &storage, &err) < 0)
             b2py_raise(state_of(self), &err);
         else if (PyArray_DIM(rule_ids, 0) != PyArray_DIM(arrays.ids, 0))

@@ -88,10 +88,10 @@ static int get_early_stopping(PyObject *options, b2_early_stopping *out, b2_err 
     return 0;
 }
 
-/* `sequence` as a list or tuple; a new reference. */
+/* `sequence` as a tuple, which the __index__ of an item cannot change; a new reference. */
 static PyObject *as_items(PyObject *sequence, const char *name, b2_err *err)
 {
-    PyObject *items = PyUnicode_Check(sequence) ? NULL : PySequence_Fast(sequence, "");
+    PyObject *items = PyUnicode_Check(sequence) ? NULL : PySequence_Tuple(sequence);
     if (!items)
         wrong(name, "a sequence", sequence, err);
     return items;
@@ -99,9 +99,9 @@ static PyObject *as_items(PyObject *sequence, const char *name, b2_err *err)
 
 static int fill_ids(int32_t *ids, PyObject *items, const char *name, b2_err *err)
 {
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items); i++) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items); i++) {
         int64_t id = 0;
-        if (to_int64(PySequence_Fast_GET_ITEM(items, i), name, INT32_MIN, INT32_MAX, &id, err) < 0)
+        if (to_int64(PyTuple_GET_ITEM(items, i), name, INT32_MIN, INT32_MAX, &id, err) < 0)
             return -1;
         ids[i] = (int32_t)id;
     }
@@ -114,7 +114,7 @@ static int get_ids(PyObject *options, const char *name, int32_t **ids, int64_t *
     PyObject *items = value ? as_items(value, name, err) : NULL;
     if (!items)
         return -1;
-    *count = PySequence_Fast_GET_SIZE(items);
+    *count = PyTuple_GET_SIZE(items);
     *ids = b2_alloc((size_t)*count, sizeof **ids, name, err);
     int status = *ids ? fill_ids(*ids, items, name, err) : -1;
     Py_DECREF(items);
@@ -124,11 +124,11 @@ static int get_ids(PyObject *options, const char *name, int32_t **ids, int64_t *
 static int measure_words(PyObject *words, int64_t *offsets, b2_err *err)
 {
     offsets[0] = 0;
-    for (Py_ssize_t w = 0; w < PySequence_Fast_GET_SIZE(words); w++) {
-        PyObject *ids = as_items(PySequence_Fast_GET_ITEM(words, w), "bad_words", err);
+    for (Py_ssize_t w = 0; w < PyTuple_GET_SIZE(words); w++) {
+        PyObject *ids = as_items(PyTuple_GET_ITEM(words, w), "bad_words", err);
         if (!ids)
             return -1;
-        offsets[w + 1] = offsets[w] + PySequence_Fast_GET_SIZE(ids);
+        offsets[w + 1] = offsets[w] + PyTuple_GET_SIZE(ids);
         Py_DECREF(ids);
     }
     return 0;
@@ -136,12 +136,12 @@ static int measure_words(PyObject *words, int64_t *offsets, b2_err *err)
 
 static int fill_words(PyObject *words, int32_t *out, const int64_t *offsets, b2_err *err)
 {
-    for (Py_ssize_t w = 0; w < PySequence_Fast_GET_SIZE(words); w++) {
-        PyObject *ids = as_items(PySequence_Fast_GET_ITEM(words, w), "bad_words", err);
+    for (Py_ssize_t w = 0; w < PyTuple_GET_SIZE(words); w++) {
+        PyObject *ids = as_items(PyTuple_GET_ITEM(words, w), "bad_words", err);
         if (!ids)
             return -1;
         /* A sequence may answer differently the second time. */
-        int same = PySequence_Fast_GET_SIZE(ids) == offsets[w + 1] - offsets[w];
+        int same = PyTuple_GET_SIZE(ids) == offsets[w + 1] - offsets[w];
         int status = same ? fill_ids(out + offsets[w], ids, "bad_words", err)
                           : b2_fail(err, B2_E_VALUE, "bad_words: changed while being read");
         Py_DECREF(ids);
@@ -153,7 +153,7 @@ static int fill_words(PyObject *words, int32_t *out, const int64_t *offsets, b2_
 
 static int parse_words(PyObject *words, b2_generate_opts *opts, b2py_options_storage *storage, b2_err *err)
 {
-    opts->bad_word_count = PySequence_Fast_GET_SIZE(words);
+    opts->bad_word_count = PyTuple_GET_SIZE(words);
     storage->bad_word_offsets =
         b2_alloc((size_t)opts->bad_word_count + 1, sizeof *storage->bad_word_offsets, "bad_words", err);
     if (!storage->bad_word_offsets || measure_words(words, storage->bad_word_offsets, err) < 0)
@@ -239,9 +239,14 @@ int b2py_parse_options(PyObject *options, b2_generate_opts *opts, b2py_options_s
     *storage = (b2py_options_storage){0};
     if (!PyDict_Check(options))
         return b2_fail(err, B2_E_TYPE, "options: expected a dict, found %s", Py_TYPE(options)->tp_name);
-    if (check_names(options, err) < 0 || parse_lengths(options, opts, err) < 0 || parse_beams(options, opts, err) < 0)
-        return -1;
-    return parse_rules(options, opts, storage, err);
+    PyObject *copy = PyDict_Copy(options); /* references are borrowed from it while __index__ and __float__ run */
+    if (!copy)
+        return b2_fail(err, B2_E_CALLBACK, "options");
+    int status = check_names(copy, err) < 0 || parse_lengths(copy, opts, err) < 0 || parse_beams(copy, opts, err) < 0
+                     ? -1
+                     : parse_rules(copy, opts, storage, err);
+    Py_DECREF(copy);
+    return status;
 }
 
 void b2py_options_release(b2py_options_storage *storage)
