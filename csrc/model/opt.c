@@ -192,17 +192,12 @@ static void opt_release(b2_lm *lm)
 static size_t opt_scratch(const b2_ctx *ctx, const b2_lm *lm, int64_t tokens, int64_t keys, int64_t logits)
 {
     const b2_lm_config *c = &lm->config;
-    int64_t widest = max64(max64(c->hidden_size, c->ffn_dim), c->vocab_size);
+    int64_t widest = b2_max64(b2_max64(c->hidden_size, c->ffn_dim), c->vocab_size);
     return 4 * b2_arena_cost((size_t)(tokens * c->hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(tokens * c->ffn_dim), sizeof(float)) +
            b2_arena_cost((size_t)(logits * c->hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)tokens, sizeof(int32_t)) +
-<<<<<<< HEAD
-           b2_scratch_bytes(ctx, b2_max64(tokens, logits), b2_max64(c->ffn_dim, c->vocab_size), keys,
-                            (int)(c->hidden_size / c->num_attention_heads));
-=======
-           b2_scratch_bytes(ctx, max64(tokens, logits), widest, keys, (int)(c->hidden_size / c->num_attention_heads));
->>>>>>> review
+           b2_scratch_bytes(ctx, b2_max64(tokens, logits), widest, keys, (int)(c->hidden_size / c->num_attention_heads));
 }
 
 /* The buffers of one forward pass, all of them from the arena. */
