@@ -754,3 +754,9 @@ def test_top_k_of_too_many_takes_no_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_queries_of_no_row_are_refused() -> None:
+    x, none = np.ones((3, 4), np.float32), np.zeros(0, np.int32)
+    with pytest.raises(ValueError, match="q_offsets run from 0 to 0, expected 0 to 3"):
+        kernels.packed_attention(x, np.zeros(1, np.int32), x, x, none, none, heads=1)

@@ -484,3 +484,11 @@ def test_a_model_is_loaded_once(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="already loaded"):
         core.__init__(paths, Loader(config))
     assert np.isfinite(core.encode(random_pixels(Blip2Config.from_pretrained(tmp_path), 1))).all()
+
+
+def test_tokens_of_no_row_are_refused(wide: tuple[Any, Any]) -> None:
+    """Their logits would be memory that nobody wrote."""
+    core, _ = wide
+    with pytest.raises(ValueError, match="offsets: expected to begin with 0, found 5"):
+        core.forward(None, np.full(5, 3, np.int32), np.array([5], np.int64))
+    assert core.forward(None, np.zeros(0, np.int32), np.zeros(1, np.int64))["logits"].shape[0] == 0

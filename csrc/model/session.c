@@ -268,10 +268,10 @@ static int forward_all(session *s, b2_tensor logits, b2_err *err)
 int b2_session_forward(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, b2_tensor logits, b2_err *err)
 {
     session s = {0};
-    if (in->rows == 0)
-        return 0;
     if (b2_session_check(model, in, err) < 0)
         return -1;
+    if (in->rows == 0)
+        return 0;
     int status = session_open(&s, ctx, model, in, 1, 0, err);
     if (status == 0)
         status = forward_all(&s, logits, err);

@@ -101,11 +101,9 @@ int b2_attention(b2_ctx *ctx, const b2_attention_args *a, b2_err *err)
     if (a->suffix_lens && (check_shape("attention", "k_suffix", a->k_suffix, a->k_suffix.rows, kv_width, err) < 0 ||
                            check_shape("attention", "v_suffix", a->v_suffix, a->k_suffix.rows, kv_width, err) < 0))
         return -1;
-    if (a->rows == 0 || a->q.rows == 0)
-        return 0;
     if (check_attention_rows(a, err) < 0)
         return -1;
-    return ctx->ops->attention(ctx, a, err);
+    return a->q.rows == 0 ? 0 : ctx->ops->attention(ctx, a, err);
 }
 
 int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err)
