@@ -20,6 +20,7 @@ import torch
 import transformers
 
 import blip2c
+from blip2c.config import core_config
 from helpers import prompt_ids, random_checkpoint, random_pixels, reference_model
 
 MARGIN = 1e-5
@@ -436,3 +437,30 @@ def test_beams_are_judged_before_memory_is_taken(pairs: list[tuple[Any, Any, Pat
     with pytest.raises(ValueError, match=words):
         model._core.generate(*inputs, core_options(num_beams=beams))
     assert blip2c._core._allocation_count() - before < 10  # the options alone
+
+
+def test_loading_answers_a_signal(tmp_path: Path) -> None:
+    """A load is cancelled by a handler that raises, and the next one works."""
+    random_checkpoint(tmp_path, seed=41, text={"vocab_size": 60_000, "hidden_size": 640, "num_attention_heads": 8})
+    files, config = [str(tmp_path / "model.safetensors")], core_config(blip2c.Blip2Config.from_pretrained(tmp_path))
+
+    def handler(number: int, frame: Any) -> None:
+        raise SignalError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    interrupted = 0
+    try:
+        for _ in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                while True:
+                    blip2c._core.Model(files, config)
+            except SignalError:
+                interrupted += 1
+                if interrupted == 3:
+                    break
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted == 3
+    assert blip2c._core.Model(files, config).nbytes > 0

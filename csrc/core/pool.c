@@ -189,9 +189,13 @@ int b2_pool_run(b2_pool *pool, int64_t tiles, b2_tile_fn fn, void *argument, b2_
     forget_parent(pool);
     if (tiles <= 1 || pthread_mutex_trylock(&pool->owner) != 0)
         return run_alone(&job, err);
-    if (pool->threads == 1 || ensure_workers(pool, err) < 0) {
+    /* Threads that cannot be started (a limit on processes) cost time, not the result: go on with those there are. */
+    b2_err not_started = {0};
+    if (pool->threads > 1)
+        ensure_workers(pool, &not_started);
+    if (pool->threads == 1 || pool->started == 0) {
         pthread_mutex_unlock(&pool->owner);
-        return err->code != B2_OK ? -1 : run_alone(&job, err);
+        return run_alone(&job, err);
     }
     pool->job = job;
     atomic_store_explicit(&pool->next, 0, memory_order_relaxed);

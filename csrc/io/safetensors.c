@@ -560,6 +560,19 @@ const b2_st_tensor *b2_st_find(const b2_st_file *file, const char *name)
     return NULL;
 }
 
+void b2_st_want_pages(const b2_st_file *file, const b2_st_tensor *tensor)
+{
+    enum { AHEAD = 64 << 20 };
+    long page_bytes = sysconf(_SC_PAGESIZE);
+    if (!file->map || page_bytes < 1)
+        return;
+    uintptr_t page = (uintptr_t)page_bytes, begin = (uintptr_t)tensor->data / page * page;
+    uintptr_t end = (uintptr_t)tensor->data + tensor->bytes, map_end = (uintptr_t)file->map + file->map_bytes;
+    end = map_end - end > AHEAD ? end + AHEAD : map_end;
+    if (begin < end)
+        madvise((void *)begin, end - begin, MADV_WILLNEED); /* a hint, as below */
+}
+
 void b2_st_drop_pages(const b2_st_file *file, const b2_st_tensor *tensor)
 {
     long page_bytes = sysconf(_SC_PAGESIZE);

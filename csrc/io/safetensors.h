@@ -56,6 +56,10 @@ void b2_st_close(b2_st_file *file);
 /* NULL when absent. Binary search. */
 const b2_st_tensor *b2_st_find(const b2_st_file *file, const char *name);
 
+/* Asks the system to read one tensor, and some of what follows it, ahead: packing touches sixteen rows at a time, in
+ * which the system sees no order. */
+void b2_st_want_pages(const b2_st_file *file, const b2_st_tensor *tensor);
+
 /* Gives the pages of one tensor back to the system (they can be read again): after packing, memory holds one copy. */
 void b2_st_drop_pages(const b2_st_file *file, const b2_st_tensor *tensor);
 

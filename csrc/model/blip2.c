@@ -92,12 +92,12 @@ static int measure(b2_blip2 *model, b2_err *err)
 }
 
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
-                  b2_dtype_policy policy, b2_pool *pool, b2_err *err)
+                  b2_dtype_policy policy, b2_pool *pool, b2_cancel *cancel, b2_err *err)
 {
     *model = (b2_blip2){0};
     if (check_config(config, err) < 0 || b2_checkpoint_open(&model->checkpoint, paths, path_count, err) < 0)
         return -1;
-    b2_binder binder = {.checkpoint = &model->checkpoint, .policy = policy, .pool = pool};
+    b2_binder binder = {.checkpoint = &model->checkpoint, .policy = policy, .pool = pool, .cancel = cancel};
     int status = bind_all(model, config, &binder, err);
     model->names = binder.names;
     model->name_count = binder.name_count;
@@ -162,7 +162,7 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
 {
     const b2_vit_config *v = &model->vit.config;
     int64_t tokens = b2_vit_tokens(v), queries = model->qformer.config.num_query_tokens;
-    b2_tensor vision, qformer, features = b2_rows(out->features, first * queries, count * queries);
+    b2_tensor vision, qformer;
     b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = b2_item_rows(ctx, queries)};
     if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, v->hidden_size, err) < 0 ||
         output_rows(ctx, &qformer, out->qformer, first * queries, count * queries, model->qformer.config.hidden_size,
@@ -173,9 +173,11 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
         return -1;
     if (out->pooled.data && b2_vit_pool(ctx, &model->vit, b2_rows(out->pooled, first, count), vision, err) < 0)
         return -1;
+    if (!out->features.data)
+        return 0;
     if (b2_qformer_forward(ctx, &model->qformer, qformer, vision, count, err) < 0)
         return -1;
-    return b2_linear(ctx, features, qformer, &model->projection_weight, &project, err);
+    return b2_linear(ctx, b2_rows(out->features, first * queries, count * queries), qformer, &model->projection_weight, &project, err);
 }
 
 int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t pictures,

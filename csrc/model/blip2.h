@@ -31,7 +31,7 @@ typedef struct b2_blip2 {
 
 /* Opens the files and binds every weight. `model` is filled in, or left empty on failure. */
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
-                  b2_dtype_policy policy, b2_pool *pool, b2_err *err);
+                  b2_dtype_policy policy, b2_pool *pool, b2_cancel *cancel, b2_err *err);
 void b2_blip2_release(b2_blip2 *model);
 
 /* Every weight by name, for saving. */
@@ -42,7 +42,7 @@ typedef struct b2_encoded {
     b2_tensor vision;   /* [B*T, D_v]: last hidden state after post_layernorm */
     b2_tensor pooled;   /* [B, D_v] */
     b2_tensor qformer;  /* [B*Q, D_q] */
-    b2_tensor features; /* [B*Q, D_lm]: what the language model reads; always wanted */
+    b2_tensor features; /* [B*Q, D_lm]: what the language model reads; not wanted: the vision encoder alone runs */
 } b2_encoded;
 
 /* pixels [B, C, S, S] -> out. Reserves the arena itself; pictures go through in groups that bound its size, which changes

@@ -28,7 +28,7 @@ typedef struct b2_session_stats {
     int64_t step_allocations; /* heap allocations between the prefill and the end of the search */
 } b2_session_stats;
 
-/* Prefill, then search. `prompts` are the ids that the rules see, with in's offsets. */
+/* Prefill, then search. `rule_ids` are the ids that the rules see, with in's offsets. */
 int b2_session_generate(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, const int32_t *rule_ids,
                         const b2_generate_opts *opts, b2_generated *out, b2_session_stats *stats, b2_err *err);
 

@@ -154,12 +154,10 @@ static int split_of(const b2_weight_row *row, int rank)
     return row->kind == B2_TABLE ? rank - 1 : 1;
 }
 
-static void drop_source(b2_binder *binder, const b2_st_tensor *tensor)
+static const b2_st_file *file_of(const b2_binder *binder, const b2_st_tensor *tensor)
 {
     const b2_st_tensor *same = NULL;
-    int64_t file = find_file(binder->checkpoint, tensor->name, &same);
-    if (file >= 0)
-        b2_st_drop_pages(&binder->checkpoint->files[file], tensor);
+    return &binder->checkpoint->files[find_file(binder->checkpoint, tensor->name, &same)];
 }
 
 static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, const b2_st_tensor *tensor,
@@ -181,10 +179,11 @@ static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, 
             *weight = stored;
             return 0; /* read where it lies */
         }
-        if (b2_weight_pack(weight, &stored, dtype, binder->pool, err) < 0)
+        b2_st_want_pages(file_of(binder, tensor), tensor);
+        if (b2_weight_pack(weight, &stored, dtype, binder->pool, binder->cancel, err) < 0)
             return -1;
     }
-    drop_source(binder, tensor);
+    b2_st_drop_pages(file_of(binder, tensor), tensor);
     return 0;
 }
 

@@ -1,7 +1,7 @@
 /* Weight tables: one list per submodel says which tensor of a checkpoint goes where. The same list binds, validates,
  * saves and releases; there is no second one.
  *
- * Memory: a bound model owns its packed weights (b2_weights_release); weights that stay mapped point into the
+ * Memory: a bound model owns its packed weights (b2_release_weights); weights that stay mapped point into the
  * checkpoint, which must outlive them. Names point into the store. */
 #ifndef B2_MODEL_WEIGHT_TABLE_H
 #define B2_MODEL_WEIGHT_TABLE_H
@@ -66,6 +66,7 @@ typedef struct b2_binder {
     b2_checkpoint *checkpoint;
     b2_dtype_policy policy;
     b2_pool *pool;
+    b2_cancel *cancel;   /* may be NULL */
     const int64_t *dims; /* [B2_DIM_COUNT] */
     int layer;           /* fills %d */
     char **names;        /* owned list of weight names, grows; handed to the model */

@@ -138,7 +138,8 @@ static void pack_tile(void *argument, int64_t index, int worker)
         atomic_fetch_add(&job->overflows, overflows);
 }
 
-int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_pool *pool, b2_err *err)
+int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_pool *pool, b2_cancel *cancel,
+                   b2_err *err)
 {
     enum { ELEMENTS_PER_TILE = 1 << 18 };
     if (src->layout != B2_ROWS || !src->data)
@@ -149,7 +150,7 @@ int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_pool
     pack_job job = {.src = src, .dst = data, .dtype = dtype, .panels = (src->n + B2_PANEL - 1) / B2_PANEL};
     job.panels_per_tile = 1 + ELEMENTS_PER_TILE / (src->k * B2_PANEL + 1);
     int64_t tiles = (job.panels + job.panels_per_tile - 1) / job.panels_per_tile;
-    int status = b2_pool_run(pool, tiles, pack_tile, &job, NULL, err);
+    int status = b2_pool_run(pool, tiles, pack_tile, &job, cancel, err);
     int64_t overflows = atomic_load(&job.overflows);
     if (status == 0 && overflows > 0)
         status = overflowed(src, dtype, overflows, err);

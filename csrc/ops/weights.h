@@ -9,7 +9,8 @@
 
 /* dst = src [n, k] (B2_ROWS, any alignment, any dtype) in `dtype` and B2_PANELS layout; rounding to nearest even where the dtype
  * narrows; a value that overflows float16 gives B2_E_NUMERIC naming the tensor. dst->data is allocated (owned = 1). */
-int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_pool *pool, b2_err *err);
+int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_pool *pool, b2_cancel *cancel,
+                   b2_err *err);
 
 /* dst = src as owned B2_ROWS in `dtype`. Vectors (norms, biases) are held so, in F32. */
 int b2_weight_copy(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_err *err);

@@ -126,7 +126,6 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->unsupported_error);
     Py_VISIT(state->safetensors_type);
     Py_VISIT(state->model_type);
-    Py_VISIT(state->generated_type);
     return 0;
 }
 
@@ -138,7 +137,6 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->unsupported_error);
     Py_CLEAR(state->safetensors_type);
     Py_CLEAR(state->model_type);
-    Py_CLEAR(state->generated_type);
     return 0;
 }
 

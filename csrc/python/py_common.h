@@ -25,7 +25,6 @@ typedef struct b2py_state {
     PyObject *unsupported_error; /* blip2c.UnsupportedError(NotImplementedError) */
     PyTypeObject *safetensors_type;
     PyTypeObject *model_type;
-    PyTypeObject *generated_type;
     b2_pool *pool;
     b2_cpu cpu;
     b2_isa isa;

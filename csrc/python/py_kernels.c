@@ -186,9 +186,10 @@ static PyObject *pack_weight(PyObject *module, PyObject *args)
     b2_weight *packed = b2_alloc_zeroed(1, sizeof *packed, "packed weight", &err);
     int status = packed ? 0 : -1;
     if (packed) {
-        Py_BEGIN_ALLOW_THREADS
-        status = b2_weight_pack(packed, &source, dtype, b2py_state_of_module(module)->pool, &err);
-        Py_END_ALLOW_THREADS
+        b2py_call call;
+        b2_cancel *cancel = b2py_call_begin(&call);
+        status = b2_weight_pack(packed, &source, dtype, b2py_state_of_module(module)->pool, cancel, &err);
+        b2py_call_end(&call);
     }
     Py_DECREF(array);
     PyObject *capsule = NULL;

@@ -201,8 +201,8 @@ static int load(model_object *self, const b2_blip2_config *config, PyObject *pat
     }
     b2_blip2 model;
     b2py_call call;
-    b2py_call_begin(&call);
-    int status = b2_blip2_load(&model, config, paths, count, policy, state->pool, &err);
+    b2_cancel *cancel = b2py_call_begin(&call);
+    int status = b2_blip2_load(&model, config, paths, count, policy, state->pool, cancel, &err);
     b2py_call_end(&call);
     b2_free(paths);
     if (status < 0) {
@@ -725,16 +725,6 @@ static PyObject *model_nbytes(PyObject *self, void *Py_UNUSED(closure))
     return model ? PyLong_FromLongLong(model->bytes) : NULL;
 }
 
-static int run_vision(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, const float *pixels, int64_t pictures,
-                      b2_err *err)
-{
-    if (pictures == 0)
-        return 0;
-    if (b2_arena_reserve(ctx->scratch, b2_vit_scratch(ctx, &model->vit, pictures), err) < 0)
-        return -1;
-    return b2_vit_forward(ctx, &model->vit, out, pixels, pictures, err);
-}
-
 static PyObject *model_vision(PyObject *self, PyObject *object)
 {
     const b2_blip2 *model = loaded_model(self);
@@ -743,12 +733,12 @@ static PyObject *model_vision(PyObject *self, PyObject *object)
         return NULL;
     npy_intp pictures = PyArray_DIM(pixels, 0);
     npy_intp shape[] = {pictures, b2_vit_tokens(&model->vit.config), model->vit.config.hidden_size};
-    b2_tensor view;
-    PyObject *hidden = new_float_array(3, shape, &view);
+    b2_encoded out = {0};
+    PyObject *hidden = new_float_array(3, shape, &out.vision);
     if (hidden) {
         run r;
         run_begin(&r, self, NULL);
-        int status = run_vision(&r.ctx, model, view, PyArray_DATA(pixels), pictures, &r.err);
+        int status = b2_blip2_encode(&r.ctx, model, &out, PyArray_DATA(pixels), pictures, &r.err);
         if (run_end(&r, self, status) < 0)
             Py_CLEAR(hidden);
     }

@@ -178,9 +178,8 @@ static int check_no_memory(void)
     b2_pool *pool = b2_pool_create(4, &err);
     task t = {.pool = pool};
     HOLDS(pool);
-    b2_alloc_fail_after(2);
-    HOLDS(b2_pool_run(pool, TILES, count, &t, NULL, &err) < 0 && err.code == B2_E_MEMORY);
-    err = (b2_err){0};
+    b2_alloc_fail_after(2); /* a thread that cannot start: the others do its work */
+    HOLDS(b2_pool_run(pool, TILES, count, &t, NULL, &err) == 0 && each_once(&t) && err.code == B2_OK);
     t = (task){.pool = pool};
     HOLDS(b2_pool_run(pool, TILES, count, &t, NULL, &err) == 0 && each_once(&t));
     b2_pool_destroy(pool);

@@ -264,14 +264,6 @@ B2_INLINE lanes lanes_load_part(const float *p, int64_t count, float filling)
     return lanes_load(t);
 }
 
-B2_INLINE void lanes_store_part(float *p, lanes l, int64_t count)
-{
-    float t[B2_PANEL];
-    lanes_store(t, l);
-    for (int i = 0; i < count; i++)
-        p[i] = t[i];
-}
-
 B2_INLINE float lanes_sum(lanes l)
 {
     float t[B2_PANEL];
