@@ -19,6 +19,7 @@ from PIL import Image
 import blip2c
 from blip2c import cli
 from helpers import random_checkpoint
+from running import child_process
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,9 @@ def pictures(tmp_path: Path) -> Path:
 
 def run(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "blip2c", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, **child_process(), **options
+    )
 
 
 def main(capfd: Any, *args: Any) -> tuple[int, str, str]:
@@ -80,10 +83,10 @@ def test_a_name_may_be_any_bytes(folder: Path, pictures: Path, encoding: str) ->
     for path in paths:
         shutil.copy(os.fsencode(pictures / "a.png"), path)
     command = [sys.executable, "-m", "blip2c", "caption", *paths, "--model", folder, "--max-new-tokens", "3"]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    plain = subprocess.run(command, capture_output=True, check=True, timeout=120, env=environment)
+    child = child_process(PYTHONIOENCODING=encoding)
+    plain = subprocess.run(command, capture_output=True, check=True, timeout=120, **child)
     assert len(plain.stdout.decode(encoding).splitlines()) == len(names)
-    done = subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=120, env=environment)
+    done = subprocess.run([*command, "--json"], capture_output=True, check=True, timeout=120, **child)
     rows = [json.loads(line) for line in done.stdout.decode(encoding).split("\n")[:-1]]
     assert [os.fsencode(row["image"]) for row in rows] == paths
     assert len({row["caption"] for row in rows}) == 1
@@ -202,7 +205,7 @@ def test_a_closed_pipe_is_quiet(folder: Path, pictures: Path) -> None:
         "--batch-size",
         "1",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **child_process())
     assert process.stdout is not None
     assert process.stderr is not None
     assert process.stdout.readline()
@@ -226,7 +229,7 @@ def test_interrupted_keeps_what_was_done(folder: Path, pictures: Path) -> None:
         "1",
         "--no-progress",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **child_process())
     assert process.stdout is not None
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from blip2c import _core, kernels
+from running import run_python
 
 CHILD = "BLIP2C_KERNELS_CHILD"
 F32 = np.float32
@@ -732,8 +733,7 @@ if CHILD not in os.environ:
         here = Path(__file__)
         environment = os.environ | {"BLIP2C_ISA": isa, CHILD: "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         if isa != "generic" and not _core.cpu_info()[isa]:
-            command = [sys.executable, "-c", "import blip2c"]
-            run = subprocess.run(command, env=environment, capture_output=True, text=True)
+            run = run_python("import blip2c", BLIP2C_ISA=isa)
             assert run.returncode != 0
             assert f"BLIP2C_ISA={isa}" in run.stderr
             return

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -22,6 +20,7 @@ import blip2c
 from blip2c import Blip2ForConditionalGeneration, NumericError, UnsupportedError
 from blip2c.config import core_config
 from helpers import edit_config, prompt_ids, random_checkpoint, random_pixels, reference_model
+from running import run_python
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -489,7 +488,7 @@ def test_torch_is_not_imported(folder: Path) -> None:
         "assert out.dtype == np.int64 and m.dtype == 'float16' and m.device == 'cpu'\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
 
 

@@ -27,6 +27,7 @@ from blip2c import BatchFeature, Blip2Processor, BlipImageProcessor, PictureErro
 from blip2c.images import load_image
 from blip2c.tokenizer import Blip2Tokenizer
 from helpers import random_config, random_processor, small_tokenizer
+from running import run_python
 
 MODES = ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "YCbCr", "HSV", "LAB"]
 SIZES = [(1, 1), (1, 40), (33, 2), (28, 28), (37, 51), (224, 224), (300, 199), (640, 480)]
@@ -662,9 +663,6 @@ def test_batch_feature_casts_only_floats() -> None:
 
 
 def test_blip2c_does_not_import_torch(folder: Path) -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys, numpy as np, blip2c\n"
         f"p = blip2c.AutoProcessor.from_pretrained({str(folder)!r})\n"
@@ -673,6 +671,6 @@ def test_blip2c_does_not_import_torch(folder: Path) -> None:
         "print(p.batch_decode(x.input_ids, skip_special_tokens=True)[0])\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "a dog"
