@@ -112,6 +112,11 @@ def test_vision_and_qformer_hidden_states(pair: tuple[Any, Any]) -> None:
     assert relative_error(found["pooled"], vision.pooler_output) <= HIDDEN_TOLERANCE
     assert relative_error(found["qformer"], qformer.last_hidden_state) <= HIDDEN_TOLERANCE
     assert relative_error(found["image_features"], features) <= HIDDEN_TOLERANCE
+    np.testing.assert_array_equal(core.vision(pixels), found["vision"])
+    np.testing.assert_array_equal(core.read(found["vision"]), found["image_features"])
+    np.testing.assert_array_equal(core.encode(pixels), found["image_features"])
+    with pytest.raises(ValueError, match="image_embeds: expected shape"):
+        core.read(found["vision"][:, 1:])
 
 
 def test_logits_and_language_hidden_states(pair: tuple[Any, Any]) -> None:

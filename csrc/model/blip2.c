@@ -168,8 +168,8 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
         output_rows(ctx, &qformer, out->qformer, first * queries, count * queries, model->qformer.config.hidden_size,
                     err) < 0)
         return -1;
-    pixels += first * v->num_channels * v->image_size * v->image_size;
-    if (b2_vit_forward(ctx, &model->vit, vision, pixels, count, err) < 0)
+    const int64_t pixels_each = v->num_channels * v->image_size * v->image_size;
+    if (pixels && b2_vit_forward(ctx, &model->vit, vision, pixels + first * pixels_each, count, err) < 0)
         return -1;
     if (out->pooled.data && b2_vit_pool(ctx, &model->vit, b2_rows(out->pooled, first, count), vision, err) < 0)
         return -1;
@@ -177,7 +177,8 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
         return 0;
     if (b2_qformer_forward(ctx, &model->qformer, qformer, vision, count, err) < 0)
         return -1;
-    return b2_linear(ctx, b2_rows(out->features, first * queries, count * queries), qformer, &model->projection_weight, &project, err);
+    b2_tensor features = b2_rows(out->features, first * queries, count * queries);
+    return b2_linear(ctx, features, qformer, &model->projection_weight, &project, err);
 }
 
 int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t pictures,

@@ -746,7 +746,44 @@ static PyObject *model_vision(PyObject *self, PyObject *object)
     return hidden;
 }
 
+static PyArrayObject *embeds_array(PyObject *object, const b2_blip2 *model)
+{
+    PyArrayObject *embeds = b2py_array(object, "image_embeds", NPY_FLOAT32, 3);
+    if (!embeds)
+        return NULL;
+    int64_t tokens = b2_vit_tokens(&model->vit.config), width = model->vit.config.hidden_size;
+    npy_intp *shape = PyArray_DIMS(embeds);
+    if (shape[1] == tokens && shape[2] == width)
+        return embeds;
+    PyErr_Format(PyExc_ValueError, "image_embeds: expected shape [batch, %lld, %lld], found [%zd, %zd, %zd]",
+                 (long long)tokens, (long long)width, shape[0], shape[1], shape[2]);
+    Py_DECREF(embeds);
+    return NULL;
+}
+
+static PyObject *model_read(PyObject *self, PyObject *object)
+{
+    const b2_blip2 *model = loaded_model(self);
+    PyArrayObject *embeds = model ? embeds_array(object, model) : NULL;
+    if (!embeds)
+        return NULL;
+    npy_intp *given = PyArray_DIMS(embeds);
+    npy_intp shape[] = {given[0], model->qformer.config.num_query_tokens, model->lm->config.hidden_size};
+    b2_encoded out = {.vision = b2_tensor_of(PyArray_DATA(embeds), given[0] * given[1], given[2])};
+    PyObject *features = new_float_array(3, shape, &out.features);
+    if (features) {
+        run r;
+        run_begin(&r, self, NULL);
+        int status = b2_blip2_encode(&r.ctx, model, &out, NULL, given[0], &r.err);
+        if (run_end(&r, self, status) < 0)
+            Py_CLEAR(features);
+    }
+    Py_DECREF(embeds);
+    return features;
+}
+
 static PyMethodDef model_methods[] = {
+    {"read", model_read, METH_O, "read(image_embeds) -> image features [B, Q, D]: Q-Former and projection alone"},
     {"vision", model_vision, METH_O, "vision(pixel_values) -> last hidden state of the vision encoder [B, T, D]"},
     {"encode", model_encode, METH_O, "encode(pixel_values) -> image features [B, Q, D]"},
     {"encode_stages", (PyCFunction)(void (*)(void))model_encode_stages, METH_VARARGS | METH_KEYWORDS,
