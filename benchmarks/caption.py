@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,8 @@ def run_blip2c(folder: str) -> dict[str, float]:
 
 
 def run_transformers(folder: str, dtype: str) -> dict[str, float]:
+    # transformers looks for a package called `kernels`, which must not be the script of that name beside this one.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     import torch
     from transformers import Blip2ForConditionalGeneration
 
