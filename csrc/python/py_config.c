@@ -1,0 +1,145 @@
+#include "python/py_config.h"
+
+#include "model/activation.h"
+
+static PyObject *config_item(PyObject *config, const char *section, const char *key)
+{
+    PyObject *part = section ? PyMapping_GetItemString(config, section) : Py_NewRef(config);
+    PyObject *item = part ? PyMapping_GetItemString(part, key) : NULL;
+    Py_XDECREF(part);
+    return item;
+}
+
+static int read_int(PyObject *config, const char *section, const char *key, int64_t low, int64_t high, int64_t *out)
+{
+    PyObject *item = config_item(config, section, key);
+    if (!item)
+        return -1;
+    *out = PyLong_AsLongLong(item);
+    Py_DECREF(item);
+    if (*out == -1 && PyErr_Occurred())
+        return -1;
+    if (*out >= low && *out <= high)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "config: %s.%s: expected %lld to %lld, found %lld", section ? section : "", key,
+                 (long long)low, (long long)high, (long long)*out);
+    return -1;
+}
+
+static int read_small(PyObject *config, const char *section, const char *key, int low, int high, int *out)
+{
+    int64_t value;
+    if (read_int(config, section, key, low, high, &value) < 0)
+        return -1;
+    *out = (int)value;
+    return 0;
+}
+
+static int read_float(PyObject *config, const char *section, const char *key, float *out)
+{
+    PyObject *item = config_item(config, section, key);
+    if (!item)
+        return -1;
+    *out = (float)PyFloat_AsDouble(item);
+    Py_DECREF(item);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int read_text(PyObject *config, const char *section, const char *key, char *out, size_t size)
+{
+    PyObject *item = config_item(config, section, key);
+    const char *text = item ? PyUnicode_AsUTF8(item) : NULL;
+    if (text)
+        PyOS_snprintf(out, size, "%s", text);
+    Py_XDECREF(item);
+    return text ? 0 : -1;
+}
+
+static int read_act(b2py_state *state, PyObject *config, const char *section, const char *key, b2_act *out)
+{
+    char name[64], where[96];
+    b2_err err = {0};
+    if (read_text(config, section, key, name, sizeof name) < 0)
+        return -1;
+    PyOS_snprintf(where, sizeof where, "config: %s.%s", section, key);
+    if (b2_activation(out, name, where, &err) == 0)
+        return 0;
+    b2py_raise(state, &err);
+    return -1;
+}
+
+/* Bounds that keep every later product of dimensions inside 64 bits; shapes are checked against the file. */
+enum { MAX_WIDTH = 1 << 20, MAX_LAYERS = 1 << 12, MAX_VOCABULARY = 1 << 26, MAX_SIDE = 1 << 14 };
+
+static int read_vision(b2py_state *state, PyObject *config, b2_vit_config *c)
+{
+    const char *s = "vision";
+    if (read_int(config, s, "image_size", 1, MAX_SIDE, &c->image_size) < 0 ||
+        read_int(config, s, "patch_size", 1, c->image_size, &c->patch_size) < 0 ||
+        read_int(config, s, "num_channels", 1, 64, &c->num_channels) < 0 ||
+        read_int(config, s, "hidden_size", 1, MAX_WIDTH, &c->hidden_size) < 0 ||
+        read_int(config, s, "intermediate_size", 1, MAX_WIDTH, &c->intermediate_size) < 0 ||
+        read_small(config, s, "num_hidden_layers", 0, MAX_LAYERS, &c->num_hidden_layers) < 0 ||
+        read_small(config, s, "num_attention_heads", 1, MAX_WIDTH, &c->num_attention_heads) < 0 ||
+        read_float(config, s, "layer_norm_eps", &c->layer_norm_eps) < 0 ||
+        read_act(state, config, s, "hidden_act", &c->act) < 0 ||
+        read_small(config, s, "qkv_bias", 0, 1, &c->qkv_bias) < 0)
+        return -1;
+    if (c->hidden_size % c->num_attention_heads == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "config: vision.hidden_size %lld is no multiple of num_attention_heads %d",
+                 (long long)c->hidden_size, c->num_attention_heads);
+    return -1;
+}
+
+static int read_qformer(b2py_state *state, PyObject *config, b2_qformer_config *c)
+{
+    const char *s = "qformer";
+    if (read_int(config, NULL, "num_query_tokens", 1, MAX_WIDTH, &c->num_query_tokens) < 0 ||
+        read_int(config, s, "hidden_size", 1, MAX_WIDTH, &c->hidden_size) < 0 ||
+        read_int(config, s, "intermediate_size", 1, MAX_WIDTH, &c->intermediate_size) < 0 ||
+        read_int(config, s, "encoder_hidden_size", 1, MAX_WIDTH, &c->encoder_hidden_size) < 0 ||
+        read_small(config, s, "num_hidden_layers", 0, MAX_LAYERS, &c->num_hidden_layers) < 0 ||
+        read_small(config, s, "num_attention_heads", 1, MAX_WIDTH, &c->num_attention_heads) < 0 ||
+        read_small(config, s, "cross_attention_frequency", 1, MAX_LAYERS, &c->cross_attention_frequency) < 0 ||
+        read_float(config, s, "layer_norm_eps", &c->layer_norm_eps) < 0 ||
+        read_act(state, config, s, "hidden_act", &c->act) < 0)
+        return -1;
+    if (c->hidden_size % c->num_attention_heads == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "config: qformer.hidden_size %lld is no multiple of num_attention_heads %d",
+                 (long long)c->hidden_size, c->num_attention_heads);
+    return -1;
+}
+
+static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c)
+{
+    const char *s = "text";
+    if (read_text(config, s, "model_type", c->model_type, sizeof c->model_type) < 0 ||
+        read_int(config, s, "hidden_size", 1, MAX_WIDTH, &c->hidden_size) < 0 ||
+        read_int(config, s, "ffn_dim", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
+        read_int(config, s, "vocab_size", 1, MAX_VOCABULARY, &c->vocab_size) < 0 ||
+        read_int(config, s, "max_position_embeddings", 1, MAX_VOCABULARY, &c->max_position_embeddings) < 0 ||
+        read_small(config, s, "num_hidden_layers", 0, MAX_LAYERS, &c->num_hidden_layers) < 0 ||
+        read_small(config, s, "num_attention_heads", 1, MAX_WIDTH, &c->num_attention_heads) < 0 ||
+        read_act(state, config, s, "activation_function", &c->act) < 0 ||
+        read_small(config, s, "do_layer_norm_before", 0, 1, &c->do_layer_norm_before) < 0 ||
+        read_small(config, s, "remove_final_layer_norm", 0, 1, &c->remove_final_layer_norm) < 0 ||
+        read_small(config, s, "enable_bias", 0, 1, &c->enable_bias) < 0 ||
+        read_small(config, s, "layer_norm_elementwise_affine", 0, 1, &c->layer_norm_elementwise_affine) < 0 ||
+        read_small(config, s, "tie_word_embeddings", 0, 1, &c->tie_word_embeddings) < 0)
+        return -1;
+    if (c->hidden_size % c->num_attention_heads == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "config: text.hidden_size %lld is no multiple of num_attention_heads %d",
+                 (long long)c->hidden_size, c->num_attention_heads);
+    return -1;
+}
+
+int b2py_read_config(b2py_state *state, PyObject *config, b2_blip2_config *out)
+{
+    return read_vision(state, config, &out->vision) < 0 || read_qformer(state, config, &out->qformer) < 0 ||
+                   read_text_config(state, config, &out->text) < 0
+               ? -1
+               : 0;
+}
