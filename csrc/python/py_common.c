@@ -134,3 +134,20 @@ PyArrayObject *b2py_array(PyObject *object, const char *name, int type, int ndim
         return NULL;
     return (PyArrayObject *)PyArray_FROM_OF(object, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED);
 }
+
+static const char *const dtype_names[] = {"float32", "float16", "bfloat16"};
+
+const char *b2py_dtype_name(b2_dtype dtype)
+{
+    return dtype_names[dtype];
+}
+
+int b2py_dtype_named(b2_dtype *dtype, const char *name)
+{
+    for (int i = 0; i < 3; i++)
+        if (strcmp(name, dtype_names[i]) == 0) {
+            *dtype = (b2_dtype)i;
+            return 0;
+        }
+    return -1;
+}

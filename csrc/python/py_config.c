@@ -71,6 +71,15 @@ static int read_act(b2py_state *state, PyObject *config, const char *section, co
 /* Bounds that keep every later product of dimensions inside 64 bits; shapes are checked against the file. */
 enum { MAX_WIDTH = 1 << 20, MAX_LAYERS = 1 << 12, MAX_VOCABULARY = 1 << 26, MAX_SIDE = 1 << 14 };
 
+static int check_heads(const char *section, int64_t hidden_size, int heads)
+{
+    if (hidden_size % heads == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "config: %s.hidden_size %lld is no multiple of num_attention_heads %d", section,
+                 (long long)hidden_size, heads);
+    return -1;
+}
+
 static int read_vision(b2py_state *state, PyObject *config, b2_vit_config *c)
 {
     const char *s = "vision";
@@ -85,11 +94,7 @@ static int read_vision(b2py_state *state, PyObject *config, b2_vit_config *c)
         read_act(state, config, s, "hidden_act", &c->act) < 0 ||
         read_small(config, s, "qkv_bias", 0, 1, &c->qkv_bias) < 0)
         return -1;
-    if (c->hidden_size % c->num_attention_heads == 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "config: vision.hidden_size %lld is no multiple of num_attention_heads %d",
-                 (long long)c->hidden_size, c->num_attention_heads);
-    return -1;
+    return check_heads(s, c->hidden_size, c->num_attention_heads);
 }
 
 static int read_qformer(b2py_state *state, PyObject *config, b2_qformer_config *c)
@@ -105,11 +110,7 @@ static int read_qformer(b2py_state *state, PyObject *config, b2_qformer_config *
         read_float(config, s, "layer_norm_eps", &c->layer_norm_eps) < 0 ||
         read_act(state, config, s, "hidden_act", &c->act) < 0)
         return -1;
-    if (c->hidden_size % c->num_attention_heads == 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "config: qformer.hidden_size %lld is no multiple of num_attention_heads %d",
-                 (long long)c->hidden_size, c->num_attention_heads);
-    return -1;
+    return check_heads(s, c->hidden_size, c->num_attention_heads);
 }
 
 static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c)
@@ -129,11 +130,7 @@ static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c
         read_small(config, s, "layer_norm_elementwise_affine", 0, 1, &c->layer_norm_elementwise_affine) < 0 ||
         read_small(config, s, "tie_word_embeddings", 0, 1, &c->tie_word_embeddings) < 0)
         return -1;
-    if (c->hidden_size % c->num_attention_heads == 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "config: text.hidden_size %lld is no multiple of num_attention_heads %d",
-                 (long long)c->hidden_size, c->num_attention_heads);
-    return -1;
+    return check_heads(s, c->hidden_size, c->num_attention_heads);
 }
 
 int b2py_read_config(b2py_state *state, PyObject *config, b2_blip2_config *out)

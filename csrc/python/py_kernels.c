@@ -157,12 +157,8 @@ static void release_weight(PyObject *capsule)
 
 static int dtype_named(b2_dtype *dtype, const char *name)
 {
-    static const char *const names[] = {"float32", "float16", "bfloat16"};
-    for (int i = 0; i < 3; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *dtype = (b2_dtype)i;
-            return 0;
-        }
+    if (b2py_dtype_named(dtype, name) == 0)
+        return 0;
     PyErr_Format(PyExc_ValueError, "dtype: expected float32, float16 or bfloat16, found %s", name);
     return -1;
 }

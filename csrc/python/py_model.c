@@ -23,17 +23,11 @@ static b2py_state *state_of(PyObject *self)
 
 static int read_policy(const char *name, b2_dtype_policy *policy)
 {
-    static const char *const names[] = {"float32", "float16", "bfloat16"};
-    if (strcmp(name, "auto") == 0) {
-        *policy = (b2_dtype_policy){.as_stored = 1};
+    *policy = (b2_dtype_policy){.as_stored = strcmp(name, "auto") == 0};
+    if (policy->as_stored || b2py_dtype_named(&policy->dtype, name) == 0)
         return 0;
-    }
-    for (int i = 0; i < 3; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *policy = (b2_dtype_policy){.dtype = (b2_dtype)i};
-            return 0;
-        }
-    PyErr_Format(PyExc_ValueError, "dtype: expected \"auto\", \"float32\", \"float16\" or \"bfloat16\", found \"%s\"", name);
+    PyErr_Format(PyExc_ValueError,
+                 "dtype: expected \"auto\", \"float32\", \"float16\" or \"bfloat16\", found \"%s\"", name);
     return -1;
 }
 
@@ -577,9 +571,8 @@ static PyObject *model_unexpected(PyObject *self, void *Py_UNUSED(closure))
 
 static PyObject *model_dtype(PyObject *self, void *Py_UNUSED(closure))
 {
-    static const char *const names[] = {"float32", "float16", "bfloat16"};
     const b2_blip2 *model = loaded_model(self);
-    return model ? PyUnicode_FromString(names[model->dtype]) : NULL;
+    return model ? PyUnicode_FromString(b2py_dtype_name(model->dtype)) : NULL;
 }
 
 static PyObject *model_nbytes(PyObject *self, void *Py_UNUSED(closure))
