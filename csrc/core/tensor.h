@@ -10,16 +10,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef enum b2_dtype { B2_F32 = 0, B2_F16, B2_BF16 } b2_dtype;
+typedef enum b2_dtype { B2_F32 = 0, B2_F16, B2_BF16, B2_I8, B2_I4, B2_DTYPE_COUNT } b2_dtype;
 
+/* Bytes of one element; of the types that have whole bytes (B2_I4 has half of one and stands only in B2_QUADS). */
 static inline size_t b2_dtype_size(b2_dtype dtype)
 {
-    return dtype == B2_F32 ? 4 : 2;
+    return dtype == B2_F32 ? 4 : dtype == B2_I8 ? 1 : 2;
 }
 
 static inline const char *b2_dtype_name(b2_dtype dtype)
 {
-    return dtype == B2_F32 ? "F32" : dtype == B2_F16 ? "F16" : "BF16";
+    static const char *const names[B2_DTYPE_COUNT] = {"F32", "F16", "BF16", "I8", "I4"};
+    return names[dtype];
+}
+
+static inline int b2_dtype_is_quantised(b2_dtype dtype)
+{
+    return dtype == B2_I8 || dtype == B2_I4;
 }
 
 /* A view of fp32 activations: element (i, j) is data[i * ld + j]. */
@@ -46,19 +53,32 @@ static inline b2_tensor b2_cols(b2_tensor t, int64_t first, int64_t count)
 }
 
 typedef enum b2_layout {
-    B2_ROWS,  /* [n, k] row-major, as the file stores it */
-    B2_PANELS /* [ceil(n/16)][k][16]: 16 output channels side by side for each k; the last panel zero-padded */
+    B2_ROWS,   /* [n, k] row-major, as the file stores it */
+    B2_PANELS, /* [ceil(n/16)][k][16]: 16 output channels side by side for each k; the last panel zero-padded */
+    B2_PAIRS,  /* BF16 only, [ceil(n/16)][ceil(k/2)][16][2]: what dot products of bfloat16 pairs read. A weight held so
+                * asks for bfloat16 arithmetic where many rows meet it; zero-padded */
+    B2_QUADS   /* I8: [ceil(n/16)][ceil(k/32)*8][16][4] bytes of q + 128.
+                * I4: [ceil(n/16)][ceil(k/32)*4][16][4] bytes: of 8 input channels, the first 4 in the low halves, the
+                * others in the high ones, q + 8.
+                * Zero (that is, 128 and 8) where n or k end. The same on every instruction set. */
 } b2_layout;
 
 enum { B2_PANEL = 16 };
 
 typedef struct b2_weight {
     const char *name; /* tensor name in the checkpoint; owned by the weight store */
-    const void *data; /* n * k elements of `dtype` in `layout`; NULL: this weight is absent (an optional bias) */
+    const void *data; /* n * k elements of `dtype` in `layout`; NULL: this weight is absent (an optional bias). Of packed
+                       * weights the scales follow in the same block (b2_weight_parts in ops/weights.h) */
     int64_t n;        /* output channels (rows of the file's matrix), or the length of a vector */
     int64_t k;        /* input channels; 1 for a vector. Vectors are always F32, B2_ROWS */
     b2_dtype dtype;   /* how the elements are stored */
     b2_layout layout;
+    /* Quantised weights: w[i][j] = column_scales[j] * scales[i][j / group] * q[i][j], |q| <= 127 or 7 (-8 allowed).
+     * column_scales belong to the input: x[j] is multiplied by its one before it is rounded, so that channels whose
+     * weights are small because their activations are large lose nothing. */
+    const float *column_scales; /* [k]; NULL: ones */
+    const void *scales;         /* [ceil(n/16)][ceil(k/group)][16]: F32 for I8, F16 bits for I4; NULL: not quantised */
+    int64_t group;              /* input channels that share a scale: I8: k rounded up to 32, or a multiple of 32; I4: 32 */
     int owned;        /* 1: `data` was allocated for this weight; 0: `data` points into a mapped file */
     uint64_t version; /* changes with the values */
 } b2_weight;

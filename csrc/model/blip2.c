@@ -63,7 +63,7 @@ static int bind_all(b2_blip2 *model, const b2_blip2_config *config, b2_binder *b
 typedef struct byte_counter {
     b2_weight_visitor visitor;
     int64_t bytes;
-    int64_t bytes_of[3]; /* by dtype */
+    int64_t bytes_of[B2_DTYPE_COUNT];
 } byte_counter;
 
 static int count_bytes(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err)
@@ -85,7 +85,7 @@ static int measure(b2_blip2 *model, b2_err *err)
         return -1;
     model->bytes = counter.bytes;
     model->dtype = B2_F32;
-    for (int d = B2_F16; d <= B2_BF16; d++)
+    for (int d = B2_F16; d < B2_DTYPE_COUNT; d++)
         if (counter.bytes_of[d] > counter.bytes_of[model->dtype])
             model->dtype = (b2_dtype)d;
     return 0;

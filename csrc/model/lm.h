@@ -39,6 +39,12 @@ typedef struct b2_lm_batch {
     const int32_t *suffix_lens;   /* [rows] or NULL */
     const uint8_t *key_mask;      /* [rows, key_mask_ld] or NULL */
     int64_t key_mask_ld;
+    /* Encoder-decoders: what the decoder's cross-attention reads; NULL elsewhere. */
+    const b2_kv_cache *cross;     /* filled by encode() */
+    const int32_t *cross_starts;  /* [rows] */
+    const int32_t *cross_lens;    /* [rows] */
+    const uint8_t *cross_mask;    /* [rows, cross_mask_ld] or NULL */
+    int64_t cross_mask_ld;
     const int32_t *logit_rows;    /* [logits.rows]: tokens whose logits are wanted; NULL: the first logits.rows */
     b2_tensor logits;             /* [.., V] out */
 } b2_lm_batch;
@@ -55,11 +61,19 @@ typedef struct b2_lm_class {
     /* out [N, D] = embeddings of ids [N]; an id < 0 leaves its row. */
     int (*embed)(b2_ctx *ctx, const b2_lm *lm, b2_tensor out, const int32_t *ids, b2_err *err);
     int (*forward)(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err);
+    /* Encoder-decoders, else NULL. batch->x [N, D], prompts with their image features, goes through the encoder and
+     * becomes its last hidden state; the keys and values that every decoder layer's cross-attention will read are left in
+     * batch->cache at batch->cache_rows. The encoder sees each row's whole prompt, bidirectionally, under key_mask; positions,
+     * prefix_*, suffix_* and logits are not read. forward() is then the decoder, with `cross` set. */
+    int (*encode)(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err);
+    size_t (*encode_scratch)(const b2_ctx *ctx, const b2_lm *lm, int64_t tokens, int64_t longest_row);
 } b2_lm_class;
 
 struct b2_lm {
     const b2_lm_class *class_;
     b2_lm_config config;
+    int kv_layers;    /* layers of the cache, and of the cross cache; set by bind */
+    int64_t kv_width; /* Hkv * Dh; set by bind */
 };
 
 /* NULL for an unknown model_type. */

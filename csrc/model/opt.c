@@ -154,6 +154,8 @@ static int opt_bind(b2_lm *lm, b2_binder *binder, b2_err *err)
     fill_dims(dims, c);
     binder->dims = dims;
     int own = 0;
+    lm->kv_layers = c->num_hidden_layers;
+    lm->kv_width = c->hidden_size;
     m->layers = b2_alloc_zeroed((size_t)c->num_hidden_layers, sizeof *m->layers, "OPT layers", err);
     if (!m->layers || head_is_own(binder, c, &own, err) < 0 || bind_tokens(m, binder, err) < 0 ||
         b2_bind(binder, m, &positions_row, 1, err) < 0)
@@ -292,7 +294,7 @@ static int cached_attention(b2_ctx *ctx, const opt *m, int i, b2_lm_batch *batch
         .head_dim = head_dim,
         .scale = 1.0f / sqrtf((float)head_dim),
     };
-    return b2_attention(ctx, &args, err);
+    return b2_stage_attend(ctx, "language_model", i, &args, err);
 }
 
 static int norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *weight, const b2_weight *bias, b2_err *err)

@@ -143,7 +143,6 @@ static int own_step_tables(session *s, b2_err *err)
 static int session_open(session *s, b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, int64_t beams,
                         int64_t steps, b2_err *err)
 {
-    const b2_lm_config *c = &model->lm->config;
     s->ctx = ctx;
     s->model = model;
     s->in = in;
@@ -157,7 +156,7 @@ static int session_open(session *s, b2_ctx *ctx, const b2_blip2 *model, const b2
     if (own_prompt_tables(s, err) < 0)
         return -1;
     fill_prompt_tables(s);
-    if (b2_kv_cache_create(&s->cache, c->num_hidden_layers, c->hidden_size, in->offsets[in->rows], s->running, steps,
+    if (b2_kv_cache_create(&s->cache, model->lm->kv_layers, model->lm->kv_width, in->offsets[in->rows], s->running, steps,
                            err) < 0)
         return -1;
     return own_step_tables(s, err);

@@ -48,6 +48,13 @@ b2_attention_args b2_stage_attention(const b2_stage_rows *rows, b2_tensor out, b
                                .scale = 1.0f / sqrtf((float)head_dim)};
 }
 
+int b2_stage_attend(b2_ctx *ctx, const char *stage, int layer, const b2_attention_args *args, b2_err *err)
+{
+    if (b2_attention(ctx, args, err) < 0)
+        return -1;
+    return ctx->tap && ctx->tap->attention ? ctx->tap->attention(ctx->tap, ctx, stage, layer, args, err) : 0;
+}
+
 int b2_stage_done(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err)
 {
     int64_t bad = -1;

@@ -180,7 +180,8 @@ static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, 
             return 0; /* read where it lies */
         }
         b2_st_want_pages(file_of(binder, tensor), tensor);
-        if (b2_weight_pack(weight, &stored, dtype, binder->pool, binder->cancel, err) < 0)
+        b2_format format = {dtype, B2_PANELS};
+        if (b2_weight_pack(weight, &stored, format, binder->pool, binder->cancel, err) < 0)
             return -1;
     }
     b2_st_drop_pages(file_of(binder, tensor), tensor);

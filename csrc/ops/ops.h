@@ -21,6 +21,7 @@
 
 typedef struct b2_ops b2_ops;
 typedef struct b2_tap b2_tap;
+struct b2_attention_args;
 
 /* Where a computation runs. One per session; not shared by threads. Owns nothing. */
 typedef struct b2_ctx {
@@ -35,6 +36,11 @@ typedef struct b2_ctx {
  * hidden_states: 0 is the embedding output, i + 1 the output of layer i. */
 struct b2_tap {
     int (*fn)(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err);
+    /* NULL: nobody wants attention weights. Else called after each attention with its arguments (the stage has run it
+     * already); who wants the weights computes them with b2_attention_weights. `stage` is "vision", "qformer",
+     * "qformer_cross", "language_model", "encoder", "decoder" or "decoder_cross"; `layer` counts from 0. */
+    int (*attention)(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, const struct b2_attention_args *args,
+                     b2_err *err);
 };
 
 typedef enum b2_act {
@@ -57,7 +63,7 @@ typedef struct b2_linear_opts {
  * Query i of row b (0 <= i < T_b) sees key j of the row's concatenated keys iff
  *     (!causal || j <= keys_b - T_b + i)  and  (!key_mask || key_mask[b * key_mask_ld + j]),
  * where keys_b = prefix_lens[b] + suffix_lens[b]. A query that sees no key gets zeros.
- * Scores are scale * (q . k), softmax in fp32. Heads lie side by side: head h is columns [h*Dh, (h+1)*Dh). */
+ * Scores are scale * (q . k) + distance_bias, softmax in fp32. Heads lie side by side: head h is columns [h*Dh, (h+1)*Dh). */
 typedef struct b2_attention_args {
     b2_tensor out;               /* [N, H*Dh] */
     b2_tensor q;                 /* [N, H*Dh] */
@@ -77,6 +83,10 @@ typedef struct b2_attention_args {
     int kv_heads;                /* Hkv, divides H */
     int head_dim;                /* Dh */
     float scale;
+    const float *distance_bias;  /* [H, 2L - 1] or NULL: entry clamp(j - (keys_b - T_b + i), -(L-1), L-1) + L - 1 is added
+                                  * to the score of query i and key j: T5's relative position bias */
+    int64_t distance_limit;      /* L */
+    int64_t window;              /* 0: all; else query i sees only keys j > keys_b - T_b + i - window (sliding window) */
 } b2_attention_args;
 
 struct b2_ops {
@@ -85,7 +95,12 @@ struct b2_ops {
     int (*linear)(b2_ctx *, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_linear_opts *, b2_err *);
     int (*layer_norm)(b2_ctx *, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
                       b2_err *);
+    int (*rms_norm)(b2_ctx *, b2_tensor out, b2_tensor x, const b2_weight *gamma, float eps, b2_err *);
+    int (*gate)(b2_ctx *, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act act, b2_err *);
+    int (*rope)(b2_ctx *, b2_tensor x, const int32_t *positions, const float *inv_freq, int rotary_dim, int head_dim,
+                float scaling, b2_err *);
     int (*attention)(b2_ctx *, const b2_attention_args *, b2_err *);
+    int (*attention_weights)(b2_ctx *, float *weights, const b2_attention_args *, b2_err *);
     int (*embedding)(b2_ctx *, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *);
     int (*patches)(b2_ctx *, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
                    int64_t patch, b2_err *);
@@ -118,7 +133,23 @@ static inline int64_t b2_item_rows(const b2_ctx *ctx, int64_t rows)
 int b2_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
                   b2_err *err);
 
+/* out = x / sqrt(mean(x^2) + eps) * gamma over the last axis (T5LayerNorm, LlamaRMSNorm); gamma [D]; out may be x. */
+int b2_rms_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, float eps, b2_err *err);
+
+/* out = act(gate) * up, elementwise (T5's gated feed-forward, SwiGLU); out may be either. */
+int b2_gate(b2_ctx *ctx, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act act, b2_err *err);
+
+/* In place on x [N, heads * head_dim]: in every head, element j < rotary_dim/2 and its partner j + rotary_dim/2 turn by
+ * positions[i] * inv_freq[j] (transformers' rotate_half), times `scaling`; what lies behind rotary_dim stays. positions
+ * [N] (a negative one counts as 0), inv_freq [rotary_dim/2]. */
+int b2_rope(b2_ctx *ctx, b2_tensor x, const int32_t *positions, const float *inv_freq, int rotary_dim, int head_dim,
+            float scaling, b2_err *err);
+
 int b2_attention(b2_ctx *ctx, const b2_attention_args *args, b2_err *err);
+
+/* The softmax weights of the same attention, for those who want to look at them: row after row [H, T_b, keys_b], zeros
+ * where a key is not seen. args->out is not touched, v may be empty. */
+int b2_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *args, b2_err *err);
 
 /* out[i] = table[ids[i]] (or += when accumulate); ids [N]; an id below 0 leaves its row as it is. */
 int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err);

@@ -138,9 +138,10 @@ static void pack_tile(void *argument, int64_t index, int worker)
         atomic_fetch_add(&job->overflows, overflows);
 }
 
-int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_pool *pool, b2_cancel *cancel,
+int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_format format, b2_pool *pool, b2_cancel *cancel,
                    b2_err *err)
 {
+    b2_dtype dtype = format.dtype;
     enum { ELEMENTS_PER_TILE = 1 << 18 };
     if (src->layout != B2_ROWS || !src->data)
         return b2_fail(err, B2_E_INTERNAL, "%s: only a matrix in rows can be packed", src->name ? src->name : "weight");

@@ -184,7 +184,8 @@ static PyObject *pack_weight(PyObject *module, PyObject *args)
     if (packed) {
         b2py_call call;
         b2_cancel *cancel = b2py_call_begin(&call);
-        status = b2_weight_pack(packed, &source, dtype, b2py_state_of_module(module)->pool, cancel, &err);
+        b2_format format = {dtype, B2_PANELS};
+        status = b2_weight_pack(packed, &source, format, b2py_state_of_module(module)->pool, cancel, &err);
         b2py_call_end(&call);
     }
     Py_DECREF(array);
