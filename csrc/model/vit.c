@@ -73,7 +73,8 @@ static int bind_split_bias(b2_vit_layer *layer, b2_binder *binder, b2_err *err)
     float *bias = b2_alloc_zeroed((size_t)(3 * width), sizeof *bias, name, err);
     if (!bias)
         return -1;
-    layer->qkv_bias = (b2_weight){name, bias, 3 * width, 1, B2_F32, B2_ROWS, 1, 1};
+    layer->qkv_bias = (b2_weight){
+        .name = name, .data = bias, .n = 3 * width, .k = 1, .dtype = B2_F32, .layout = B2_ROWS, .owned = 1, .version = 1};
     for (int i = 0; i < 2; i++) {
         b2_weight stored;
         if (b2_stored_view(&stored, parts[i], 1, err) < 0)
