@@ -18,6 +18,8 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .items_by_blas = BLAS,                                                                              \
                 .linear = b2_cpu_linear,                                                                            \
                 .layer_norm = b2_cpu_layer_norm,                                                                    \
+                .rms_norm = b2_cpu_rms_norm,                                                                        \
+                .gate = b2_cpu_gate,                                                                                \
                 .attention = b2_cpu_attention,                                                                      \
                 .embedding = b2_cpu_embedding,                                                                      \
                 .patches = b2_cpu_patches,                                                                          \
