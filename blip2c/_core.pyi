@@ -20,11 +20,14 @@ def _fail_allocation_after(countdown: int, /) -> None: ...
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
-    paths: the safetensors files. config: see blip2c.config.core_config(). dtype: "auto" (as stored), "float32",
-    "float16" or "bfloat16": how the matrices are held; arithmetic is fp32 always.
+    paths: the safetensors files. config: see blip2c.config.core_config(). dtype: how the matrices are held, "auto" (as
+    stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for the parts "vision", "qformer",
+    "language" (one that is missing: "auto"). docs/DTYPES.md says what each computes.
     """
 
-    def __init__(self, paths: Sequence[str], config: Mapping[str, Any], dtype: str = "auto") -> None: ...
+    def __init__(
+        self, paths: Sequence[str], config: Mapping[str, Any], dtype: str | dict[str, str] = "auto"
+    ) -> None: ...
     @property
     def unexpected(self) -> list[str]: ...
     """Names in the files that this architecture does not have."""

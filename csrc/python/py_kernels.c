@@ -157,7 +157,7 @@ static void release_weight(PyObject *capsule)
 
 static int dtype_named(b2_dtype *dtype, const char *name)
 {
-    if (b2py_dtype_named(dtype, name) == 0)
+    if (b2py_dtype_named(dtype, name) == 0 && !b2_dtype_is_quantised(*dtype))
         return 0;
     PyErr_Format(PyExc_ValueError, "dtype: expected float32, float16 or bfloat16, found %s", name);
     return -1;
