@@ -18,6 +18,7 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .items_by_blas = BLAS,                                                                              \
                 .linear = b2_cpu_linear,                                                                            \
                 .layer_norm = b2_cpu_layer_norm,                                                                    \
+                .rope = b2_cpu_rope,                                                                                \
                 .attention = b2_cpu_attention,                                                                      \
                 .embedding = b2_cpu_embedding,                                                                      \
                 .patches = b2_cpu_patches,                                                                          \
