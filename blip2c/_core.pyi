@@ -120,6 +120,8 @@ def _time_linear(x: NDArray[np.float32], weights: list[Any], item_rows: int, /) 
 def _layer_norm(
     x: NDArray[np.float32], weight: NDArray[np.float32] | None, bias: NDArray[np.float32] | None, eps: float, /
 ) -> NDArray[np.float32]: ...
+def _rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, /) -> NDArray[np.float32]: ...
+def _gate(gate: NDArray[np.float32], up: NDArray[np.float32], activation: int, /) -> NDArray[np.float32]: ...
 def _rope(
     x: NDArray[np.float32],
     positions: NDArray[np.int32],
@@ -155,6 +157,7 @@ def _attention(
     suffix_slots: NDArray[np.int32] | None,
     suffix_lens: NDArray[np.int32] | None,
     key_mask: NDArray[np.uint8] | None,
+    distance_bias: NDArray[np.float32] | None,
     causal: bool,
     heads: int,
     kv_heads: int,
