@@ -19,6 +19,7 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .linear = b2_cpu_linear,                                                                            \
                 .layer_norm = b2_cpu_layer_norm,                                                                    \
                 .attention = b2_cpu_attention,                                                                      \
+                .attention_weights = b2_cpu_attention_weights,                                                      \
                 .embedding = b2_cpu_embedding,                                                                      \
                 .patches = b2_cpu_patches,                                                                          \
                 .copy_rows = b2_cpu_copy_rows,                                                                      \
