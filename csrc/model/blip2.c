@@ -185,6 +185,15 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
     return b2_linear(ctx, features, qformer, &model->projection_weight, &project, err);
 }
 
+int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err)
+{
+    b2_linear_opts opts = {.bias = &model->projection_bias};
+    int64_t widest = out.cols > x.cols ? out.cols : x.cols;
+    if (b2_arena_reserve(ctx->scratch, b2_scratch_bytes(ctx, x.rows, widest, 1, 1), err) < 0)
+        return -1;
+    return b2_linear(ctx, out, x, &model->projection_weight, &opts, err);
+}
+
 static int64_t clamp64(int64_t value, int64_t low, int64_t high)
 {
     return value < low ? low : value > high ? high : value;

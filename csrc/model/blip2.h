@@ -50,4 +50,7 @@ typedef struct b2_encoded {
  * the arena itself; pictures go through in groups that bound its size, which changes no bit. */
 int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures, b2_err *err);
 
+/* out [N, D_lm] = language_projection(x [N, D_q]) alone. Reserves the arena itself. */
+int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err);
+
 #endif
