@@ -30,6 +30,7 @@ __all__ = [
     "decode_attention",
     "embedding",
     "first_bad_row",
+    "gate",
     "gelu",
     "greedy_search",
     "layer_norm",
@@ -37,6 +38,7 @@ __all__ = [
     "log_softmax",
     "packed_attention",
     "patches",
+    "rms_norm",
     "top_k",
 ]
 
@@ -134,6 +136,22 @@ def layer_norm(x: F32, weight: F32 | None = None, bias: F32 | None = None, eps: 
     return _core._layer_norm(x, weight, bias, eps)
 
 
+def rms_norm(x: F32, weight: F32, eps: float = 1e-6) -> F32:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, as T5LayerNorm (Zhang and Sennrich 2019).
+
+    x [..., D] float32; weight [D]. No mean is taken away and nothing is added. Returns [..., D].
+    """
+    return _core._rms_norm(x, weight, eps)
+
+
+def gate(gate: F32, up: F32, activation: str = "gelu_tanh") -> F32:
+    """act(gate) * up, element by element: the gated feed-forward of T5 v1.1 and LLaMA (Shazeer 2020).
+
+    gate, up [..., F] float32 of the same shape; activation one of ACTIVATIONS. Returns [..., F].
+    """
+    return _core._gate(gate, up, _activation_index(activation))
+
+
 def activation(x: F32, name: str = "gelu") -> F32:
     """An activation of ACTIVATIONS on every element of x (float32, any shape).
 
@@ -218,6 +236,7 @@ def packed_attention(
     suffix_slots: NDArray[np.int32] | None = None,
     suffix_lens: NDArray[np.int32] | None = None,
     key_mask: NDArray[np.uint8] | None = None,
+    distance_bias: F32 | None = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> F32:
@@ -226,7 +245,9 @@ def packed_attention(
     q [N, H*Dh]: row b's queries are q[q_offsets[b]:q_offsets[b+1]] (q_offsets [B+1] int32). Its keys are
     k[prefix_starts[b]:][:prefix_lens[b]] followed by k_suffix[suffix_slots[b, s]] for s < suffix_lens[b]; values alike.
     key_mask [B, *] uint8 over the row's concatenated keys, 1: may be seen. causal: the row's queries are its last
-    positions. scale: default Dh^-0.5. A query that sees no key gets zeros. Returns [N, H*Dh].
+    positions. scale: default Dh^-0.5. distance_bias [H, 2L - 1]: column clamp(j - i, 1 - L, L - 1) + L - 1 is added to
+    the score of a key at place j of the row's keys and a query at place i, masked keys counted too (T5). A query that
+    sees no key gets zeros. Returns [N, H*Dh].
     """
     kv_heads = heads if kv_heads is None else kv_heads
     q = _array(q, "q", np.float32, 2)
@@ -236,7 +257,7 @@ def packed_attention(
     scale = head_dim**-0.5 if scale is None and head_dim else scale
     return _core._attention(
         q, q_offsets, k, v, prefix_starts, prefix_lens, k_suffix, v_suffix, suffix_slots, suffix_lens, key_mask,
-        causal, heads, kv_heads, head_dim, scale or 0.0,
+        distance_bias, causal, heads, kv_heads, head_dim, scale or 0.0,
     )  # fmt: skip
 
 
@@ -259,12 +280,14 @@ def attention(
     causal: bool = False,
     key_mask: NDArray[Any] | None = None,
     scale: float | None = None,
+    distance_bias: F32 | None = None,
 ) -> F32:
-    """softmax(scale q k^T) v for each head (Vaswani et al. 2017, section 3.2.1).
+    """softmax(scale q k^T + bias) v for each head (Vaswani et al. 2017, section 3.2.1).
 
     q [B, Tq, H*Dh], k and v [B, Tk, Hkv*Dh] float32, head h in columns [h*Dh, (h+1)*Dh); key_mask [B, Tk] bool or
     uint8, true where a key may be seen. causal: query i sees keys up to Tk - Tq + i (Tq <= Tk). A query that sees no
-    key gets zeros. Returns [B, Tq, H*Dh]. Query head h uses key head h * Hkv // H (grouped queries).
+    key gets zeros. distance_bias [H, 2L - 1]: T5's relative position bias, see packed_attention; the queries are the
+    row's last positions. Returns [B, Tq, H*Dh]. Query head h uses key head h * Hkv // H (grouped queries).
     """
     q, k, v = _array(q, "q", np.float32, 3), _array(k, "k", np.float32, 3), _array(v, "v", np.float32, 3)
     _expect("k: batch", k.shape[0], q.shape[0])
@@ -280,6 +303,7 @@ def attention(
         heads=heads,
         kv_heads=kv_heads,
         key_mask=_mask_bytes(key_mask, (batch, keys)),
+        distance_bias=distance_bias,
         causal=causal,
         scale=scale,
     )

@@ -381,6 +381,47 @@ done:
     return (PyObject *)out;
 }
 
+static PyObject *rms_norm(PyObject *module, PyObject *args)
+{
+    PyObject *x_object, *gamma_object;
+    float eps;
+    PyArrayObject *x = NULL, *gamma = NULL, *out = NULL;
+    if (!PyArg_ParseTuple(args, "OOf", &x_object, &gamma_object, &eps))
+        return NULL;
+    if ((x = rows_array(x_object, "x")) && (gamma = b2py_array(gamma_object, "weight", NPY_FLOAT32, 1)) &&
+        (out = poisoned_like(x, view_of(x).cols))) {
+        b2_weight g = vector_of(gamma);
+        kernel_call k;
+        if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+            Py_CLEAR(out);
+        else if (kernel_end(&k, module, b2_rms_norm(&k.ctx, view_of(out), view_of(x), &g, eps, &k.err)) < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(x);
+    Py_XDECREF(gamma);
+    return (PyObject *)out;
+}
+
+static PyObject *gate(PyObject *module, PyObject *args)
+{
+    PyObject *gate_object, *up_object;
+    int act;
+    PyArrayObject *x = NULL, *up = NULL, *out = NULL;
+    if (!PyArg_ParseTuple(args, "OOi", &gate_object, &up_object, &act))
+        return NULL;
+    if ((x = rows_array(gate_object, "gate")) && (up = rows_array(up_object, "up")) &&
+        (out = poisoned_like(x, view_of(x).cols))) {
+        kernel_call k;
+        if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+            Py_CLEAR(out);
+        else if (kernel_end(&k, module, b2_gate(&k.ctx, view_of(out), view_of(x), view_of(up), (b2_act)act, &k.err)) < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(x);
+    Py_XDECREF(up);
+    return (PyObject *)out;
+}
+
 static PyObject *activation(PyObject *module, PyObject *args)
 {
     PyObject *object;
@@ -563,7 +604,7 @@ static PyObject *add_rows(PyObject *module, PyObject *args)
 
 /* ---- attention ---- */
 
-enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_COUNT };
+enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_BIAS, A_COUNT };
 
 static const struct {
     const char *name;
@@ -572,7 +613,7 @@ static const struct {
     {"q", NPY_FLOAT32, 2, 0},          {"q_offsets", NPY_INT32, 1, 0},    {"k", NPY_FLOAT32, 2, 0},
     {"v", NPY_FLOAT32, 2, 0},          {"prefix_starts", NPY_INT32, 1, 0}, {"prefix_lens", NPY_INT32, 1, 0},
     {"k_suffix", NPY_FLOAT32, 2, 1},   {"v_suffix", NPY_FLOAT32, 2, 1},   {"suffix_slots", NPY_INT32, 2, 1},
-    {"suffix_lens", NPY_INT32, 1, 1},  {"key_mask", NPY_UINT8, 2, 1},
+    {"suffix_lens", NPY_INT32, 1, 1},  {"key_mask", NPY_UINT8, 2, 1},     {"distance_bias", NPY_FLOAT32, 2, 1},
 };
 
 static int check_length(PyArrayObject *array, const char *name, int64_t rows)
@@ -584,6 +625,18 @@ static int check_length(PyArrayObject *array, const char *name, int64_t rows)
     return -1;
 }
 
+static int fill_distance_bias(b2_attention_args *a, PyArrayObject *bias)
+{
+    npy_intp rows = PyArray_DIM(bias, 0), distances = PyArray_DIM(bias, 1);
+    a->distance_bias = PyArray_DATA(bias);
+    a->distance_limit = (distances + 1) / 2;
+    if (rows == a->heads && distances % 2 == 1)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "distance_bias: expected shape [%d, an odd number], found [%zd, %zd]", a->heads, rows,
+                 distances);
+    return -1;
+}
+
 static int fill_attention(b2_attention_args *a, PyArrayObject **in)
 {
     a->rows = PyArray_DIM(in[A_OFFSETS], 0) - 1;
@@ -591,7 +644,7 @@ static int fill_attention(b2_attention_args *a, PyArrayObject **in)
         PyErr_SetString(PyExc_ValueError, "q_offsets: expected at least 1 element, found 0");
         return -1;
     }
-    for (int i = A_STARTS; i < A_COUNT; i++)
+    for (int i = A_STARTS; i <= A_MASK; i++)
         if (i != A_KS && i != A_VS && check_length(in[i], attention_inputs[i].name, a->rows) < 0)
             return -1;
     if (!in[A_KS] != !in[A_VS] || !in[A_KS] != !in[A_SLOTS] || !in[A_KS] != !in[A_SLENS]) {
@@ -615,7 +668,7 @@ static int fill_attention(b2_attention_args *a, PyArrayObject **in)
         a->key_mask = PyArray_DATA(in[A_MASK]);
         a->key_mask_ld = PyArray_DIM(in[A_MASK], 1);
     }
-    return 0;
+    return in[A_BIAS] ? fill_distance_bias(a, in[A_BIAS]) : 0;
 }
 
 static plan attention_plan(const b2_attention_args *a)
@@ -635,9 +688,9 @@ static PyObject *attention(PyObject *module, PyObject *args)
     PyObject *objects[A_COUNT];
     PyArrayObject *in[A_COUNT] = {0}, *out = NULL;
     b2_attention_args a = {0};
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOpiiif", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K], &objects[A_V],
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOOpiiif", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K], &objects[A_V],
                           &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS], &objects[A_SLOTS],
-                          &objects[A_SLENS], &objects[A_MASK], &a.causal, &a.heads, &a.kv_heads, &a.head_dim,
+                          &objects[A_SLENS], &objects[A_MASK], &objects[A_BIAS], &a.causal, &a.heads, &a.kv_heads, &a.head_dim,
                           &a.scale))
         return NULL;
     for (int i = 0; i < A_COUNT; i++) {
@@ -701,6 +754,8 @@ static PyMethodDef kernel_methods[] = {
     {"_linear", linear, METH_VARARGS, "_linear(x, weight, bias, residual, activation, item_rows) -> array"},
     {"_time_linear", time_linear, METH_VARARGS, "_time_linear(x, weights, item_rows) -> seconds of each call"},
     {"_layer_norm", layer_norm, METH_VARARGS, "_layer_norm(x, weight, bias, eps) -> array"},
+    {"_rms_norm", rms_norm, METH_VARARGS, "_rms_norm(x, weight, eps) -> array"},
+    {"_gate", gate, METH_VARARGS, "_gate(gate, up, activation) -> array"},
     {"_activation", activation, METH_VARARGS, "_activation(x, activation) -> array"},
     {"_log_softmax", log_softmax, METH_O, "_log_softmax(x) -> array"},
     {"_top_k", top_k, METH_VARARGS, "_top_k(x, k) -> (values, ids)"},

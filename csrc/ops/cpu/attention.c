@@ -1,4 +1,4 @@
-/* Multi-head attention: out = softmax(scale * q . k^T over the visible keys) . v.
+/* Multi-head attention: out = softmax(scale * q . k^T + distance bias, over the visible keys) . v.
  *
  * One code path for a picture, a prompt and a decoded token. For each row and each key head: list the visible keys
  * (those masked out are left out here and touch nothing afterwards), pack K as [Dh][16] panels and V as [keys][16]
@@ -29,6 +29,7 @@ typedef struct workspace {
     const float **k_rows; /* [max_keys] visible keys of the row */
     const float **v_rows; /* [max_keys] */
     int32_t *visible;     /* [max_keys + 1]: of the first j keys, how many are visible */
+    int32_t *places;      /* [max_keys]: where each visible key stands among all keys of the row */
     float *keys;          /* [max_keys / 16][Dh][16] */
     float *values;        /* [ceil(Dh / 16)][max_keys][16] */
     float *queries;       /* [Dh][tile rows] */
@@ -68,7 +69,7 @@ static size_t lay_out(workspace *space, char *base, int64_t max_keys, int head_d
 {
     size_t keys = (size_t)max_keys, rows = (size_t)tile_rows, width = (size_t)head_dim, total = 0;
     size_t k_rows = part(&total, keys, sizeof(float *)), v_rows = part(&total, keys, sizeof(float *));
-    size_t visible = part(&total, keys + 1, sizeof(int32_t));
+    size_t visible = part(&total, keys + 1, sizeof(int32_t)), places = part(&total, keys, sizeof(int32_t));
     size_t packed_keys = part(&total, keys * width, sizeof(float));
     size_t values = part(&total, keys * (size_t)round_up(head_dim, B2_TILE_COLUMNS_MAX), sizeof(float));
     size_t queries = part(&total, rows * width, sizeof(float));
@@ -76,9 +77,10 @@ static size_t lay_out(workspace *space, char *base, int64_t max_keys, int head_d
     size_t weights = part(&total, rows * keys, sizeof(float));
     size_t tile = part(&total, rows * B2_TILE_COLUMNS_MAX, sizeof(float));
     if (base)
-        *space = (workspace){(void *)(base + k_rows),    (void *)(base + v_rows), (void *)(base + visible),
-                             (void *)(base + packed_keys), (void *)(base + values), (void *)(base + queries),
-                             (void *)(base + scores),    (void *)(base + weights), (void *)(base + tile)};
+        *space = (workspace){(void *)(base + k_rows),      (void *)(base + v_rows), (void *)(base + visible),
+                             (void *)(base + places),      (void *)(base + packed_keys), (void *)(base + values),
+                             (void *)(base + queries),     (void *)(base + scores), (void *)(base + weights),
+                             (void *)(base + tile)};
     return total;
 }
 
@@ -100,6 +102,7 @@ static void list_keys(head_work *work, const b2_attention_args *a, workspace *sp
             continue;
         space->k_rows[seen] = key_row(a->k, a->k_suffix, a, work->row, j);
         space->v_rows[seen] = key_row(a->v, a->v_suffix, a, work->row, j);
+        space->places[seen] = (int32_t)j;
         seen++;
     }
     space->visible[work->keys] = seen;
@@ -134,6 +137,31 @@ static void score(const attention_job *job, workspace *space, int rows, int64_t 
             for (int c = 0; c < columns; c++)
                 space->scores[r * job->max_keys + j + c] = space->tile[r * columns + c];
     }
+}
+
+/* s [seen] = scale * s + bias of each key's distance from query i of the row. */
+static void add_distance_bias(const b2_attention_args *a, const head_work *work, const workspace *space, float *s,
+                              int64_t seen, int64_t head, int64_t i)
+{
+    const int64_t last = a->distance_limit - 1, here = work->keys - work->queries + i;
+    const float *bias = a->distance_bias + head * (2 * last + 1) + last; /* of distance 0 */
+    for (int64_t j = 0; j < seen; j++) {
+        int64_t distance = space->places[j] - here;
+        distance = distance < -last ? -last : distance > last ? last : distance;
+        s[j] = a->scale * s[j] + bias[distance];
+    }
+}
+
+static float softmax(const attention_job *job, const head_work *work, const workspace *space, float *s, int64_t seen,
+                     int64_t head, int64_t i)
+{
+    const b2_attention_args *a = job->args;
+    if (seen == 0)
+        return 0.0f;
+    if (!a->distance_bias)
+        return job->kernels->softmax_row(s, seen, a->scale);
+    add_distance_bias(a, work, space, s, seen, head, i);
+    return job->kernels->softmax_row(s, seen, 1.0f);
 }
 
 /* out = weights . V / sums; `shared` keys in common, query r goes on alone to seen[r]. */
@@ -174,7 +202,7 @@ static void attend_block(const attention_job *job, const head_work *work, worksp
     job->kernels->pack_rows(space->queries, a->q.data + row * a->q.ld + column, a->q.ld, rows, a->head_dim);
     score(job, space, rows, most);
     for (int r = 0; r < rows; r++)
-        sums[r] = seen[r] > 0 ? job->kernels->softmax_row(space->scores + r * job->max_keys, seen[r], a->scale) : 0.0f;
+        sums[r] = softmax(job, work, space, space->scores + r * job->max_keys, seen[r], head, first + r);
     job->kernels->pack_rows(space->weights, space->scores, job->max_keys, rows, seen[0]);
     mix(job, space, a->out.data + row * a->out.ld + column, a->out.ld, rows, seen, sums);
 }

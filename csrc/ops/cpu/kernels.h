@@ -51,6 +51,10 @@ typedef struct b2_cpu_kernels {
 
     /* out = (x - mean) / sqrt(var + eps) * gamma + beta, all [n]; gamma, beta may be NULL; out may be x. */
     void (*norm_row)(float *out, const float *x, const float *gamma, const float *beta, int64_t n, float eps);
+    /* out = x / sqrt(mean(x^2) + eps) * gamma, all [n]; gamma may be NULL; out may be x. */
+    void (*rms_norm_row)(float *out, const float *x, const float *gamma, int64_t n, float eps);
+    /* out = act(gate) * up, all [n]; out may be either. */
+    void (*gate_row)(float *out, const float *gate, const float *up, int64_t n, b2_act act);
     /* s [n] becomes exp(scale * s - max); returns the sum; writes zeros up to a multiple of 16. */
     float (*softmax_row)(float *s, int64_t n, float scale);
     void (*log_softmax_row)(float *x, int64_t n);

@@ -6,9 +6,10 @@
 
 typedef struct rows_job {
     const b2_cpu_kernels *kernels;
-    b2_tensor out, x;
+    b2_tensor out, x, up;
     const float *gamma, *beta;
     float eps;
+    b2_act act;
     const b2_weight *table;
     const int32_t *ids, *out_rows, *x_rows;
     int accumulate;
@@ -57,6 +58,31 @@ int b2_cpu_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *
     rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .gamma = vector_of(gamma),
                     .beta = vector_of(beta), .eps = eps, .row = norm_one};
     return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3, err);
+}
+
+static void rms_norm_one(rows_job *job, int64_t i)
+{
+    job->kernels->rms_norm_row(job->out.data + i * job->out.ld, job->x.data + i * job->x.ld, job->gamma, job->x.cols,
+                               job->eps);
+}
+
+int b2_cpu_rms_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, float eps, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .gamma = vector_of(gamma), .eps = eps,
+                    .row = rms_norm_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.2, err);
+}
+
+static void gate_one(rows_job *job, int64_t i)
+{
+    job->kernels->gate_row(job->out.data + i * job->out.ld, job->x.data + i * job->x.ld, job->up.data + i * job->up.ld,
+                           job->x.cols, job->act);
+}
+
+int b2_cpu_gate(b2_ctx *ctx, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act act, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = gate, .up = up, .act = act, .row = gate_one};
+    return run_rows(ctx, &job, gate.rows, (double)gate.cols * 0.6, err);
 }
 
 static float table_value(const b2_weight *table, int64_t row, int64_t column)
