@@ -38,6 +38,7 @@ TOLERANCE = {
     "activation": 2.5e-7,
     "log_softmax": 3e-7,
     "attention": 1.5e-6,
+    "rope": 2e-7,
     "exact": 0.0,
 }
 # Rounding of the weight, to compare with the weight before it was packed.
@@ -233,7 +234,30 @@ def add_rows_case(m: int, n: int, d: int) -> Case:
     return Case(f"add_rows-{m}x{n}x{d}", "exact", make, kernels.add_rows, reference, ())
 
 
-def attention_64(q, k, v, heads, kv_heads, causal, scale, key_mask=None, distance_bias=None):
+def rope_case(n: int, heads: int, head_dim: int, rotary: int, scaling: float = 1.0) -> Case:
+    frequencies = (10000.0 ** -(np.arange(rotary // 2) / max(rotary // 2, 1))).astype(F32)
+
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"x": normal(rng, n, heads * head_dim), "positions": rng.integers(0, 5000, n).astype(np.int32)}
+
+    def reference(x, positions):
+        # The angle is a float32 product, as in transformers; the rest in float64.
+        angle = np.tile((positions.astype(F32)[:, None] * frequencies).astype(np.float64), 2)[:, None]
+        x = x.astype(np.float64).reshape(n, heads, head_dim)
+        turned = x[..., :rotary]
+        half = np.concatenate([-turned[..., rotary // 2 :], turned[..., : rotary // 2]], -1)
+        value = (turned * np.cos(angle) + half * np.sin(angle)) * scaling
+        size = (np.abs(turned) + np.abs(half)) * scaling
+        whole = (np.concatenate([part, x[..., rotary:]], -1) for part in (value, size))
+        value, size = (part.reshape(n, -1) for part in whole)
+        return value, np.abs(size)
+
+    options = {"inv_freq": frequencies, "head_dim": head_dim, "scaling": scaling}
+    return Case(f"rope-{n}x{heads}x{head_dim}-{rotary}", "rope", make, partial(kernels.rope, **options), reference,
+                ("x", "positions"))  # fmt: skip
+
+
+def attention_64(q, k, v, heads, kv_heads, causal, scale, window=0, key_mask=None, distance_bias=None):
     """(output, output over |v|) in float64, heads one by one."""
     batch, queries, keys, width = *q.shape[:2], k.shape[1], q.shape[2] // heads
     q, k, v = (a.astype(np.float64) for a in (q, k, v))
@@ -241,6 +265,8 @@ def attention_64(q, k, v, heads, kv_heads, causal, scale, key_mask=None, distanc
     seen = np.ones((batch, queries, keys), bool) if key_mask is None else key_mask[:, None, :].repeat(queries, 1) != 0
     if causal:
         seen &= np.arange(keys) <= np.arange(queries)[:, None] + keys - queries
+    if window:
+        seen &= np.arange(keys) > np.arange(queries)[:, None] + keys - queries - window
     for b, h in itertools.product(range(batch), range(heads)):
         mine = slice(h * width, (h + 1) * width)
         theirs = slice(h * kv_heads // heads * width, (h * kv_heads // heads + 1) * width)
@@ -258,7 +284,7 @@ def attention_64(q, k, v, heads, kv_heads, causal, scale, key_mask=None, distanc
 
 
 def attention_case(b: int, tq: int, tk: int, heads: int, kv_heads: int, dh: int, causal: bool = False,
-                   masked: str = "", distances: int = 0) -> Case:  # fmt: skip
+                   masked: str = "", window: int = 0, distances: int = 0) -> Case:  # fmt: skip
     scale = 0.7 * dh**-0.5
 
     def make(rng: np.random.Generator) -> dict[str, Any]:
@@ -275,8 +301,9 @@ def attention_case(b: int, tq: int, tk: int, heads: int, kv_heads: int, dh: int,
             arrays["distance_bias"] = normal(rng, heads, 2 * distances - 1)
         return arrays
 
-    options = {"heads": heads, "kv_heads": kv_heads, "causal": causal, "scale": scale}
+    options = {"heads": heads, "kv_heads": kv_heads, "causal": causal, "scale": scale, "window": window}
     name = f"attention-{b}x{tq}x{tk}-{heads}of{kv_heads}x{dh}{'-causal' if causal else ''}-{masked}".rstrip("-")
+    name += f"-window{window}" if window else ""
     name += f"-distances{distances}" if distances else ""
     return Case(name, "attention", make, partial(kernels.attention, **options), partial(attention_64, **options),
                 ("q", "k", "v", "key_mask") if masked else ("q", "k", "v"))  # fmt: skip
@@ -320,6 +347,13 @@ CASES = [
     attention_case(2, 5, 21, 3, 3, 1, masked="all"),
     attention_case(3, 1, 100, 6, 2, 33, causal=True),
     attention_case(2, 0, 4, 1, 1, 8),
+    attention_case(2, 45, 70, 4, 2, 20, causal=True, window=19),
+    attention_case(3, 33, 33, 2, 2, 8, causal=True, masked="some", window=3),
+    attention_case(3, 1, 100, 2, 1, 12, causal=True, window=40),
+    attention_case(2, 9, 30, 2, 2, 8, window=7),
+    rope_case(7, 3, 10, 10),
+    rope_case(40, 2, 200, 200, 1.25),
+    rope_case(5, 4, 24, 6),
     attention_case(2, 33, 33, 3, 3, 20, distances=9),
     attention_case(3, 21, 21, 4, 2, 9, causal=True, masked="some", distances=40),
     attention_case(2, 1, 40, 2, 2, 64, causal=True, masked="left", distances=1),
@@ -582,6 +616,10 @@ def test_decoding_has_the_bits_of_the_whole_pass(heads: int, kv_heads: int, widt
     for first, end in [(0, 10), (10, 11), (11, 37)]:
         chunk = kernels.attention(q[:, first:end], k[:, :end], v[:, :end], heads, kv_heads, causal=True)
         assert same_bits(chunk, whole[:, first:end])
+    near = kernels.attention(q, k, v, heads, kv_heads, causal=True, window=21)
+    for first, end in [(0, 10), (10, 11), (11, 36), (36, 37)]:
+        chunk = kernels.attention(q[:, first:end], k[:, :end], v[:, :end], heads, kv_heads, causal=True, window=21)
+        assert same_bits(chunk, near[:, first:end])
 
 
 def test_distances_count_from_the_rows_own_last_position() -> None:
@@ -705,6 +743,10 @@ REFUSED = [
     (lambda: kernels.attention(T, T[:, :1], T[:, :1], 2, causal=True), ValueError, "2 queries, prefix 0 . 1"),
     (lambda: kernels.attention(T, T, T, 2, key_mask=np.ones((1, 3), bool)), ValueError, "key_mask: shape"),
     (lambda: kernels.attention(T, T, T[:, :1], 2), ValueError, "v: shape"),
+    (lambda: kernels.attention(T, T, T, 2, window=-1), ValueError, "window of -1 keys"),
+    (lambda: kernels.rope(X, np.zeros(2, np.int32), V, 4), ValueError, r"rope: 6 of 4 elements"),
+    (lambda: kernels.rope(X, np.zeros(2, np.int32), V[:1], 3), ValueError, r"rope: 2 of 3 .*\[2, 4\]"),
+    (lambda: kernels.rope(X, np.zeros(1, np.int32), V[:1], 2), ValueError, "positions: expected 2 rows, found 1"),
     (
         lambda: kernels.decode_attention(T[0], np.ones((2, 1, 6), F32), np.ones((2, 1, 6), F32), T[0], T[0],
                                          np.array([[0], [2]], np.int32), 2),

@@ -46,9 +46,10 @@ enum { POSITION_OFFSET = 2 };
 
 static const b2_weight_row positions_row = {DECODER "embed_positions.weight", AT(embed_positions), B2_TABLE,
                                             {B2_DIM_T, B2_DIM_D}};
-static const b2_weight_row tokens_row = {DECODER "embed_tokens.weight", AT(embed_tokens), B2_MATRIX,
+static const b2_weight_row tokens_row = {DECODER "embed_tokens.weight", AT(embed_tokens), B2_VOCABULARY,
                                          {B2_DIM_V, B2_DIM_D}};
-static const b2_weight_row head_row = {"language_model.lm_head.weight", AT(lm_head), B2_MATRIX, {B2_DIM_V, B2_DIM_D}};
+static const b2_weight_row head_row = {"language_model.lm_head.weight", AT(lm_head), B2_VOCABULARY,
+                                       {B2_DIM_V, B2_DIM_D}};
 static const b2_weight_row final_norm_table[] = {
     {DECODER "final_layer_norm.weight", AT(final_norm_weight), B2_VECTOR, {B2_DIM_D}},
     {DECODER "final_layer_norm.bias", AT(final_norm_bias), B2_VECTOR, {B2_DIM_D}},

@@ -7,9 +7,12 @@
  * Same bits however the queries are cut into blocks: a score is one chain over d; the maximum does not depend on
  * order; sums add key j (counted among the visible keys from the row's first) to lane j mod 16; an output is one chain
  * over the keys that its query sees. Under a causal mask a block's queries see different numbers of keys: they share
- * a tile up to the number that the first one sees and go on alone from there.
+ * a tile up to the number that the first one sees and go on alone from there. Keys before a query's window keep their
+ * places and get a weight of 0, which changes no bit of what the others add up to.
  *
  * Memory: one block of scratch per thread from ctx->scratch. */
+#include <math.h>
+
 #include "ops/cpu/common.h"
 
 static const double NS_PER_FLOP = 1.0 / 60, MOST_NS = 10e6;
@@ -125,6 +128,19 @@ static int64_t keys_seen(const attention_job *job, const head_work *work, const 
     return job->args->causal ? space->visible[work->keys - work->queries + i + 1] : work->seen;
 }
 
+/* How many of the listed keys lie before the window of query i. */
+static int64_t keys_before(const attention_job *job, const head_work *work, const workspace *space, int64_t i)
+{
+    int64_t first = job->args->window > 0 ? work->keys - work->queries + i + 1 - job->args->window : 0;
+    return first > 0 ? space->visible[first] : 0;
+}
+
+static void hide_keys(float *scores, int64_t count, float scale)
+{
+    for (int64_t j = 0; j < count; j++)
+        scores[j] = scale < 0.0f ? INFINITY : -INFINITY;
+}
+
 /* scores [rows][max_keys] for keys [0, count) */
 static void score(const attention_job *job, workspace *space, int rows, int64_t count)
 {
@@ -192,15 +208,19 @@ static void attend_block(const attention_job *job, const head_work *work, worksp
                          int64_t first, int rows)
 {
     const b2_attention_args *a = job->args;
-    int64_t seen[B2_TILE_ROWS_MAX], most = 0;
+    int64_t seen[B2_TILE_ROWS_MAX], before[B2_TILE_ROWS_MAX], most = 0;
     float sums[B2_TILE_ROWS_MAX];
     for (int r = 0; r < rows; r++) {
         seen[r] = keys_seen(job, work, space, first + r);
+        before[r] = keys_before(job, work, space, first + r);
+        seen[r] = before[r] < seen[r] ? seen[r] : 0;
         most = seen[r] > most ? seen[r] : most;
     }
     int64_t row = work->first_query + first, column = head * a->head_dim;
     job->kernels->pack_rows(space->queries, a->q.data + row * a->q.ld + column, a->q.ld, rows, a->head_dim);
     score(job, space, rows, most);
+    for (int r = 0; r < rows; r++)
+        hide_keys(space->scores + r * job->max_keys, seen[r] > 0 ? before[r] : 0, a->scale);
     for (int r = 0; r < rows; r++)
         sums[r] = softmax(job, work, space, space->scores + r * job->max_keys, seen[r], head, first + r);
     job->kernels->pack_rows(space->weights, space->scores, job->max_keys, rows, seen[0]);

@@ -20,6 +20,7 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .layer_norm = b2_cpu_layer_norm,                                                                    \
                 .rms_norm = b2_cpu_rms_norm,                                                                        \
                 .gate = b2_cpu_gate,                                                                                \
+                .rope = b2_cpu_rope,                                                                                \
                 .attention = b2_cpu_attention,                                                                      \
                 .embedding = b2_cpu_embedding,                                                                      \
                 .patches = b2_cpu_patches,                                                                          \

@@ -68,6 +68,8 @@ typedef struct b2_cpu_kernels {
     /* dst [ceil(width/16)][panel_rows][16], rows [0, count) written: columns [offset, offset + width), zero-padded. */
     void (*pack_values)(float *dst, const float *const *rows, int64_t count, int64_t panel_rows, int64_t offset,
                         int width);
+    /* a, b [n] become a * cos - b * sin, b * cos + a * sin */
+    void (*rotate_row)(float *a, float *b, const float *cos, const float *sin, int64_t n);
     /* out [n] = c [n] / sum */
     void (*divide_row)(float *out, const float *c, int64_t n, float sum);
     /* Millions of fused multiply-adds in registers: what the processor can do at most. Returns flops. */

@@ -30,6 +30,7 @@ const b2_cpu_kernels B2_KERNELS = {
     .add_row = add_row,
     .pack_keys = pack_keys,
     .pack_values = pack_values,
+    .rotate_row = rotate_row,
     .divide_row = divide_row,
     .fma_peak = fma_peak,
 };

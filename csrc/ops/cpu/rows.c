@@ -1,4 +1,5 @@
 /* Operations on rows: each row is one unit of work and is computed alike wherever it stands. No scratch. */
+#include <math.h>
 #include <string.h>
 
 #include "ops/cpu/common.h"
@@ -15,6 +16,10 @@ typedef struct rows_job {
     int accumulate;
     const float *pixels;
     int64_t channels, side, patch;
+    const int32_t *positions;
+    const float *inv_freq;
+    int rotary_dim, head_dim;
+    float scaling;
     float *values;
     int32_t *top_ids;
     int k;
@@ -58,6 +63,35 @@ int b2_cpu_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *
     rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .gamma = vector_of(gamma),
                     .beta = vector_of(beta), .eps = eps, .row = norm_one};
     return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3, err);
+}
+
+/* The angles of a token are the same in all of its heads: a block of them at a time, then every head. */
+static void rope_one(rows_job *job, int64_t i)
+{
+    enum { BLOCK = 64 };
+    float cosines[BLOCK], sines[BLOCK];
+    int half = job->rotary_dim / 2;
+    float position = (float)(job->positions[i] > 0 ? job->positions[i] : 0);
+    for (int first = 0; first < half; first += BLOCK) {
+        int count = half - first < BLOCK ? half - first : BLOCK;
+        for (int j = 0; j < count; j++) {
+            float angle = position * job->inv_freq[first + j];
+            cosines[j] = cosf(angle) * job->scaling;
+            sines[j] = sinf(angle) * job->scaling;
+        }
+        for (int64_t head = 0; head < job->x.cols; head += job->head_dim) {
+            float *x = job->x.data + i * job->x.ld + head + first;
+            job->kernels->rotate_row(x, x + half, cosines, sines, count);
+        }
+    }
+}
+
+int b2_cpu_rope(b2_ctx *ctx, b2_tensor x, const int32_t *positions, const float *inv_freq, int rotary_dim, int head_dim,
+                float scaling, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .x = x, .positions = positions, .inv_freq = inv_freq,
+                    .rotary_dim = rotary_dim, .head_dim = head_dim, .scaling = scaling, .row = rope_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3 + rotary_dim * 12.0, err);
 }
 
 static void rms_norm_one(rows_job *job, int64_t i)

@@ -225,6 +225,17 @@ static void add_row(float *out, const float *x, int64_t n)
         out[i] += x[i];
 }
 
+/* Two products and their sum, each rounded, as torch does it. */
+static void rotate_row(float *restrict a, float *restrict b, const float *restrict cos, const float *restrict sin,
+                       int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float x = a[i], y = b[i];
+        a[i] = x * cos[i] - y * sin[i];
+        b[i] = y * cos[i] + x * sin[i];
+    }
+}
+
 static void divide_row(float *out, const float *c, int64_t n, float sum)
 {
     for (int64_t i = 0; i < n; i++)
