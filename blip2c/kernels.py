@@ -1,7 +1,8 @@
 """The kernels one by one, on NumPy arrays: to look at, to teach with, to test.
 
 Arithmetic is float32. Weights may be stored in float32, float16, bfloat16 (NumPy has no bfloat16: its bits travel as
-uint16), int8 or int4 (see PackedWeight). A result does not depend on the number of threads, nor on what else is in the batch.
+uint16), int8 or int4 (see PackedWeight). A result does not depend on the number of threads, nor on what else is in the
+batch.
 
 Errors, everywhere: ``TypeError`` for something that is no array or has another dtype (nothing is converted silently),
 ``ValueError`` for shapes and names, ``IndexError`` for ids outside their table. Arrays need not be contiguous or
@@ -76,12 +77,12 @@ class PackedWeight:
 
     weight: float32, float16, or uint16 holding bfloat16 bits. dtype: "float32", "float16" or "bfloat16" to store it so
     (rounded to nearest even; ``NumericError`` where a value is too large for float16), "int8" or "int4" to round it to
-    integers with scales (``NumericError`` where a value is not finite), None: as it is. pairs: a bfloat16 weight that asks
-    for bfloat16 arithmetic where many rows meet it and the processor has it.
+    integers with scales (``NumericError`` where a value is not finite), None: as it is. pairs: a bfloat16 weight that
+    asks for bfloat16 arithmetic where many rows meet it and the processor has it.
 
     Rounded weights are column_scales[j] * scale * q[i][j]. A column scale is the size of a column (its root mean
-    square), so that all columns are rounded alike. int8: one scale per output channel, |q| <= 127. int4: a float16 scale
-    per output channel and 32 input channels, -8 <= q <= 7, found by least squares.
+    square), so that all columns are rounded alike. int8: one scale per output channel, |q| <= 127. int4: a float16
+    scale per output channel and 32 input channels, -8 <= q <= 7, found by least squares.
     """
 
     def __init__(self, weight: NDArray[Any], dtype: str | None = None, pairs: bool = False) -> None:
