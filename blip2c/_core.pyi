@@ -21,7 +21,7 @@ class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
     paths: the safetensors files. config: see blip2c.config.core_config(). dtype: how the matrices are held, "auto" (as
-    stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for the parts "vision", "qformer",
+    stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for "vision", "qformer",
     "language" (one that is missing: "auto"). docs/DTYPES.md says what each computes.
     """
 
@@ -54,7 +54,7 @@ class Model:
         qformer: bool = True,
     ) -> dict[str, Any]: ...
     """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
-    "image_features": [B, Q, D_lm]}; when asked, lists "vision_hidden_states" and "qformer_hidden_states" (layers + 1) and
+    "image_features": [B, Q, D_lm]}; when asked, lists "vision_hidden_states", "qformer_hidden_states" (layers + 1) and
     "vision_attentions" [B, H, T, T], "qformer_attentions" [B, H, Q, Q], "qformer_cross_attentions" [B, H, Q, T].
     image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone."""
     def forward(
@@ -70,10 +70,10 @@ class Model:
         decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
     """Packed rows: ids [N], row b is ids[offsets[b]:offsets[b+1]], mask [N] (0: a pad). An id -1 takes its row's next
-    embedding of image_features [B, P, D_lm]; a row must hold exactly P of them, or none if it is None. Encoder-decoders:
+    embedding of image_features [B, P, D_lm]; a row must hold exactly P of them, none if it is None. Encoder-decoders:
     these are the encoder's rows; the decoder's stand in decoder_*.
 
-    {"logits": [N, V]}; when asked, lists "hidden_states" ([N, D_lm], the last one after the final norm) and "attentions"
+    {"logits": [N, V]}; when asked, lists "hidden_states" ([N, D_lm], the last after the final norm) and "attentions"
     [B, H, T, T] (rows of one length); of an encoder-decoder "decoder_hidden_states", "encoder_hidden_states",
     "decoder_attentions" [B, H, Td, Td], "cross_attentions" [B, H, Td, T], "encoder_attentions" [B, H, T, T]."""
     def project(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
