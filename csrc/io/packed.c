@@ -93,7 +93,7 @@ static int belongs_together(const b2_weight *w, int64_t columns)
     }
     if (w->dtype == B2_I4)
         return w->group == 32;
-    return w->dtype == B2_I8 && w->group > 0 && w->group % 32 == 0 && w->group <= whole;
+    return w->dtype == B2_I8 && w->group == whole;
 }
 
 int b2_packed_read(b2_weight *w, int *has_column_scales, const b2_st_file *file, const b2_st_tensor *tensor, b2_err *err)
