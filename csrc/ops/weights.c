@@ -192,6 +192,17 @@ static int pack_halves(const b2_weight *dst, char *data, const b2_weight *src, b
     return overflows > 0 ? overflowed(src, dst->dtype, overflows, err) : 0;
 }
 
+/* What lies between two parts: the same weight gives the same bytes, in files too. */
+static void clear_ends(char *block, const b2_weight *w)
+{
+    b2_weight_parts parts = b2_weight_parts_of(w);
+    memset(block + parts.bytes - 64, 0, 64);
+    if (parts.scales) {
+        memset(block + parts.scales - 64, 0, 64);
+        memset(block + parts.column_scales - 64, 0, 64);
+    }
+}
+
 static int fits(b2_format format)
 {
     switch (format.layout) {
@@ -218,6 +229,7 @@ int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_format format, b2_po
     char *block = b2_alloc(b2_weight_parts_of(&packed).bytes, 1, name, err);
     if (!block)
         return -1;
+    clear_ends(block, &packed);
     b2_weight_place(&packed, block, 1);
     packed.owned = 1;
     int status = format.layout == B2_QUADS ? b2_quantise(block, &packed, src, pool, cancel, err)

@@ -140,7 +140,8 @@ static void embed_one(rows_job *job, int64_t i)
 int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate,
                      b2_err *err)
 {
-    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .table = table, .ids = ids, .accumulate = accumulate, .row = embed_one};
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .table = table, .ids = ids,
+                    .accumulate = accumulate, .row = embed_one};
     return run_rows(ctx, &job, out.rows, (double)table->k * 2, err);
 }
 
