@@ -1,4 +1,5 @@
-#include "python/py_weights.h"
+/* blip2c._core.Model, continued: its weights as arrays, as a packed file, and what they are held as. */
+#include "python/py_model.h"
 
 #include <stdatomic.h>
 #include <string.h>
@@ -74,10 +75,13 @@ static int unpack_all(collector *c, b2_err *err)
     return status;
 }
 
-PyObject *b2py_weights_dict(b2py_state *state, const b2_blip2 *model)
+PyObject *b2py_model_weights(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
+    const b2_blip2 *model = b2py_loaded_model(self);
+    if (!model)
+        return NULL;
     b2_err err = {0};
-    collector c = {.state = state, .dict = PyDict_New()};
+    collector c = {.state = b2py_state_of_type(Py_TYPE(self)), .dict = PyDict_New()};
     int status = make_arrays(&c, model, &err);
     if (status == 0)
         status = unpack_all(&c, &err);
@@ -86,7 +90,7 @@ PyObject *b2py_weights_dict(b2py_state *state, const b2_blip2 *model)
     if (status == 0)
         return c.dict;
     Py_XDECREF(c.dict);
-    return b2py_raise(state, &err);
+    return b2py_raise(c.state, &err);
 }
 
 /* ---- packed files ---- */
@@ -117,11 +121,12 @@ static int read_metadata(const char **metadata, PyObject *dict)
     return 0;
 }
 
-PyObject *b2py_save_packed(b2py_state *state, const b2_blip2 *model, PyObject *args)
+PyObject *b2py_model_save_packed(PyObject *self, PyObject *args)
 {
+    const b2_blip2 *model = b2py_loaded_model(self);
     PyObject *path = NULL, *given;
     b2_err err = {0};
-    if (!PyArg_ParseTuple(args, "O&O!:save_packed", PyUnicode_FSConverter, &path, &PyDict_Type, &given))
+    if (!model || !PyArg_ParseTuple(args, "O&O!:save_packed", PyUnicode_FSConverter, &path, &PyDict_Type, &given))
         return NULL;
     PyObject *dict = PyDict_Copy(given); /* nobody else changes it meanwhile */
     int64_t count = dict ? PyDict_Size(dict) : 0;
@@ -134,16 +139,45 @@ PyObject *b2py_save_packed(b2py_state *state, const b2_blip2 *model, PyObject *a
         b2py_call_end(&frame);
     }
     if (status < 0)
-        b2py_raise(state, &err);
+        b2py_raise(b2py_state_of_type(Py_TYPE(self)), &err);
     b2_free(metadata);
     Py_XDECREF(dict);
     Py_DECREF(path);
     return status < 0 ? NULL : Py_NewRef(Py_None);
 }
 
-PyObject *b2py_part_dtypes(const b2_blip2 *model)
+/* ---- what they are held as ---- */
+
+PyObject *b2py_model_dtype(PyObject *self, void *Py_UNUSED(closure))
 {
+    const b2_blip2 *model = b2py_loaded_model(self);
+    return model ? PyUnicode_FromString(b2py_dtype_name(model->dtype)) : NULL;
+}
+
+PyObject *b2py_model_dtypes(PyObject *self, void *Py_UNUSED(closure))
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    if (!model)
+        return NULL;
     return Py_BuildValue("{s:s,s:s,s:s}", "vision", b2py_dtype_name(model->dtypes[B2_PART_VISION]), "qformer",
                          b2py_dtype_name(model->dtypes[B2_PART_QFORMER]), "language",
                          b2py_dtype_name(model->dtypes[B2_PART_LANGUAGE]));
+}
+
+PyObject *b2py_model_policies(PyObject *self, void *Py_UNUSED(closure))
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    return model ? PyUnicode_FromString(model->policies) : NULL;
+}
+
+PyObject *b2py_model_parameters(PyObject *self, void *Py_UNUSED(closure))
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    return model ? PyLong_FromLongLong(model->parameters) : NULL;
+}
+
+PyObject *b2py_model_nbytes(PyObject *self, void *Py_UNUSED(closure))
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    return model ? PyLong_FromLongLong(model->bytes) : NULL;
 }
