@@ -132,6 +132,30 @@ const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const un
     return tensor;
 }
 
+/* A few megabytes at a time: a table of the true size comes from the disk for longer than a Ctrl-C may wait. */
+int b2_binder_same(const b2_binder *binder, const char *a_name, const char *b_name)
+{
+    enum { STEP = 4 << 20 };
+    const b2_st_tensor *a = b2_checkpoint_find(binder->checkpoint, a_name);
+    const b2_st_tensor *b = b2_checkpoint_find(binder->checkpoint, b_name);
+    if (!a || !b || a->dtype != b->dtype || a->bytes != b->bytes)
+        return 0;
+    for (size_t at = 0; at < a->bytes && !b2_cancel_poll(binder->cancel); at += STEP) {
+        size_t count = a->bytes - at < STEP ? a->bytes - at : STEP;
+        if (memcmp((const char *)a->data + at, (const char *)b->data + at, count) != 0)
+            return 0;
+    }
+    return 1;
+}
+
+void b2_binder_ignore(b2_binder *binder, const char *name)
+{
+    const b2_st_tensor *tensor = NULL;
+    int64_t file = find_file(binder->checkpoint, name, &tensor);
+    if (tensor)
+        binder->checkpoint->used[file][tensor - binder->checkpoint->files[file].tensors] = 1;
+}
+
 int b2_stored_view(b2_weight *view, const b2_st_tensor *tensor, int split, b2_err *err)
 {
     *view = (b2_weight){.name = tensor->name, .data = tensor->data, .n = 1, .k = 1, .layout = B2_ROWS};

@@ -48,6 +48,9 @@ typedef enum b2_dim {
     B2_DIM_V,       /* vocabulary */
     B2_DIM_C,       /* picture channels */
     B2_DIM_P,       /* patch side */
+    B2_DIM_H,       /* attention heads */
+    B2_DIM_HDH,     /* heads * width of one, where that is not D */
+    B2_DIM_R,       /* buckets of relative positions */
     B2_DIM_COUNT
 } b2_dim;
 
@@ -94,6 +97,10 @@ int b2_bind_optional(b2_binder *binder, void *base, const b2_weight_row *row, in
 const char *b2_binder_name(b2_binder *binder, const char *pattern, b2_err *err);
 /* Finds a tensor, checks its shape against `shape` codes, marks it used; NULL + no error when absent. */
 const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const unsigned char *shape, b2_err *err);
+/* Whether the checkpoint holds both tensors, with the same bytes. After a cancel the answer does not matter. */
+int b2_binder_same(const b2_binder *binder, const char *a, const char *b);
+/* A tensor that older files hold and nobody reads: known, so not reported as unexpected. */
+void b2_binder_ignore(b2_binder *binder, const char *name);
 /* A view of a tensor as stored, [n, k] with n the product of the first `split` axes. */
 int b2_stored_view(b2_weight *view, const b2_st_tensor *tensor, int split, b2_err *err);
 
