@@ -141,6 +141,24 @@ def search(
 step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a list of n int64 arrays.
 {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
 
+RULES: tuple[str, ...]
+
+"""What stands between logits and the choice of a token, in order, by the names of the options."""
+
+def apply_rules(
+    scores: NDArray[np.float32],
+    ids: NDArray[np.int32],
+    prompt_length: int,
+    skip: NDArray[np.int64] | None,
+    options: Mapping[str, Any],
+    first: str,
+    end: str | None,
+    /,
+) -> NDArray[np.float32]: ...
+
+"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V]. ids [n, t]: prompt_length ids of
+the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the repetition penalty does not see."""
+
 # kernels: see blip2c.kernels
 def _pack_weight(weight: NDArray[Any], dtype: str | None, pairs: bool, /) -> Any: ...
 def _weight_parts(capsule: Any, /) -> tuple[str, int, NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]: ...
