@@ -33,7 +33,16 @@ class Model:
     """Names in the files that this architecture does not have."""
     @property
     def dtype(self) -> str: ...
-    """How most of the language model's matrices are held: "float32", "float16" or "bfloat16"."""
+    """How most of the weights are held: "float32", "float16", "bfloat16", "int8" or "int4"."""
+    @property
+    def dtypes(self) -> dict[str, str]: ...
+    """The same for each part: {"vision": "int8", "qformer": "float16", "language": "int4"}."""
+    @property
+    def policies(self) -> str: ...
+    """What was asked for, or what the packed file was made for: "vision=int8,qformer=half,language=int4"."""
+    @property
+    def parameters(self) -> int: ...
+    """Elements of all weights, a tied head counted once."""
     @property
     def nbytes(self) -> int: ...
     """Bytes of all weights as held."""
@@ -94,7 +103,10 @@ class Model:
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
     def weights(self) -> dict[str, NDArray[Any]]: ...
-    """Every weight by its checkpoint name, unpacked: float32, float16, or uint16 holding bfloat16 bits."""
+    """Every weight by its checkpoint name, unpacked: float32 (also where it is quantised), float16, or uint16 holding
+    bfloat16 bits."""
+    def save_packed(self, path: str | os.PathLike[str], metadata: dict[str, str], /) -> None: ...
+    """All weights as they are held into one file, which Model() maps; docs/FORMATS.md has the form."""
 
 class SafetensorsFile:
     """A validated safetensors file, mapped."""
@@ -128,6 +140,24 @@ def search(
 """Greedy or beam search over a step function, see blip2c.search. Packed prompts: row b is ids[offsets[b]:offsets[b+1]].
 step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a list of n int64 arrays.
 {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
+
+RULES: tuple[str, ...]
+
+"""What stands between logits and the choice of a token, in order, by the names of the options."""
+
+def apply_rules(
+    scores: NDArray[np.float32],
+    ids: NDArray[np.int32],
+    prompt_length: int,
+    skip: NDArray[np.int64] | None,
+    options: Mapping[str, Any],
+    first: str,
+    end: str | None,
+    /,
+) -> NDArray[np.float32]: ...
+
+"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V]. ids [n, t]: prompt_length ids of
+the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the repetition penalty does not see."""
 
 # kernels: see blip2c.kernels
 def _pack_weight(weight: NDArray[Any], dtype: str | None, pairs: bool, /) -> Any: ...

@@ -1,6 +1,8 @@
 /* Weight tables: one list per submodel says which tensor of a checkpoint goes where. The same list binds, validates,
  * saves and releases; there is no second one.
  *
+ * A packed file goes through the same lists: its tensors are placed instead of packed.
+ *
  * Memory: a bound model owns its packed weights (b2_release_weights); weights that stay mapped point into the
  * checkpoint, which must outlive them. Names point into the store. */
 #ifndef B2_MODEL_WEIGHT_TABLE_H
@@ -16,6 +18,7 @@ typedef struct b2_checkpoint {
     b2_st_file *files;      /* [count], owned */
     int64_t count;
     unsigned char **used;   /* [count][files[i].count]: 1 once bound; owned */
+    int packed;             /* 1: the only file holds packed weights (io/packed.h), which are used where they lie */
 } b2_checkpoint;
 
 int b2_checkpoint_open(b2_checkpoint *checkpoint, const char *const *paths, int64_t count, b2_err *err);
@@ -78,6 +81,10 @@ typedef struct b2_dtype_policy {
     b2_dtype dtype; /* with B2_HOLD_DTYPE */
     int pairs;      /* 1: BF16 was asked for by name on a processor with its dot products: B2_PAIRS, bfloat16 arithmetic */
 } b2_dtype_policy;
+
+/* "vision=int8,qformer=half,language=int4": which values a packed file has been made for. */
+enum { B2_POLICIES_TEXT = 96 };
+void b2_policies_name(char text[B2_POLICIES_TEXT], const b2_dtype_policy policies[B2_PART_COUNT]);
 
 typedef struct b2_binder {
     b2_checkpoint *checkpoint;
