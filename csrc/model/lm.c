@@ -4,6 +4,7 @@
 
 static const b2_lm_class *const classes[] = {
     &b2_opt_class,
+    &b2_t5_class,
 };
 
 const b2_lm_class *b2_lm_class_of(const char *model_type)
