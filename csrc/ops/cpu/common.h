@@ -5,17 +5,24 @@
 #include <stdatomic.h>
 
 #include "ops/cpu/kernels.h"
+#include "ops/cpu/quads.h"
 #include "ops/ops.h"
 
 /* ctx->ops points at the first member of one of these. */
 typedef struct b2_cpu_backend {
     b2_ops ops;
     const b2_cpu_kernels *kernels;
+    const b2_quad_kernels *quads;
 } b2_cpu_backend;
 
 static inline const b2_cpu_kernels *b2_cpu_kernels_of(const b2_ctx *ctx)
 {
     return ((const b2_cpu_backend *)(const void *)ctx->ops)->kernels;
+}
+
+static inline const b2_quad_kernels *b2_cpu_quads_of(const b2_ctx *ctx)
+{
+    return ((const b2_cpu_backend *)(const void *)ctx->ops)->quads;
 }
 
 /* Runs the tiles; on the calling thread alone when all of them together cost less than waking another one
