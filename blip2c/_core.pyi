@@ -40,12 +40,23 @@ class Model:
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
     def read(self, image_embeds: NDArray[np.float32]) -> NDArray[np.float32]: ...
-    """[B, T, Dv], what vision() gives -> [B, Q, D_lm]: Q-Former and projection alone."""
-    def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
-    """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection."""
-    def encode_stages(self, pixel_values: NDArray[np.float32], hidden_states: bool = False) -> dict[str, Any]: ...
+    """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone."""
+    def encode(self, pixel_values: NDArray[np.float32], interpolate: bool = False) -> NDArray[np.float32]: ...
+    """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection. interpolate: pictures of any size,
+    [B, 3, height, width] of at least a patch, through interpolated positions."""
+    def encode_stages(
+        self,
+        pixel_values: NDArray[np.float32] | None = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+        interpolate: bool = False,
+        image_embeds: NDArray[np.float32] | None = None,
+        qformer: bool = True,
+    ) -> dict[str, Any]: ...
     """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
-    "image_features": [B, Q, D_lm]} and, when asked, "vision_hidden_states" and "qformer_hidden_states": lists."""
+    "image_features": [B, Q, D_lm]}; when asked, lists "vision_hidden_states" and "qformer_hidden_states" (layers + 1) and
+    "vision_attentions" [B, H, T, T], "qformer_attentions" [B, H, Q, Q], "qformer_cross_attentions" [B, H, Q, T].
+    image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone."""
     def forward(
         self,
         image_features: NDArray[np.float32] | None,
@@ -53,10 +64,22 @@ class Model:
         offsets: NDArray[np.int64],
         mask: NDArray[np.uint8] | None = None,
         hidden_states: bool = False,
+        attentions: bool = False,
+        decoder_ids: NDArray[np.int32] | None = None,
+        decoder_offsets: NDArray[np.int64] | None = None,
+        decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
     """Packed rows: ids [N], row b is ids[offsets[b]:offsets[b+1]], mask [N] (0: a pad). An id -1 takes its row's next
-    image feature (image_features [B, Q, D_lm]; a row must hold exactly Q of them, or none if it is None).
-    {"logits": [N, V], "hidden_states": list of [N, D_lm] when asked}."""
+    embedding of image_features [B, P, D_lm]; a row must hold exactly P of them, or none if it is None. Encoder-decoders:
+    these are the encoder's rows; the decoder's stand in decoder_*.
+
+    {"logits": [N, V]}; when asked, lists "hidden_states" ([N, D_lm], the last one after the final norm) and "attentions"
+    [B, H, T, T] (rows of one length); of an encoder-decoder "decoder_hidden_states", "encoder_hidden_states",
+    "decoder_attentions" [B, H, Td, Td], "cross_attentions" [B, H, Td, T], "encoder_attentions" [B, H, T, T]."""
+    def project(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    """[N, Dq] -> [N, D_lm]: language_projection alone."""
+    def embed(self, ids: NDArray[np.int32]) -> NDArray[np.float32]: ...
+    """[N] -> [N, D_lm]: the language model's token embeddings."""
     def generate(
         self,
         image_features: NDArray[np.float32],

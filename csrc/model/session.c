@@ -42,7 +42,7 @@ typedef struct session {
 
 int b2_session_check(const b2_blip2 *model, const b2_rows_in *in, b2_err *err)
 {
-    int64_t queries = in->features.data ? model->qformer.config.num_query_tokens : 0;
+    int64_t places_each = in->features.data && in->rows > 0 ? in->features.rows / in->rows : 0;
     int64_t vocabulary = model->lm->config.vocab_size, limit = model->lm->config.max_position_embeddings;
     if (in->offsets[0] != 0)
         return b2_fail(err, B2_E_VALUE, "offsets: expected to begin with 0, found %lld", (long long)in->offsets[0]);
@@ -57,9 +57,9 @@ int b2_session_check(const b2_blip2 *model, const b2_rows_in *in, b2_err *err)
             places += in->ids[i] == -1;
             seen += !in->mask || in->mask[i];
         }
-        if (places != queries)
+        if (places != places_each)
             return b2_fail(err, B2_E_VALUE, "row %lld: %lld image places in the prompt, expected %lld", (long long)b,
-                           (long long)places, (long long)queries);
+                           (long long)places, (long long)places_each);
         if (seen > limit)
             return b2_fail(err, B2_E_VALUE, "row %lld: the prompt has %lld tokens, the language model has positions for %lld",
                            (long long)b, (long long)seen, (long long)limit);
@@ -174,7 +174,7 @@ static int embed_rows(session *s, b2_tensor x, int64_t first, int64_t last, b2_e
 {
     const b2_rows_in *in = s->in;
     const b2_lm *lm = s->model->lm;
-    int64_t begin = in->offsets[first], queries = s->model->qformer.config.num_query_tokens;
+    int64_t begin = in->offsets[first], places = in->features.rows / in->rows;
     if (lm->class_->embed(s->ctx, lm, x, in->ids + begin, err) < 0)
         return -1;
     for (int64_t b = first; b < last && in->features.data; b++) {
@@ -182,7 +182,7 @@ static int embed_rows(session *s, b2_tensor x, int64_t first, int64_t last, b2_e
         for (int64_t i = in->offsets[b]; i < in->offsets[b + 1]; i++) {
             if (in->ids[i] != -1)
                 continue;
-            b2_tensor to = b2_rows(x, i - begin, 1), from = b2_rows(in->features, b * queries + taken++, 1);
+            b2_tensor to = b2_rows(x, i - begin, 1), from = b2_rows(in->features, b * places + taken++, 1);
             if (b2_copy_rows(s->ctx, to, NULL, from, NULL, 1, err) < 0)
                 return -1;
         }
