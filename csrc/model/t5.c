@@ -475,14 +475,13 @@ static int run_encoder(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err
         return -1;
     for (int64_t b = 0; b < batch->rows; b++)
         lens[b] = batch->q_offsets[b + 1] - batch->q_offsets[b];
-    for (int i = 0; i < m->encoder.count; i++) {
-        if (encoder_layer(ctx, m, i, batch, lens, &w, err) < 0)
-            return -1;
-        int last = i + 1 == m->encoder.count;
-        if ((last && b2_rms_norm(ctx, batch->x, batch->x, &m->encoder.final_norm, c->norm_eps, err) < 0) ||
+    for (int i = 0; i < m->encoder.count; i++)
+        if (encoder_layer(ctx, m, i, batch, lens, &w, err) < 0 ||
             b2_stage_done(ctx, "encoder", i + 1, batch->x, err) < 0)
             return -1;
-    }
+    if (b2_rms_norm(ctx, batch->x, batch->x, &m->encoder.final_norm, c->norm_eps, err) < 0 ||
+        b2_stage_tap(ctx, "encoder", m->encoder.count + 1, batch->x, err) < 0)
+        return -1;
     return fill_cross_cache(ctx, m, batch, &w, err);
 }
 
@@ -540,40 +539,42 @@ static int cross_attention(b2_ctx *ctx, const t5 *m, int i, b2_lm_batch *batch, 
                : 0;
 }
 
-static int head(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err)
+/* last [.., D] = the norm of those tokens whose logits are wanted. */
+static int norm_last(b2_ctx *ctx, const t5 *m, const b2_lm_batch *batch, b2_tensor last, const b2_weight *norm,
+                     b2_err *err)
 {
-    const b2_weight *weight = m->lm_head.data ? &m->lm_head : &m->shared;
-    const b2_weight *norm = m->head_norm.data ? &m->head_norm : &m->decoder.final_norm;
-    b2_tensor last;
-    if (batch->logits.rows == 0)
-        return 0;
-    return b2_stage_take(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
-                   b2_copy_rows(ctx, last, NULL, batch->x, batch->logit_rows, last.rows, err) < 0 ||
-                   b2_rms_norm(ctx, last, last, norm, m->base.config.norm_eps, err) < 0 ||
-                   project(ctx, batch->logits, last, weight, err) < 0
+    return b2_copy_rows(ctx, last, NULL, batch->x, batch->logit_rows, last.rows, err) < 0 ||
+                   b2_rms_norm(ctx, last, last, norm, m->base.config.norm_eps, err) < 0
                ? -1
                : 0;
 }
 
+/* The scaling is no part of the last hidden state that upstream shows. */
+static int head(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err)
+{
+    b2_tensor last;
+    if (batch->logits.rows == 0)
+        return 0;
+    if (b2_stage_take(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
+        norm_last(ctx, m, batch, last, &m->decoder.final_norm, err) < 0 ||
+        b2_stage_tap(ctx, "decoder", m->decoder.count + 1, last, err) < 0 ||
+        (m->head_norm.data && norm_last(ctx, m, batch, last, &m->head_norm, err) < 0))
+        return -1;
+    return project(ctx, batch->logits, last, m->lm_head.data ? &m->lm_head : &m->shared, err);
+}
+
 static int run_decoder(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err)
 {
-    const b2_lm_config *c = &m->base.config;
     buffers w;
-    if (take_buffers(ctx, &w, c, batch->x.rows, err) < 0 || b2_stage_done(ctx, "decoder", 0, batch->x, err) < 0)
+    if (take_buffers(ctx, &w, &m->base.config, batch->x.rows, err) < 0 ||
+        b2_stage_done(ctx, "decoder", 0, batch->x, err) < 0)
         return -1;
-    for (int i = 0; i < m->decoder.count; i++) {
+    for (int i = 0; i < m->decoder.count; i++)
         if (self_attention(ctx, m, i, batch, &w, err) < 0 || cross_attention(ctx, m, i, batch, &w, err) < 0 ||
-            feed_forward(ctx, m, &m->decoder.layers[i], batch->x, &w, err) < 0)
+            feed_forward(ctx, m, &m->decoder.layers[i], batch->x, &w, err) < 0 ||
+            b2_stage_done(ctx, "decoder", i + 1, batch->x, err) < 0)
             return -1;
-        if (i + 1 < m->decoder.count && b2_stage_done(ctx, "decoder", i + 1, batch->x, err) < 0)
-            return -1;
-    }
-    if (head(ctx, m, batch, err) < 0)
-        return -1;
-    /* The last state is the normed one upstream; nobody else wants it of every token. */
-    if (ctx->tap && b2_rms_norm(ctx, batch->x, batch->x, &m->decoder.final_norm, c->norm_eps, err) < 0)
-        return -1;
-    return b2_stage_done(ctx, "decoder", m->decoder.count, batch->x, err);
+    return head(ctx, m, batch, err);
 }
 
 static int t5_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)
