@@ -32,6 +32,7 @@ typedef struct session {
     int32_t *lens;            /* [B] */
     int32_t *next_position;   /* [B]: of the first new token */
     int64_t *leading_pads;    /* [B] */
+    int counts_pads;          /* positions are places in the row, pads counted: forward() of some models */
     int has_pads;
     int64_t longest;          /* tokens of the longest prompt */
     /* Of the running rows. */
@@ -120,7 +121,7 @@ static int own_prompt_tables(session *s, b2_err *err)
     return s->positions && s->cache_rows && s->starts && s->lens && s->next_position && s->leading_pads ? 0 : -1;
 }
 
-/* Positions as OPT counts them: cumsum(mask) * mask - 1. */
+/* Positions as forward() upstream counts them: cumsum(mask) * mask - 1, or the place in the row. */
 static void fill_prompt_tables(session *s)
 {
     const b2_rows_in *in = s->in;
@@ -131,7 +132,7 @@ static void fill_prompt_tables(session *s)
         for (int64_t i = in->offsets[b]; i < in->offsets[b + 1]; i++) {
             int real = !in->mask || in->mask[i];
             seen += real;
-            s->positions[i] = real ? seen - 1 : -1;
+            s->positions[i] = s->counts_pads ? (int32_t)(i - in->offsets[b]) : real ? seen - 1 : -1;
             s->cache_rows[i] = (int32_t)i;
             s->has_pads |= !real;
             s->leading_pads[b] += seen == 0;
@@ -392,7 +393,7 @@ static int forward_all(session *s, b2_tensor logits, b2_err *err)
 
 int b2_session_forward(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, b2_tensor logits, b2_err *err)
 {
-    session s = {0};
+    session s = {.counts_pads = model->lm->class_->forward_counts_pads};
     if (b2_session_check(model, in, err) < 0)
         return -1;
     if (in->rows == 0)

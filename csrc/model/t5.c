@@ -586,7 +586,6 @@ static int t5_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *
 }
 
 const b2_lm_class b2_t5_class = {
-    .model_type = "t5",
     .size = sizeof(t5),
     .bind = t5_bind,
     .visit = t5_visit,
