@@ -713,7 +713,7 @@ REFUSED = [
     (lambda: kernels.linear(X, W, np.ones(4, F32)), ValueError, r"bias: expected F32 \[3\], found F32 \[4"),
     (lambda: kernels.linear(X, W, residual=X), ValueError, r"residual: expected shape \[2, 3\], found \[2, 4\]"),
     (lambda: kernels.linear(X, W, activation="swish"), ValueError, "activation: expected one of .* found 'swish'"),
-    (lambda: kernels.linear(X, W, dtype="int8"), ValueError, "dtype: expected .* found int8"),
+    (lambda: kernels.linear(X, W, dtype="int3"), ValueError, "dtype: expected .* found int3"),
     (lambda: kernels.linear(X, W, method="magic"), ValueError, "method: .*'magic'"),
     (lambda: kernels.linear(X, W, method="openblas", item_rows=3), ValueError, "2 rows are no multiple of 3"),
     (lambda: kernels.linear(X, W.astype(np.float16), method="openblas"), TypeError, "weight: .*float16"),

@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "ops/cpu/common.h"
-#include "ops/half.h"
+#include "ops/weights.h"
 
 typedef struct rows_job {
     const b2_cpu_kernels *kernels;
@@ -119,36 +119,29 @@ int b2_cpu_gate(b2_ctx *ctx, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act
     return run_rows(ctx, &job, gate.rows, (double)gate.cols * 0.6, err);
 }
 
-static float table_value(const b2_weight *table, int64_t row, int64_t column)
-{
-    int64_t at = table->layout == B2_ROWS ? row * table->k + column
-                                          : (row / B2_PANEL * table->k + column) * B2_PANEL + row % B2_PANEL;
-    const char *p = (const char *)table->data + (size_t)at * b2_dtype_size(table->dtype);
-    uint16_t half;
-    float value;
-    if (table->dtype == B2_F32) {
-        memcpy(&value, p, sizeof value);
-        return value;
-    }
-    memcpy(&half, p, sizeof half);
-    return table->dtype == B2_F16 ? b2_f16_to_f32(half) : b2_bf16_to_f32(half);
-}
-
 static void embed_one(rows_job *job, int64_t i)
 {
-    float *out = job->out.data + i * job->out.ld;
+    enum { PART = 512 };
+    float *out = job->out.data + i * job->out.ld, part[PART];
+    const b2_weight *table = job->table;
     if (job->ids[i] < 0)
         return;
-    for (int64_t j = 0; j < job->table->k; j++) {
-        float value = table_value(job->table, job->ids[i], j);
-        out[j] = job->accumulate ? out[j] + value : value;
+    if (!job->accumulate) {
+        b2_weight_read_row(out, table, job->ids[i]);
+        return;
+    }
+    for (int64_t j = 0; j < table->k; j += PART) {
+        int64_t count = table->k - j < PART ? table->k - j : PART;
+        b2_weight_read_part(part, table, job->ids[i], j, count);
+        job->kernels->add_row(out + j, part, count);
     }
 }
 
 int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate,
                      b2_err *err)
 {
-    rows_job job = {.out = out, .table = table, .ids = ids, .accumulate = accumulate, .row = embed_one};
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .table = table, .ids = ids,
+                    .accumulate = accumulate, .row = embed_one};
     return run_rows(ctx, &job, out.rows, (double)table->k * 2, err);
 }
 
