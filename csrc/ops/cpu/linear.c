@@ -351,7 +351,7 @@ int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, c
     if (w->k < 1 || w->n < 1)
         return b2_fail(err, B2_E_VALUE, "linear: weight %s is empty: [%lld, %lld]", w->name ? w->name : "",
                        (long long)w->n, (long long)w->k);
-    if ((w->layout == B2_QUADS && x.rows > B2_QUAD_FEW_ROWS) || w->layout == B2_PAIRS)
+    if (w->layout == B2_QUADS && x.rows > B2_QUAD_FEW_ROWS)
         return b2_fail(err, B2_E_UNSUPPORTED, "linear: weight %s: %s in this layout", w->name ? w->name : "",
                        b2_dtype_name(w->dtype));
     linear_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .w = w, .item_rows = opts->item_rows};
