@@ -231,7 +231,7 @@ def rope(x: F32, positions: NDArray[np.int32], inv_freq: F32, head_dim: int, sca
 
 
 def patches(pixels: F32, patch: int) -> F32:
-    """Pictures [B, C, S, S] cut into flattened patches [B, (S // patch)^2, C * patch * patch].
+    """Pictures [B, C, height, width] cut into patches [B, height // patch * (width // patch), C * patch * patch].
 
     Times a convolution weight [D, C, P, P] seen as [D, C*P*P] this is Conv2d(stride=patch), as Blip2VisionEmbeddings.
     What is left over at the right and lower edge is dropped.

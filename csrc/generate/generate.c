@@ -146,6 +146,8 @@ int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_
     *out = (b2_generated){0};
     if (b2_generate_check(prompts, opts, step->vocabulary, err) < 0)
         return -1;
+    if (opts->hooks)
+        opts->hooks->vocabulary = step->vocabulary;
     b2_search search = {
         .prompts = prompts, .opts = opts, .step = step, .pool = pool, .cancel = cancel, .out = out};
     int status = search_and_tighten(&search, err);

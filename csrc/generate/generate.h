@@ -38,6 +38,7 @@ typedef struct b2_view {
  * long. Called on the thread that searches. */
 typedef struct b2_hooks b2_hooks;
 struct b2_hooks {
+    int64_t vocabulary; /* V; b2_generate fills it in before the first call */
     /* Custom logits processors stand among the rules, so this one, where it is set, takes the place of b2_rules_apply:
      * scores [n, V] in place, log-probabilities in beam search. It applies ranges of rules itself (rules.h). */
     int (*process)(b2_hooks *hooks, const b2_view *view, float *scores, b2_err *err);

@@ -25,6 +25,7 @@ typedef struct session {
     int32_t *lens;            /* [B] */
     int32_t *next_position;   /* [B]: of the first new token */
     int64_t *leading_pads;    /* [B] */
+    int counts_pads;          /* positions are places in the row, pads counted: forward() of some models */
     int has_pads;
     int64_t longest;          /* tokens of the longest prompt */
     /* Of the running rows. */
@@ -42,7 +43,7 @@ typedef struct session {
 
 int b2_session_check(const b2_blip2 *model, const b2_rows_in *in, b2_err *err)
 {
-    int64_t queries = in->features.data ? model->qformer.config.num_query_tokens : 0;
+    int64_t places_each = in->features.data && in->rows > 0 ? in->features.rows / in->rows : 0;
     int64_t vocabulary = model->lm->config.vocab_size, limit = model->lm->config.max_position_embeddings;
     if (in->offsets[0] != 0)
         return b2_fail(err, B2_E_VALUE, "offsets: expected to begin with 0, found %lld", (long long)in->offsets[0]);
@@ -57,9 +58,9 @@ int b2_session_check(const b2_blip2 *model, const b2_rows_in *in, b2_err *err)
             places += in->ids[i] == -1;
             seen += !in->mask || in->mask[i];
         }
-        if (places != queries)
+        if (places != places_each)
             return b2_fail(err, B2_E_VALUE, "row %lld: %lld image places in the prompt, expected %lld", (long long)b,
-                           (long long)places, (long long)queries);
+                           (long long)places, (long long)places_each);
         if (seen > limit)
             return b2_fail(err, B2_E_VALUE, "row %lld: the prompt has %lld tokens, the language model has positions for %lld",
                            (long long)b, (long long)seen, (long long)limit);
@@ -96,7 +97,7 @@ static int own_prompt_tables(session *s, b2_err *err)
     return s->positions && s->cache_rows && s->starts && s->lens && s->next_position && s->leading_pads ? 0 : -1;
 }
 
-/* Positions as OPT counts them: cumsum(mask) * mask - 1. */
+/* Positions as forward() upstream counts them: cumsum(mask) * mask - 1, or the place in the row. */
 static void fill_prompt_tables(session *s)
 {
     const b2_rows_in *in = s->in;
@@ -107,7 +108,7 @@ static void fill_prompt_tables(session *s)
         for (int64_t i = in->offsets[b]; i < in->offsets[b + 1]; i++) {
             int real = !in->mask || in->mask[i];
             seen += real;
-            s->positions[i] = real ? seen - 1 : -1;
+            s->positions[i] = s->counts_pads ? (int32_t)(i - in->offsets[b]) : real ? seen - 1 : -1;
             s->cache_rows[i] = (int32_t)i;
             s->has_pads |= !real;
             s->leading_pads[b] += seen == 0;
@@ -174,7 +175,7 @@ static int embed_rows(session *s, b2_tensor x, int64_t first, int64_t last, b2_e
 {
     const b2_rows_in *in = s->in;
     const b2_lm *lm = s->model->lm;
-    int64_t begin = in->offsets[first], queries = s->model->qformer.config.num_query_tokens;
+    int64_t begin = in->offsets[first], places = in->features.rows / in->rows;
     if (lm->class_->embed(s->ctx, lm, x, in->ids + begin, err) < 0)
         return -1;
     for (int64_t b = first; b < last && in->features.data; b++) {
@@ -182,7 +183,7 @@ static int embed_rows(session *s, b2_tensor x, int64_t first, int64_t last, b2_e
         for (int64_t i = in->offsets[b]; i < in->offsets[b + 1]; i++) {
             if (in->ids[i] != -1)
                 continue;
-            b2_tensor to = b2_rows(x, i - begin, 1), from = b2_rows(in->features, b * queries + taken++, 1);
+            b2_tensor to = b2_rows(x, i - begin, 1), from = b2_rows(in->features, b * places + taken++, 1);
             if (b2_copy_rows(s->ctx, to, NULL, from, NULL, 1, err) < 0)
                 return -1;
         }
@@ -266,7 +267,7 @@ static int forward_all(session *s, b2_tensor logits, b2_err *err)
 
 int b2_session_forward(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, b2_tensor logits, b2_err *err)
 {
-    session s = {0};
+    session s = {.counts_pads = model->lm->class_->forward_counts_pads};
     if (b2_session_check(model, in, err) < 0)
         return -1;
     if (in->rows == 0)

@@ -15,13 +15,13 @@ typedef struct b2_rows_in {
     const int32_t *ids;      /* [N] */
     const int64_t *offsets;  /* [B + 1] */
     const uint8_t *mask;     /* [N], 0: a pad that nobody sees; NULL: none */
-    b2_tensor features;      /* [B*Q, D_lm]; data NULL: no pictures, then no id may be -1 */
+    b2_tensor features;      /* [B*Q, D_lm], or B times as many embeddings as each row has places; data NULL: no id is -1 */
     const int32_t *decoder_ids;     /* [offsets of the last row]; NULL unless the model is an encoder-decoder */
     const int64_t *decoder_offsets; /* [B + 1] */
     const uint8_t *decoder_mask;    /* as mask, of the decoder's ids, or NULL */
 } b2_rows_in;
 
-/* Ids in range, every row non-empty and with exactly Q image places (0 without pictures). */
+/* Ids in range, every row non-empty and with exactly as many image places as it has features. */
 int b2_session_check(const b2_blip2 *model, const b2_rows_in *in, b2_err *err);
 
 /* Logits of every token (of an encoder-decoder: of every decoder token): logits [N, V]. Taps: the language model's. */

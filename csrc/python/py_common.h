@@ -69,6 +69,7 @@ int b2py_dtype_named(b2_dtype *dtype, const char *name);
 /* Parts of the module, each in its own file, added by module.c. */
 int b2py_add_kernels(PyObject *module);     /* py_kernels.c: functions on arrays */
 int b2py_add_search(PyObject *module);      /* py_search.c: greedy and beam search over a Python step function */
+int b2py_add_rules(PyObject *module);       /* py_hooks.c: the rules of generation on arrays */
 int b2py_add_safetensors(PyObject *module); /* py_safetensors.c: the SafetensorsFile type, write_safetensors */
 int b2py_add_model(PyObject *module);       /* py_model.c: the Model type */
 

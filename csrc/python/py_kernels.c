@@ -616,19 +616,14 @@ static PyObject *patches(PyObject *module, PyObject *args)
     if (!pixels)
         return NULL;
     npy_intp *shape = PyArray_DIMS(pixels);
-    npy_intp grid = patch > 0 ? shape[2] / patch : 0;
-    npy_intp out_shape[3] = {shape[0], grid * grid, patch > 0 ? shape[1] * patch * patch : 0};
+    npy_intp cells = patch > 0 ? shape[2] / patch * (shape[3] / patch) : 0;
+    npy_intp out_shape[3] = {shape[0], cells, patch > 0 ? shape[1] * patch * patch : 0};
+    b2_pictures view = {PyArray_DATA(pixels), shape[0], shape[1], shape[2], shape[3]};
     kernel_call k;
-    if (shape[2] != shape[3])
-        PyErr_Format(PyExc_ValueError, "pixels: expected square pictures, found %zd x %zd", (Py_ssize_t)shape[2],
-                     (Py_ssize_t)shape[3]);
-    else
-        out = poisoned(3, out_shape);
+    out = poisoned(3, out_shape);
     if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
         Py_CLEAR(out);
-    else if (out && kernel_end(&k, module,
-                               b2_patches(&k.ctx, view_of(out), PyArray_DATA(pixels), shape[0], shape[1], shape[2],
-                                          patch, &k.err)) < 0)
+    else if (out && kernel_end(&k, module, b2_patches(&k.ctx, view_of(out), view, patch, &k.err)) < 0)
         Py_CLEAR(out);
     Py_DECREF(pixels);
     return (PyObject *)out;

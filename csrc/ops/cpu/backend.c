@@ -22,6 +22,7 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .gate = b2_cpu_gate,                                                                                \
                 .rope = b2_cpu_rope,                                                                                \
                 .attention = b2_cpu_attention,                                                                      \
+                .attention_weights = b2_cpu_attention_weights,                                                      \
                 .embedding = b2_cpu_embedding,                                                                      \
                 .patches = b2_cpu_patches,                                                                          \
                 .copy_rows = b2_cpu_copy_rows,                                                                      \

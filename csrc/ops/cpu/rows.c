@@ -14,8 +14,8 @@ typedef struct rows_job {
     const b2_weight *table;
     const int32_t *ids, *out_rows, *x_rows;
     int accumulate;
-    const float *pixels;
-    int64_t channels, side, patch;
+    b2_pictures pictures;
+    int64_t patch;
     const int32_t *positions;
     const float *inv_freq;
     int rotary_dim, head_dim;
@@ -147,22 +147,22 @@ int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const i
 
 static void patch_one(rows_job *job, int64_t i)
 {
-    int64_t grid = job->side / job->patch, picture = i / (grid * grid), cell = i % (grid * grid);
+    const b2_pictures *p = &job->pictures;
+    int64_t across = p->width / job->patch, cells = p->height / job->patch * across;
+    int64_t picture = i / cells, cell = i % cells;
     float *out = job->out.data + i * job->out.ld;
-    for (int64_t c = 0; c < job->channels; c++)
+    for (int64_t c = 0; c < p->channels; c++)
         for (int64_t y = 0; y < job->patch; y++) {
-            int64_t line = (picture * job->channels + c) * job->side + cell / grid * job->patch + y;
-            memcpy(out, job->pixels + line * job->side + cell % grid * job->patch, (size_t)job->patch * sizeof *out);
+            int64_t line = (picture * p->channels + c) * p->height + cell / across * job->patch + y;
+            memcpy(out, p->data + line * p->width + cell % across * job->patch, (size_t)job->patch * sizeof *out);
             out += job->patch;
         }
 }
 
-int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
-                   int64_t patch, b2_err *err)
+int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *err)
 {
-    rows_job job = {.out = out, .pixels = pixels, .channels = channels, .side = side, .patch = patch, .row = patch_one};
-    int64_t grid = side / patch;
-    return run_rows(ctx, &job, pictures * grid * grid, (double)out.cols * 0.3, err);
+    rows_job job = {.out = out, .pictures = pictures, .patch = patch, .row = patch_one};
+    return run_rows(ctx, &job, out.rows, (double)out.cols * 0.3, err);
 }
 
 static void copy_one(rows_job *job, int64_t i)
