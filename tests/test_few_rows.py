@@ -23,7 +23,7 @@ SHAPES = [(1, 1), (17, 31), (50, 100), (33, 600), (16, 2560)]
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(F32)
+    return np.random.default_rng(seed).standard_normal(shape, dtype=F32)
 
 
 @cache
