@@ -97,9 +97,14 @@ class Model:
         mask: NDArray[np.uint8] | None,
         rule_ids: NDArray[np.int32],
         options: Mapping[str, Any],
+        decoder_ids: NDArray[np.int32] | None = None,
+        decoder_offsets: NDArray[np.int64] | None = None,
+        decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
-    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has
-    -1, or -1 where there is none). options: every key of b2_generate_opts, see blip2c.generation.core_options().
+    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has -1, or -1 where
+    there is none; of an encoder-decoder the decoder's). options: every key of b2_generate_opts, see
+    blip2c.generation.core_options().
+
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
     def weights(self) -> dict[str, NDArray[Any]]: ...
