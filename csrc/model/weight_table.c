@@ -166,6 +166,33 @@ int b2_binder_same(const b2_binder *binder, const char *a_name, const char *b_na
     return 1;
 }
 
+static int head_is_own(b2_binder *binder, const b2_weight_row *tokens, const b2_weight_row *head, int *own, b2_err *err)
+{
+    const b2_st_tensor *stored = b2_checkpoint_find(binder->checkpoint, head->name);
+    const b2_st_tensor *table = b2_checkpoint_find(binder->checkpoint, tokens->name);
+    *own = stored && table && !b2_binder_same(binder, head->name, tokens->name);
+    if (stored && !*own) /* a copy of the table: known, not unexpected */
+        return b2_binder_find(binder, head->name, head->shape, err) ? 0 : -1;
+    return 0;
+}
+
+int b2_bind_vocabulary(b2_binder *binder, void *base, const b2_weight_row *tokens, const b2_weight_row *head, int tied,
+                       b2_err *err)
+{
+    int own = 1, found = 0;
+    if ((tied && head_is_own(binder, tokens, head, &own, err) < 0) ||
+        b2_bind_optional(binder, base, tokens, &found, err) < 0)
+        return -1;
+    if (!found && (!tied || !b2_checkpoint_find(binder->checkpoint, head->name)))
+        return b2_fail(err, B2_E_FORMAT, "%s: missing from the checkpoint", tokens->name);
+    if (!found) {
+        b2_weight_row row = *head;
+        row.offset = tokens->offset;
+        return b2_bind(binder, base, &row, 1, err);
+    }
+    return own ? b2_bind(binder, base, head, 1, err) : 0;
+}
+
 void b2_binder_ignore(b2_binder *binder, const char *name)
 {
     const b2_st_tensor *tensor = NULL;

@@ -53,6 +53,8 @@ typedef enum b2_dim {
     B2_DIM_P,       /* patch side */
     B2_DIM_H,       /* attention heads */
     B2_DIM_HDH,     /* heads * width of one, where that is not D */
+    B2_DIM_KDH,     /* key heads * width of one */
+    B2_DIM_DH,      /* width of one head */
     B2_DIM_R,       /* buckets of relative positions */
     B2_DIM_COUNT
 } b2_dim;
@@ -106,6 +108,11 @@ const char *b2_binder_name(b2_binder *binder, const char *pattern, b2_err *err);
 const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const unsigned char *shape, b2_err *err);
 /* Whether the checkpoint holds both tensors, with the same bytes. After a cancel the answer does not matter. */
 int b2_binder_same(const b2_binder *binder, const char *a, const char *b);
+/* Binds a token table, and a head where it is one of its own. transformers ties the two when the config says so, unless
+ * the file holds two different ones; some files keep the tied table only under the head's name. A tied head stays
+ * absent: the table is one weight with two uses. */
+int b2_bind_vocabulary(b2_binder *binder, void *base, const b2_weight_row *tokens, const b2_weight_row *head, int tied,
+                       b2_err *err);
 /* A tensor that older files hold and nobody reads: known, so not reported as unexpected. */
 void b2_binder_ignore(b2_binder *binder, const char *name);
 /* A view of a tensor as stored, [n, k] with n the product of the first `split` axes. */
