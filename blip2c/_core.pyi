@@ -17,6 +17,13 @@ def set_num_threads(n: int, /) -> None: ...
 def _allocation_count() -> int: ...
 def _fail_allocation_after(countdown: int, /) -> None: ...
 
+PACKED_VERSION: str
+"""Of the layout of packed files."""
+
+def _policies(dtype: str | dict[str, str], /) -> str: ...
+
+"""How a dtype holds each part: "vision=int8,qformer=half,language=int4"."""
+
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
@@ -97,9 +104,14 @@ class Model:
         mask: NDArray[np.uint8] | None,
         rule_ids: NDArray[np.int32],
         options: Mapping[str, Any],
+        decoder_ids: NDArray[np.int32] | None = None,
+        decoder_offsets: NDArray[np.int64] | None = None,
+        decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
-    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has
-    -1, or -1 where there is none). options: every key of b2_generate_opts, see blip2c.generation.core_options().
+    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has -1, or -1 where
+    there is none; of an encoder-decoder the decoder's). options: every key of b2_generate_opts, see
+    blip2c.generation.core_options().
+
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
     def weights(self) -> dict[str, NDArray[Any]]: ...
