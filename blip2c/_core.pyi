@@ -20,6 +20,13 @@ def _fail_allocation_after(countdown: int, /) -> None: ...
 PackedTexts = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8] | None]
 """ids [N], offsets [B + 1] (text b is ids[offsets[b]:offsets[b+1]]), mask [N] (0: a pad) or None."""
 
+PACKED_VERSION: str
+"""Of the layout of packed files."""
+
+def _policies(dtype: str | dict[str, str], /) -> str: ...
+
+"""How a dtype holds each part: "vision=int8,qformer=half,language=int4"."""
+
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
@@ -106,9 +113,14 @@ class Model:
         mask: NDArray[np.uint8] | None,
         rule_ids: NDArray[np.int32],
         options: Mapping[str, Any],
+        decoder_ids: NDArray[np.int32] | None = None,
+        decoder_offsets: NDArray[np.int64] | None = None,
+        decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
-    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has
-    -1, or -1 where there is none). options: every key of b2_generate_opts, see blip2c.generation.core_options().
+    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has -1, or -1 where
+    there is none; of an encoder-decoder the decoder's). options: every key of b2_generate_opts, see
+    blip2c.generation.core_options().
+
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
     def weights(self) -> dict[str, NDArray[Any]]: ...
