@@ -178,7 +178,7 @@ static int64_t tokens_to_keep(const b2_generate_opts *opts)
 static void warp(float *scores, int64_t vocabulary, const b2_generate_opts *opts, b2_rule rule, void *scratch)
 {
     int64_t keep = tokens_to_keep(opts);
-    if (rule == B2_RULE_TEMPERATURE && opts->temperature != 1.0)
+    if (rule == B2_RULE_TEMPERATURE)
         b2_warp_temperature(scores, vocabulary, (float)opts->temperature);
     if (rule == B2_RULE_TOP_H && opts->top_h > 0.0)
         b2_warp_top_h(scores, vocabulary, opts->top_h, scratch);
