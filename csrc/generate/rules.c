@@ -81,8 +81,9 @@ static void forbid_bad_words(float *scores, int64_t vocabulary, const b2_history
         int64_t length = opts->bad_word_offsets[w + 1] - opts->bad_word_offsets[w];
         if (length == 1 && b2_rules_is_eos(opts, word[0]))
             continue;
-        if (tail_is(history, word, length - 1))
-            forbid(scores, vocabulary, word[length - 1]);
+        int32_t last = word[length - 1];
+        if (tail_is(history, word, length - 1) && last < vocabulary)
+            scores[last] += -INFINITY; /* a bias upstream: NaN and Inf become NaN, which remove_invalid_values sees */
     }
 }
 
