@@ -17,6 +17,13 @@ def set_num_threads(n: int, /) -> None: ...
 def _allocation_count() -> int: ...
 def _fail_allocation_after(countdown: int, /) -> None: ...
 
+PACKED_VERSION: str
+"""Of the layout of packed files."""
+
+def _policies(dtype: str | dict[str, str], /) -> str: ...
+
+"""How a dtype holds each part: "vision=int8,qformer=half,language=int4"."""
+
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
@@ -33,7 +40,16 @@ class Model:
     """Names in the files that this architecture does not have."""
     @property
     def dtype(self) -> str: ...
-    """How most of the language model's matrices are held: "float32", "float16" or "bfloat16"."""
+    """How most of the weights are held: "float32", "float16", "bfloat16", "int8" or "int4"."""
+    @property
+    def dtypes(self) -> dict[str, str]: ...
+    """The same for each part: {"vision": "int8", "qformer": "float16", "language": "int4"}."""
+    @property
+    def policies(self) -> str: ...
+    """What was asked for, or what the packed file was made for: "vision=int8,qformer=half,language=int4"."""
+    @property
+    def parameters(self) -> int: ...
+    """Elements of all weights, a tied head counted once."""
     @property
     def nbytes(self) -> int: ...
     """Bytes of all weights as held."""
@@ -88,13 +104,21 @@ class Model:
         mask: NDArray[np.uint8] | None,
         rule_ids: NDArray[np.int32],
         options: Mapping[str, Any],
+        decoder_ids: NDArray[np.int32] | None = None,
+        decoder_offsets: NDArray[np.int64] | None = None,
+        decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
-    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has
-    -1, or -1 where there is none). options: every key of b2_generate_opts, see blip2c.generation.core_options().
+    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has -1, or -1 where
+    there is none; of an encoder-decoder the decoder's). options: every key of b2_generate_opts, see
+    blip2c.generation.core_options().
+
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
     def weights(self) -> dict[str, NDArray[Any]]: ...
-    """Every weight by its checkpoint name, unpacked: float32, float16, or uint16 holding bfloat16 bits."""
+    """Every weight by its checkpoint name, unpacked: float32 (also where it is quantised), float16, or uint16 holding
+    bfloat16 bits."""
+    def save_packed(self, path: str | os.PathLike[str], metadata: dict[str, str], /) -> None: ...
+    """All weights as they are held into one file, which Model() maps; docs/FORMATS.md has the form."""
 
 class SafetensorsFile:
     """A validated safetensors file, mapped."""
@@ -214,3 +238,4 @@ def _attention(
     /,
 ) -> NDArray[np.float32]: ...
 def _fma_peak() -> float: ...
+def _int8_peak() -> float: ...

@@ -1,4 +1,4 @@
-/* What the files behind blip2c._core.Model share: py_model.c (life, generation, weights) and py_stages.c (its parts one
+/* What the files behind blip2c._core.Model share: py_model.c (life, generation), py_weights.c and py_stages.c (its parts one
  * by one: encode, forward). */
 #ifndef B2_PY_MODEL_H
 #define B2_PY_MODEL_H
@@ -43,5 +43,14 @@ PyObject *b2py_model_read(PyObject *self, PyObject *object);
 PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_project(PyObject *self, PyObject *object);
 PyObject *b2py_model_embed(PyObject *self, PyObject *object);
+
+/* py_weights.c: the weights as arrays and as a packed file, and what they are held as. */
+PyObject *b2py_model_weights(PyObject *self, PyObject *ignored);
+PyObject *b2py_model_save_packed(PyObject *self, PyObject *args);
+PyObject *b2py_model_dtype(PyObject *self, void *closure);
+PyObject *b2py_model_dtypes(PyObject *self, void *closure);
+PyObject *b2py_model_policies(PyObject *self, void *closure);
+PyObject *b2py_model_parameters(PyObject *self, void *closure);
+PyObject *b2py_model_nbytes(PyObject *self, void *closure);
 
 #endif
