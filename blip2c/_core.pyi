@@ -177,8 +177,10 @@ def apply_rules(
     /,
 ) -> NDArray[np.float32]: ...
 
-"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V]. ids [n, t]: prompt_length ids of
-the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the repetition penalty does not see."""
+"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V].
+
+ids [n, t]: prompt_length ids of the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the
+repetition penalty does not see. NumericError if warpers would meet NaN or +Inf."""
 
 # kernels: see blip2c.kernels
 def _pack_weight(weight: NDArray[Any], dtype: str | None, pairs: bool, /) -> Any: ...
