@@ -20,11 +20,14 @@ def _fail_allocation_after(countdown: int, /) -> None: ...
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
-    paths: the safetensors files. config: see blip2c.config.core_config(). dtype: "auto" (as stored), "float32",
-    "float16" or "bfloat16": how the matrices are held; arithmetic is fp32 always.
+    paths: the safetensors files. config: see blip2c.config.core_config(). dtype: how the matrices are held, "auto" (as
+    stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for the parts "vision", "qformer",
+    "language" (one that is missing: "auto"). docs/DTYPES.md says what each computes.
     """
 
-    def __init__(self, paths: Sequence[str], config: Mapping[str, Any], dtype: str = "auto") -> None: ...
+    def __init__(
+        self, paths: Sequence[str], config: Mapping[str, Any], dtype: str | dict[str, str] = "auto"
+    ) -> None: ...
     @property
     def unexpected(self) -> list[str]: ...
     """Names in the files that this architecture does not have."""
@@ -120,6 +123,16 @@ def _time_linear(x: NDArray[np.float32], weights: list[Any], item_rows: int, /) 
 def _layer_norm(
     x: NDArray[np.float32], weight: NDArray[np.float32] | None, bias: NDArray[np.float32] | None, eps: float, /
 ) -> NDArray[np.float32]: ...
+def _rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, /) -> NDArray[np.float32]: ...
+def _gate(gate: NDArray[np.float32], up: NDArray[np.float32], activation: int, /) -> NDArray[np.float32]: ...
+def _rope(
+    x: NDArray[np.float32],
+    positions: NDArray[np.int32],
+    inv_freq: NDArray[np.float32],
+    head_dim: int,
+    scaling: float,
+    /,
+) -> NDArray[np.float32]: ...
 def _activation(x: NDArray[np.float32], activation: int, /) -> NDArray[np.float32]: ...
 def _log_softmax(x: NDArray[np.float32], /) -> NDArray[np.float32]: ...
 def _top_k(x: NDArray[np.float32], k: int, /) -> tuple[NDArray[np.float32], NDArray[np.int32]]: ...
@@ -147,11 +160,13 @@ def _attention(
     suffix_slots: NDArray[np.int32] | None,
     suffix_lens: NDArray[np.int32] | None,
     key_mask: NDArray[np.uint8] | None,
+    distance_bias: NDArray[np.float32] | None,
     causal: bool,
     heads: int,
     kv_heads: int,
     head_dim: int,
     scale: float,
+    window: int,
     /,
 ) -> NDArray[np.float32]: ...
 def _fma_peak() -> float: ...

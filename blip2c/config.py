@@ -190,6 +190,56 @@ class OPTConfig(PretrainedConfig):
             self.word_embed_proj_dim = self.hidden_size
 
 
+class T5Config(PretrainedConfig):
+    """The T5 and Flan-T5 language model (transformers: T5Config).
+
+    dense_act_fn and is_gated_act are read off feed_forward_proj ("gated-gelu" means gelu_new), scale_decoder_outputs
+    off tie_word_embeddings, unless the file says them; afterwards tie_word_embeddings is True always, and the head is
+    the file's own where it differs from the embedding.
+    """
+
+    model_type = "t5"
+    is_encoder_decoder: ClassVar[bool] = True
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    }
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int | None = None
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    initializer_factor: float = 1.0
+    feed_forward_proj: str = "relu"
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    decoder_start_token_id: int | None = None
+    classifier_dropout: float = 0.0
+
+    def __init__(self, **values: Any) -> None:
+        tied = values.pop("tie_word_embeddings", None)
+        values.pop("is_encoder_decoder", None)
+        super().__init__(**values)
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_layers
+        parts = str(self.feed_forward_proj).split("-")
+        act = "gelu_new" if self.feed_forward_proj == "gated-gelu" else parts[-1]
+        self.dense_act_fn = values.get("dense_act_fn", act)
+        self.is_gated_act = values.get("is_gated_act", parts[0] == "gated")
+        self.scale_decoder_outputs = values.get("scale_decoder_outputs", tied is not False)
+        self.tie_word_embeddings = True
+
+
 class UnknownTextConfig(PretrainedConfig):
     """A language model of a kind that blip2c does not compute: its values are kept, loading it is refused."""
 
@@ -198,7 +248,7 @@ class UnknownTextConfig(PretrainedConfig):
         object.__setattr__(self, "model_type", model_type)
 
 
-TEXT_CONFIGS: dict[str, type[PretrainedConfig]] = {"opt": OPTConfig}
+TEXT_CONFIGS: dict[str, type[PretrainedConfig]] = {"opt": OPTConfig, "t5": T5Config}
 
 
 def _part(kind: type[PretrainedConfig], name: str, values: Any) -> PretrainedConfig:
@@ -222,7 +272,7 @@ class Blip2Config(PretrainedConfig):
     """A whole BLIP-2: `vision_config`, `qformer_config`, `text_config` and what joins them (transformers: Blip2Config).
 
     image_token_index (also image_token_id) is None in checkpoints of before transformers 4.46. The text part is an
-    OPTConfig, or holds the file's values unread where its model_type is another one.
+    OPTConfig or T5Config, or holds the file's values unread where its model_type is another one.
     """
 
     model_type = "blip-2"
@@ -428,7 +478,39 @@ def _opt_core(config: Any) -> dict[str, Any]:
     }
 
 
-TEXT_CORES = {"opt": _opt_core}
+def _t5_core(config: Any) -> dict[str, Any]:
+    def size(name: str, high: int, low: int = 1) -> int:
+        return _integer(f"text_config.{name}", getattr(config, name), low, high)
+
+    proj = config.feed_forward_proj
+    parts = proj.split("-") if isinstance(proj, str) else []
+    if not parts or len(parts) > 2 or (len(parts) == 2 and parts[0] != "gated"):
+        raise CheckpointError(
+            "config.json: text_config.feed_forward_proj must be the name of an activation, or 'gated-' and one,"
+            f" found {proj!r}"
+        )
+    buckets = size("relative_attention_num_buckets", MAX_DIMENSION, 4)
+    return {
+        "model_type": "t5",
+        "hidden_size": size("d_model", MAX_DIMENSION),
+        "num_hidden_layers": size("num_layers", MAX_LAYERS),
+        "num_decoder_layers": size("num_decoder_layers", MAX_LAYERS),
+        "num_attention_heads": size("num_heads", 1024),
+        "d_kv": size("d_kv", MAX_DIMENSION),
+        "d_ff": size("d_ff", 4 * MAX_DIMENSION),
+        "vocab_size": size("vocab_size", MAX_VOCABULARY),
+        "relative_attention_num_buckets": buckets,
+        # At or below the half of the buckets that count single tokens, the logarithm that spaces the others fails.
+        "relative_attention_max_distance": size("relative_attention_max_distance", MAX_DIMENSION, buckets // 2 + 1),
+        "layer_norm_epsilon": _epsilon("text_config.layer_norm_epsilon", config.layer_norm_epsilon),
+        "dense_act_fn": _activation("text_config.dense_act_fn", config.dense_act_fn),
+        "is_gated_act": _flag("text_config.is_gated_act", config.is_gated_act),
+        "scale_decoder_outputs": _flag("text_config.scale_decoder_outputs", config.scale_decoder_outputs),
+        "tie_word_embeddings": _flag("text_config.tie_word_embeddings", config.tie_word_embeddings),
+    }
+
+
+TEXT_CORES = {"opt": _opt_core, "t5": _t5_core}
 
 
 def core_config(config: Blip2Config) -> dict[str, Any]:

@@ -30,6 +30,7 @@ __all__ = [
     "decode_attention",
     "embedding",
     "first_bad_row",
+    "gate",
     "gelu",
     "greedy_search",
     "layer_norm",
@@ -37,6 +38,8 @@ __all__ = [
     "log_softmax",
     "packed_attention",
     "patches",
+    "rms_norm",
+    "rope",
     "top_k",
 ]
 
@@ -134,6 +137,22 @@ def layer_norm(x: F32, weight: F32 | None = None, bias: F32 | None = None, eps: 
     return _core._layer_norm(x, weight, bias, eps)
 
 
+def rms_norm(x: F32, weight: F32, eps: float = 1e-6) -> F32:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, as T5LayerNorm (Zhang and Sennrich 2019).
+
+    x [..., D] float32; weight [D]. No mean is taken away and nothing is added. Returns [..., D].
+    """
+    return _core._rms_norm(x, weight, eps)
+
+
+def gate(gate: F32, up: F32, activation: str = "gelu_tanh") -> F32:
+    """act(gate) * up, element by element: the gated feed-forward of T5 v1.1 and LLaMA (Shazeer 2020).
+
+    gate, up [..., F] float32 of the same shape; activation one of ACTIVATIONS. Returns [..., F].
+    """
+    return _core._gate(gate, up, _activation_index(activation))
+
+
 def activation(x: F32, name: str = "gelu") -> F32:
     """An activation of ACTIVATIONS on every element of x (float32, any shape).
 
@@ -177,6 +196,16 @@ def embedding(table: NDArray[Any] | PackedWeight, ids: NDArray[np.int32], added_
     return _core._embedding(table._capsule if isinstance(table, PackedWeight) else table, ids, added_to)
 
 
+def rope(x: F32, positions: NDArray[np.int32], inv_freq: F32, head_dim: int, scaling: float = 1.0) -> F32:
+    """Rotary position embeddings (Su et al. 2021, with the halves of transformers' rotate_half).
+
+    x [N, heads * head_dim] float32, positions [N] int32 (a negative one counts as 0), inv_freq [R / 2] float32, R <=
+    head_dim: in each head the elements j and j + R / 2 turn by positions[i] * inv_freq[j] and are multiplied by
+    `scaling`; those from R on stay. Returns an array like x.
+    """
+    return _core._rope(x, positions, inv_freq, head_dim, scaling)
+
+
 def patches(pixels: F32, patch: int) -> F32:
     """Pictures [B, C, S, S] cut into flattened patches [B, (S // patch)^2, C * patch * patch].
 
@@ -218,15 +247,20 @@ def packed_attention(
     suffix_slots: NDArray[np.int32] | None = None,
     suffix_lens: NDArray[np.int32] | None = None,
     key_mask: NDArray[np.uint8] | None = None,
+    distance_bias: F32 | None = None,
     causal: bool = False,
     scale: float | None = None,
+    window: int = 0,
 ) -> F32:
     """The attention of the C contract: rows of unequal length, packed, over two stretches of keys.
 
     q [N, H*Dh]: row b's queries are q[q_offsets[b]:q_offsets[b+1]] (q_offsets [B+1] int32). Its keys are
     k[prefix_starts[b]:][:prefix_lens[b]] followed by k_suffix[suffix_slots[b, s]] for s < suffix_lens[b]; values alike.
     key_mask [B, *] uint8 over the row's concatenated keys, 1: may be seen. causal: the row's queries are its last
-    positions. scale: default Dh^-0.5. A query that sees no key gets zeros. Returns [N, H*Dh].
+    positions. window: 0, or how many positions back a query sees, its own included. scale: default Dh^-0.5.
+    distance_bias [H, 2L - 1]: column clamp(j - i, 1 - L, L - 1) + L - 1 is added to the score of a key at place j of
+    the row's keys and a query at place i, masked keys counted too (T5). A query that sees no key gets zeros. Returns
+    [N, H*Dh].
     """
     kv_heads = heads if kv_heads is None else kv_heads
     q = _array(q, "q", np.float32, 2)
@@ -236,7 +270,7 @@ def packed_attention(
     scale = head_dim**-0.5 if scale is None and head_dim else scale
     return _core._attention(
         q, q_offsets, k, v, prefix_starts, prefix_lens, k_suffix, v_suffix, suffix_slots, suffix_lens, key_mask,
-        causal, heads, kv_heads, head_dim, scale or 0.0,
+        distance_bias, causal, heads, kv_heads, head_dim, scale or 0.0, window,
     )  # fmt: skip
 
 
@@ -259,12 +293,16 @@ def attention(
     causal: bool = False,
     key_mask: NDArray[Any] | None = None,
     scale: float | None = None,
+    distance_bias: F32 | None = None,
+    window: int = 0,
 ) -> F32:
-    """softmax(scale q k^T) v for each head (Vaswani et al. 2017, section 3.2.1).
+    """softmax(scale q k^T + bias) v for each head (Vaswani et al. 2017, section 3.2.1).
 
     q [B, Tq, H*Dh], k and v [B, Tk, Hkv*Dh] float32, head h in columns [h*Dh, (h+1)*Dh); key_mask [B, Tk] bool or
-    uint8, true where a key may be seen. causal: query i sees keys up to Tk - Tq + i (Tq <= Tk). A query that sees no
-    key gets zeros. Returns [B, Tq, H*Dh]. Query head h uses key head h * Hkv // H (grouped queries).
+    uint8, true where a key may be seen. causal: query i sees keys up to Tk - Tq + i (Tq <= Tk). window: if not 0,
+    query i sees no key before Tk - Tq + i + 1 - window (Mistral's sliding window). A query that sees no key gets zeros.
+    distance_bias [H, 2L - 1]: T5's relative position bias, see packed_attention; the queries are the row's last
+    positions. Returns [B, Tq, H*Dh]. Query head h uses key head h * Hkv // H (grouped queries).
     """
     q, k, v = _array(q, "q", np.float32, 3), _array(k, "k", np.float32, 3), _array(v, "v", np.float32, 3)
     _expect("k: batch", k.shape[0], q.shape[0])
@@ -280,8 +318,10 @@ def attention(
         heads=heads,
         kv_heads=kv_heads,
         key_mask=_mask_bytes(key_mask, (batch, keys)),
+        distance_bias=distance_bias,
         causal=causal,
         scale=scale,
+        window=window,
     )
     return out.reshape(q.shape)
 

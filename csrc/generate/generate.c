@@ -41,32 +41,6 @@ static int check_lengths(const b2_generate_opts *opts, b2_err *err)
     return 0;
 }
 
-static int check_ids(const char *name, const int32_t *ids, int64_t count, int64_t vocabulary, b2_err *err)
-{
-    for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= vocabulary)
-            return b2_fail(err, B2_E_VALUE, "%s: id %d is outside the vocabulary of %lld tokens", name, (int)ids[i],
-                           (long long)vocabulary);
-    return 0;
-}
-
-static int check_rules(const b2_generate_opts *opts, int64_t vocabulary, b2_err *err)
-{
-    if (!(opts->repetition_penalty > 0.0f) || !isfinite(opts->repetition_penalty))
-        return b2_fail(err, B2_E_VALUE, "repetition_penalty: expected a number above 0, found %g",
-                       (double)opts->repetition_penalty);
-    if (opts->no_repeat_ngram_size < 0)
-        return b2_fail(err, B2_E_VALUE, "no_repeat_ngram_size: expected at least 0, found %d",
-                       opts->no_repeat_ngram_size);
-    for (int64_t w = 0; w < opts->bad_word_count; w++)
-        if (opts->bad_word_offsets[w + 1] <= opts->bad_word_offsets[w])
-            return b2_fail(err, B2_E_VALUE, "bad_words_ids: word %lld is empty", (long long)w);
-    int64_t bad_ids = opts->bad_word_count > 0 ? opts->bad_word_offsets[opts->bad_word_count] : 0;
-    if (check_ids("bad_words_ids", opts->bad_words, bad_ids, vocabulary, err) < 0)
-        return -1;
-    return check_ids("suppress_tokens", opts->suppress_ids, opts->suppress_count, vocabulary, err);
-}
-
 static int check_prompts(const b2_prompts *prompts, b2_err *err)
 {
     if (prompts->rows < 1)
@@ -98,14 +72,6 @@ int64_t b2_generate_rows_per_item(const b2_generate_opts *opts)
     return opts->num_beams > 1 ? opts->num_beams : opts->num_return_sequences;
 }
 
-int64_t b2_generate_limit(const b2_generate_opts *opts, int64_t length)
-{
-    int64_t limit = opts->max_new_tokens >= 0 ? opts->max_new_tokens : INT64_MAX;
-    if (opts->max_length >= 0 && opts->max_length - length < limit)
-        limit = opts->max_length - length;
-    return limit;
-}
-
 b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opts *opts)
 {
     int64_t most = ROWS_AT_ONCE / b2_generate_rows_per_item(opts);
@@ -113,7 +79,7 @@ b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opt
     if (prompts->rows < size.places || opts->hooks)
         size.places = prompts->rows;
     for (int64_t b = 0; b < prompts->rows; b++) {
-        int64_t length = prompts->offsets[b + 1] - prompts->offsets[b], limit = b2_generate_limit(opts, length);
+        int64_t length = prompts->offsets[b + 1] - prompts->offsets[b], limit = b2_rules_limit(opts, length);
         size.width = limit > size.width ? limit : size.width;
         size.longest = length > size.longest ? length : size.longest;
     }
@@ -124,7 +90,7 @@ int b2_generate_check_options(const b2_generate_opts *opts, int64_t vocabulary, 
 {
     if (vocabulary < 1 || vocabulary > INT32_MAX)
         return b2_fail(err, B2_E_VALUE, "vocabulary: expected 1 to 2^31-1 tokens, found %lld", (long long)vocabulary);
-    if (check_beams(opts, err) < 0 || check_lengths(opts, err) < 0 || check_rules(opts, vocabulary, err) < 0)
+    if (check_beams(opts, err) < 0 || check_lengths(opts, err) < 0 || b2_rules_check(opts, vocabulary, err) < 0)
         return -1;
     return check_size(opts, vocabulary, err);
 }
@@ -150,7 +116,7 @@ int b2_generate_check(const b2_prompts *prompts, const b2_generate_opts *opts, i
         return -1;
     for (int64_t b = 0; b < prompts->rows; b++) {
         int64_t length = prompts->offsets[b + 1] - prompts->offsets[b];
-        if (b2_generate_limit(opts, length) < 1)
+        if (b2_rules_limit(opts, length) < 1)
             return b2_search_too_long(b, length, opts, err);
     }
     return 0;

@@ -82,8 +82,8 @@ typedef struct b2_view {
  * long. Called on the thread that searches. */
 typedef struct b2_hooks b2_hooks;
 struct b2_hooks {
-    /* Custom logits processors: scores [n, V] in place, after b2_rules_apply and before b2_warpers_apply. Log-probabilities
-     * in beam search. */
+    /* Custom logits processors stand among the rules, so this one, where it is set, takes the place of b2_rules_apply:
+     * scores [n, V] in place, log-probabilities in beam search. It applies ranges of rules itself (rules.h). */
     int (*process)(b2_hooks *hooks, const b2_view *view, float *scores, b2_err *err);
     /* Custom stopping criteria, after the tokens of a step were appended: sets ends[i] = 1 for rows that are to end. */
     int (*stop)(b2_hooks *hooks, const b2_view *view, uint8_t *ends, b2_err *err);
@@ -125,7 +125,33 @@ typedef struct b2_generate_opts {
     const int32_t *suppress_ids;    /* [suppress_count] */
     int64_t suppress_count;
     b2_hooks *hooks;                /* NULL: none */
-    /* Further rules (rules.h) and warpers (warpers.h). */
+
+    /* Further rules; zero is off. */
+    const int32_t *begin_suppress_ids; /* [begin_suppress_count] forbidden as the first new token */
+    int64_t begin_suppress_count;
+    const int32_t *biased;          /* all biased sequences one after another */
+    const int64_t *biased_offsets;  /* [biased_count + 1] */
+    const float *biases;            /* [biased_count] added to a sequence's last id once the others have been said */
+    int64_t biased_count;
+    const int32_t *forced_bos_ids;  /* [forced_bos_count] the second id of a row whose prompt is one id */
+    int64_t forced_bos_count;
+    const int32_t *forced_eos_ids;  /* [forced_eos_count] the last id that the limit allows */
+    int64_t forced_eos_count;
+    int remove_invalid_values;      /* NaN becomes 0, infinities the largest finite numbers */
+    int decays;                     /* exponential_decay_length_penalty: end ids gain |score| (factor^n - 1), */
+    int64_t decay_start;            /*   n = new tokens - start, once that is above 0 */
+    double decay_factor;
+    int renormalize_logits;         /* log_softmax after all */
+
+    /* Warpers: between the rules and renormalize_logits, only with do_sample. */
+    double temperature;             /* > 0; 1: off */
+    double top_h;                   /* (0, 1]; 0: off */
+    int64_t top_k;                  /* 0: off */
+    double top_p;                   /* [0, 1]; 1: off */
+    double min_p;                   /* [0, 1]; 0: off */
+    double typical_p;               /* (0, 1]; 1: off */
+    double epsilon_cutoff;          /* (0, 1); 0: off */
+    double eta_cutoff;              /* (0, 1); 0: off */
 } b2_generate_opts;
 
 /* How much a search has to be ready for. */
@@ -167,8 +193,6 @@ typedef struct b2_generated {
 
 /* W. */
 int64_t b2_generate_rows_per_item(const b2_generate_opts *opts);
-/* New tokens that a prompt of `length` may get. */
-int64_t b2_generate_limit(const b2_generate_opts *opts, int64_t length);
 /* What b2_generate reserves for these prompts; not more places than keep the rows of a step at a sensible number. */
 b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opts *opts);
 

@@ -1,7 +1,7 @@
 /* The loop of every search: items enter free places, are prefilled, all running rows go on together by one token, items
  * that are finished leave. What is done to the scores between the model and the choice is here, in transformers' order:
  *
- *     [log_softmax in beam search]  rules  hooks->process  warpers  [+ sums of the beams]  choice  hooks->stop, put
+ *     [log_softmax in beam search]  rules and warpers, or hooks->process  [+ sums of the beams]  choice  hooks->stop, put
  *
  * With hooks all rows begin together and go on until the last is finished, as transformers' do. */
 #include <math.h>
@@ -44,7 +44,7 @@ static int reserve_rows(b2_search *s, b2_err *err)
     s->step_token = b2_alloc(rows, sizeof *s->step_token, "search tokens", err);
     s->broken = b2_alloc_zeroed(rows, sizeof *s->broken, "search flags", err);
     s->scores = b2_alloc(rows, (size_t)s->step->vocabulary * sizeof *s->scores, "search scores", err);
-    s->scratch = b2_alloc(rows, (size_t)s->scratch_ld * sizeof *s->scratch, "search scratch", err);
+    s->scratch = b2_alloc(rows, (size_t)s->stride, "search scratch", err);
     s->alive = b2_alloc_zeroed(rows, sizeof *s->alive, "search flags", err);
     s->parent = b2_alloc(rows, sizeof *s->parent, "search parents", err);
     s->token = b2_alloc(rows, sizeof *s->token, "search tokens", err);
@@ -83,28 +83,41 @@ static void release(b2_search *s)
 
 /* ---- scores ---- */
 
-static void apply_rules(b2_search *s, int64_t i)
+/* 0 where the row is broken. */
+static int prepare_row(b2_search *s, int64_t i)
 {
     int64_t vocabulary = s->step->vocabulary;
     float *scores = b2_search_scores(s, i);
-    s->broken[i] = (uint8_t)b2_scores_broken(scores, vocabulary);
-    if (s->broken[i])
-        return;
-    if (s->opts->num_beams > 1)
+    int broken = b2_scores_broken(scores, vocabulary);
+    s->broken[i] = broken && !s->opts->remove_invalid_values;
+    if (s->broken[i] || s->opts->num_beams == 1)
+        return !s->broken[i];
+    if (broken) /* one NaN or +Inf makes the whole softmax NaN */
+        b2_scores_fill(scores, vocabulary, NAN);
+    else
         b2_scores_log_softmax(scores, vocabulary);
+    return 1;
+}
+
+static void prepare_tile(void *argument, int64_t i, int worker)
+{
+    (void)worker;
+    prepare_row(argument, i);
+}
+
+static void rules_tile(void *argument, int64_t i, int worker)
+{
+    (void)worker;
+    b2_search *s = argument;
+    if (!prepare_row(s, i))
+        return;
     const b2_seat *seat = &s->seats[s->row[i] / s->rows_per_seat];
     b2_history history = {.prompt = seat->item.ids,
                           .prompt_length = seat->item.length,
                           .skip = seat->item.skip,
                           .made = b2_search_said(s, s->row[i]),
                           .made_length = seat->step};
-    b2_rules_apply(scores, vocabulary, &history, s->opts, s->scratch + i * s->scratch_ld);
-}
-
-static void rules_tile(void *argument, int64_t i, int worker)
-{
-    (void)worker;
-    apply_rules(argument, i);
+    b2_rules_apply(b2_search_scores(s, i), s->step->vocabulary, &history, s->opts, s->scratch + i * s->stride);
 }
 
 static void add_tile(void *argument, int64_t i, int worker)
@@ -189,7 +202,8 @@ static int score_with_hooks(b2_search *s, b2_err *err)
     b2_view view = view_of(s);
     if (hooks->logits && hooks->logits(hooks, s->rows, s->scores, err) < 0)
         return -1;
-    if (b2_search_tiles(s, s->rows, vocabulary, rules_tile, err) < 0 || check_rows(s, err) < 0)
+    if (b2_search_tiles(s, s->rows, vocabulary, hooks->process ? prepare_tile : rules_tile, err) < 0 ||
+        check_rows(s, err) < 0)
         return -1;
     if (hooks->process && (hooks->process(hooks, &view, s->scores, err) < 0 || check_processed(s, err) < 0))
         return -1;
@@ -222,7 +236,7 @@ static int64_t seats_taken(const b2_search *s)
 
 static int sit_down(b2_search *s, int32_t place, const b2_item *item, b2_err *err)
 {
-    int64_t limit = b2_generate_limit(s->opts, item->length);
+    int64_t limit = b2_rules_limit(s->opts, item->length);
     if (limit < 1)
         return b2_search_too_long(item->index, item->length, s->opts, err);
     if (item->length > s->size.longest || limit > s->size.width)
@@ -357,7 +371,7 @@ int b2_search_run(b2_search *s, b2_err *err)
     s->chooser = s->opts->num_beams > 1 ? &b2_beam_chooser : &b2_single_chooser;
     s->width = s->size.width;
     s->rows_per_seat = b2_generate_rows_per_item(s->opts);
-    s->scratch_ld = s->size.longest + s->width;
+    s->stride = b2_rules_scratch(s->opts, s->step->vocabulary, s->size.longest + s->width);
     int status = reserve(s, err) < 0 || run(s, err) < 0 ? -1 : 0;
     release(s);
     return status;

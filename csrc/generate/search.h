@@ -61,8 +61,8 @@ struct b2_search {
     int32_t *step_token;  /* [P*W] */
     uint8_t *broken;      /* [P*W] packed: NaN or +Inf */
     float *scores;        /* [P*W, V] packed */
-    float *scratch;       /* [P*W, scratch_ld] packed: of the rules */
-    int64_t scratch_ld;
+    int64_t stride;       /* bytes of one row's scratch */
+    char *scratch;        /* [P*W, stride] packed: of the rules */
     /* By running row. */
     int32_t *said[2];     /* [P*W, width] new tokens; the second half only with beams */
     uint8_t *alive;       /* [P*W] is to be advanced */

@@ -27,28 +27,31 @@ static int check_config(const b2_blip2_config *c, b2_err *err)
     return 0;
 }
 
-/* transformers keeps the Q-Former in float32 when the rest goes to float16 (_keep_in_fp32_modules), not for bfloat16. */
-static b2_dtype_policy qformer_policy(b2_dtype_policy policy)
+/* The one matrix that every picture passes through is held as the language model, but never quantised: a thousandth of the
+ * weights. */
+static b2_dtype_policy projection_policy(b2_dtype_policy language)
 {
-    if (!policy.as_stored && policy.dtype == B2_F16)
-        policy.dtype = B2_F32;
-    return policy;
+    if (language.hold == B2_HOLD_DTYPE && b2_dtype_is_quantised(language.dtype))
+        return (b2_dtype_policy){.hold = B2_HOLD_HALF};
+    return language;
 }
 
-static int bind_all(b2_blip2 *model, const b2_blip2_config *config, b2_binder *binder, b2_err *err)
+static int bind_all(b2_blip2 *model, const b2_blip2_config *config, const b2_dtype_policy *policies, b2_binder *binder,
+                    b2_err *err)
 {
-    b2_dtype_policy policy = binder->policy;
+    binder->policy = policies[B2_PART_VISION];
     if (b2_vit_bind(&model->vit, &config->vision, binder, err) < 0)
         return -1;
-    binder->policy = qformer_policy(policy);
+    binder->policy = policies[B2_PART_QFORMER];
     if (b2_qformer_bind(&model->qformer, &config->qformer, binder, err) < 0)
         return -1;
-    binder->policy = policy;
     int64_t dims[B2_DIM_COUNT] = {0};
     fill_dims(dims, &config->qformer, &config->text);
     binder->dims = dims;
+    binder->policy = projection_policy(policies[B2_PART_LANGUAGE]);
     if (b2_bind(binder, model, projection_table, PROJECTION_COUNT, err) < 0)
         return -1;
+    binder->policy = policies[B2_PART_LANGUAGE];
     const b2_lm_class *class_ = b2_lm_class_of(config->text.model_type);
     if (!class_)
         return b2_fail(err, B2_E_UNSUPPORTED, "text_config: model_type %s is not supported", config->text.model_type);
@@ -92,13 +95,13 @@ static int measure(b2_blip2 *model, b2_err *err)
 }
 
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
-                  b2_dtype_policy policy, b2_pool *pool, b2_cancel *cancel, b2_err *err)
+                  const b2_dtype_policy policies[B2_PART_COUNT], b2_pool *pool, b2_cancel *cancel, b2_err *err)
 {
     *model = (b2_blip2){0};
     if (check_config(config, err) < 0 || b2_checkpoint_open(&model->checkpoint, paths, path_count, err) < 0)
         return -1;
-    b2_binder binder = {.checkpoint = &model->checkpoint, .policy = policy, .pool = pool, .cancel = cancel};
-    int status = bind_all(model, config, &binder, err);
+    b2_binder binder = {.checkpoint = &model->checkpoint, .pool = pool, .cancel = cancel};
+    int status = bind_all(model, config, policies, &binder, err);
     model->names = binder.names;
     model->name_count = binder.name_count;
     if (status == 0)

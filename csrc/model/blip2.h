@@ -31,7 +31,7 @@ typedef struct b2_blip2 {
 
 /* Opens the files and binds every weight. `model` is filled in, or left empty on failure. */
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
-                  b2_dtype_policy policy, b2_pool *pool, b2_cancel *cancel, b2_err *err);
+                  const b2_dtype_policy policies[B2_PART_COUNT], b2_pool *pool, b2_cancel *cancel, b2_err *err);
 void b2_blip2_release(b2_blip2 *model);
 
 /* Every weight by name, for saving. */

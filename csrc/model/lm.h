@@ -7,16 +7,26 @@
 #include "model/weight_table.h"
 #include "ops/ops.h"
 
+/* Relative positions have no end; a session counts tokens in 32 bits. */
+#define B2_NO_POSITIONS ((int64_t)INT32_MAX)
+
 /* The union of what the language models' configs say; each reads what concerns it. */
 typedef struct b2_lm_config {
     char model_type[32];
     int64_t hidden_size;             /* D */
     int64_t ffn_dim;                 /* F */
     int64_t vocab_size;              /* V */
-    int64_t max_position_embeddings; /* positions a sequence may have */
-    int num_hidden_layers;
-    int num_attention_heads;
-    b2_act act;
+    int64_t max_position_embeddings; /* positions a sequence may have; B2_NO_POSITIONS where nothing limits them */
+    int num_hidden_layers;           /* of an encoder-decoder: of the encoder */
+    int num_decoder_layers;          /* encoder-decoders only */
+    int num_attention_heads;         /* H */
+    int head_dim;                    /* Dh */
+    float norm_eps;                  /* of RMS norms */
+    b2_act act;                      /* of the feed-forward, or of its gate */
+    int is_gated_act;
+    int relative_attention_num_buckets; /* R */
+    int64_t relative_attention_max_distance;
+    int scale_decoder_outputs;       /* the head reads its input times D^-0.5 */
     int do_layer_norm_before;
     int remove_final_layer_norm;
     int enable_bias;

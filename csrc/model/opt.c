@@ -10,7 +10,6 @@
 
 #include <math.h>
 #include <stddef.h>
-#include <string.h>
 
 #include "core/memory.h"
 #include "model/stage.h"
@@ -46,9 +45,10 @@ enum { POSITION_OFFSET = 2 };
 
 static const b2_weight_row positions_row = {DECODER "embed_positions.weight", AT(embed_positions), B2_TABLE,
                                             {B2_DIM_T, B2_DIM_D}};
-static const b2_weight_row tokens_row = {DECODER "embed_tokens.weight", AT(embed_tokens), B2_MATRIX,
+static const b2_weight_row tokens_row = {DECODER "embed_tokens.weight", AT(embed_tokens), B2_VOCABULARY,
                                          {B2_DIM_V, B2_DIM_D}};
-static const b2_weight_row head_row = {"language_model.lm_head.weight", AT(lm_head), B2_MATRIX, {B2_DIM_V, B2_DIM_D}};
+static const b2_weight_row head_row = {"language_model.lm_head.weight", AT(lm_head), B2_VOCABULARY,
+                                       {B2_DIM_V, B2_DIM_D}};
 static const b2_weight_row final_norm_table[] = {
     {DECODER "final_layer_norm.weight", AT(final_norm_weight), B2_VECTOR, {B2_DIM_D}},
     {DECODER "final_layer_norm.bias", AT(final_norm_bias), B2_VECTOR, {B2_DIM_D}},
@@ -89,21 +89,6 @@ static int has_final_norm(const b2_lm_config *c)
     return c->do_layer_norm_before && !c->remove_final_layer_norm;
 }
 
-/* A few megabytes at a time: a table of the true size comes from the disk for longer than a Ctrl-C may wait. After a
- * cancel the answer does not matter. */
-static int same_values(const b2_st_tensor *a, const b2_st_tensor *b, b2_cancel *cancel)
-{
-    enum { STEP = 4 << 20 };
-    if (a->dtype != b->dtype || a->bytes != b->bytes)
-        return 0;
-    for (size_t at = 0; at < a->bytes && !b2_cancel_poll(cancel); at += STEP) {
-        size_t count = a->bytes - at < STEP ? a->bytes - at : STEP;
-        if (memcmp((const char *)a->data + at, (const char *)b->data + at, count) != 0)
-            return 0;
-    }
-    return 1;
-}
-
 /* transformers ties the head to the embedding when the config says so, unless the file holds two different ones. */
 static int head_is_own(b2_binder *binder, const b2_lm_config *config, int *own, b2_err *err)
 {
@@ -113,7 +98,7 @@ static int head_is_own(b2_binder *binder, const b2_lm_config *config, int *own, 
         *own = 1;
         return 0;
     }
-    *own = head && table && !same_values(head, table, binder->cancel);
+    *own = head && table && !b2_binder_same(binder, head_row.name, tokens_row.name);
     if (head && !*own) /* a copy of the table: known, not unexpected */
         return b2_binder_find(binder, head_row.name, head_row.shape, err) ? 0 : -1;
     return 0;

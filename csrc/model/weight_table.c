@@ -132,6 +132,30 @@ const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const un
     return tensor;
 }
 
+/* A few megabytes at a time: a table of the true size comes from the disk for longer than a Ctrl-C may wait. */
+int b2_binder_same(const b2_binder *binder, const char *a_name, const char *b_name)
+{
+    enum { STEP = 4 << 20 };
+    const b2_st_tensor *a = b2_checkpoint_find(binder->checkpoint, a_name);
+    const b2_st_tensor *b = b2_checkpoint_find(binder->checkpoint, b_name);
+    if (!a || !b || a->dtype != b->dtype || a->bytes != b->bytes)
+        return 0;
+    for (size_t at = 0; at < a->bytes && !b2_cancel_poll(binder->cancel); at += STEP) {
+        size_t count = a->bytes - at < STEP ? a->bytes - at : STEP;
+        if (memcmp((const char *)a->data + at, (const char *)b->data + at, count) != 0)
+            return 0;
+    }
+    return 1;
+}
+
+void b2_binder_ignore(b2_binder *binder, const char *name)
+{
+    const b2_st_tensor *tensor = NULL;
+    int64_t file = find_file(binder->checkpoint, name, &tensor);
+    if (tensor)
+        binder->checkpoint->used[file][tensor - binder->checkpoint->files[file].tensors] = 1;
+}
+
 int b2_stored_view(b2_weight *view, const b2_st_tensor *tensor, int split, b2_err *err)
 {
     *view = (b2_weight){.name = tensor->name, .data = tensor->data, .n = 1, .k = 1, .layout = B2_ROWS};
@@ -160,6 +184,21 @@ static const b2_st_file *file_of(const b2_binder *binder, const b2_st_tensor *te
     return &binder->checkpoint->files[find_file(binder->checkpoint, tensor->name, &same)];
 }
 
+static b2_format format_of(const b2_dtype_policy *policy, b2_kind kind, b2_dtype stored)
+{
+    b2_dtype dtype = policy->hold == B2_HOLD_DTYPE ? policy->dtype : stored;
+    /* Widening a stored half to fp32 would change no product and cost twice the memory. */
+    if (policy->hold == B2_HOLD_DTYPE && dtype == B2_F32)
+        dtype = stored;
+    if (policy->hold == B2_HOLD_HALF && stored == B2_F32)
+        dtype = B2_F16;
+    if (dtype == B2_I4 && kind == B2_VOCABULARY)
+        dtype = B2_I8;
+    if (b2_dtype_is_quantised(dtype))
+        return (b2_format){dtype, B2_QUADS};
+    return (b2_format){dtype, dtype == B2_BF16 && policy->pairs ? B2_PAIRS : B2_PANELS};
+}
+
 static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, const b2_st_tensor *tensor,
                 const char *name, b2_err *err)
 {
@@ -171,16 +210,12 @@ static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, 
         if (b2_weight_copy(weight, &stored, B2_F32, err) < 0)
             return -1;
     } else {
-        b2_dtype dtype = binder->policy.as_stored ? stored.dtype : binder->policy.dtype;
-        /* Widening a stored half to fp32 would change no product and cost twice the memory. */
-        if (dtype == B2_F32)
-            dtype = stored.dtype;
-        if (row->kind == B2_MATRIX_ITEM && dtype == B2_F32 && (uintptr_t)stored.data % sizeof(float) == 0) {
+        b2_format format = format_of(&binder->policy, row->kind, stored.dtype);
+        if (row->kind == B2_MATRIX_ITEM && format.dtype == B2_F32 && (uintptr_t)stored.data % sizeof(float) == 0) {
             *weight = stored;
             return 0; /* read where it lies */
         }
         b2_st_want_pages(file_of(binder, tensor), tensor);
-        b2_format format = {dtype, B2_PANELS};
         if (b2_weight_pack(weight, &stored, format, binder->pool, binder->cancel, err) < 0)
             return -1;
     }

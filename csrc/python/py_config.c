@@ -1,5 +1,7 @@
 #include "python/py_config.h"
 
+#include <string.h>
+
 #include "model/activation.h"
 
 static PyObject *config_item(PyObject *config, const char *section, const char *key)
@@ -113,24 +115,64 @@ static int read_qformer(b2py_state *state, PyObject *config, b2_qformer_config *
     return check_heads(s, c->hidden_size, c->num_attention_heads);
 }
 
-static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c)
+static int read_opt(b2py_state *state, PyObject *config, b2_lm_config *c)
 {
     const char *s = "text";
-    if (read_text(config, s, "model_type", c->model_type, sizeof c->model_type) < 0 ||
-        read_int(config, s, "hidden_size", 1, MAX_WIDTH, &c->hidden_size) < 0 ||
-        read_int(config, s, "ffn_dim", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
-        read_int(config, s, "vocab_size", 1, MAX_VOCABULARY, &c->vocab_size) < 0 ||
+    if (read_int(config, s, "ffn_dim", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
         read_int(config, s, "max_position_embeddings", 1, MAX_VOCABULARY, &c->max_position_embeddings) < 0 ||
-        read_small(config, s, "num_hidden_layers", 0, MAX_LAYERS, &c->num_hidden_layers) < 0 ||
-        read_small(config, s, "num_attention_heads", 1, MAX_WIDTH, &c->num_attention_heads) < 0 ||
         read_act(state, config, s, "activation_function", &c->act) < 0 ||
         read_small(config, s, "do_layer_norm_before", 0, 1, &c->do_layer_norm_before) < 0 ||
         read_small(config, s, "remove_final_layer_norm", 0, 1, &c->remove_final_layer_norm) < 0 ||
         read_small(config, s, "enable_bias", 0, 1, &c->enable_bias) < 0 ||
         read_small(config, s, "layer_norm_elementwise_affine", 0, 1, &c->layer_norm_elementwise_affine) < 0 ||
+        check_heads(s, c->hidden_size, c->num_attention_heads) < 0)
+        return -1;
+    c->head_dim = (int)(c->hidden_size / c->num_attention_heads);
+    return 0;
+}
+
+static int read_t5(b2py_state *state, PyObject *config, b2_lm_config *c)
+{
+    const char *s = "text";
+    c->max_position_embeddings = B2_NO_POSITIONS;
+    return read_int(config, s, "d_ff", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
+                   read_small(config, s, "d_kv", 1, MAX_WIDTH, &c->head_dim) < 0 ||
+                   read_small(config, s, "num_decoder_layers", 0, MAX_LAYERS, &c->num_decoder_layers) < 0 ||
+                   read_small(config, s, "relative_attention_num_buckets", 4, MAX_WIDTH,
+                              &c->relative_attention_num_buckets) < 0 ||
+                   read_int(config, s, "relative_attention_max_distance", c->relative_attention_num_buckets / 2 + 1,
+                            MAX_WIDTH, &c->relative_attention_max_distance) < 0 ||
+                   read_float(config, s, "layer_norm_epsilon", &c->norm_eps) < 0 ||
+                   read_act(state, config, s, "dense_act_fn", &c->act) < 0 ||
+                   read_small(config, s, "is_gated_act", 0, 1, &c->is_gated_act) < 0 ||
+                   read_small(config, s, "scale_decoder_outputs", 0, 1, &c->scale_decoder_outputs) < 0
+               ? -1
+               : 0;
+}
+
+static const struct {
+    const char *model_type;
+    int (*read)(b2py_state *state, PyObject *config, b2_lm_config *c);
+} text_configs[] = {
+    {"opt", read_opt},
+    {"t5", read_t5},
+};
+
+static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c)
+{
+    const char *s = "text";
+    if (read_text(config, s, "model_type", c->model_type, sizeof c->model_type) < 0 ||
+        read_int(config, s, "hidden_size", 1, MAX_WIDTH, &c->hidden_size) < 0 ||
+        read_int(config, s, "vocab_size", 1, MAX_VOCABULARY, &c->vocab_size) < 0 ||
+        read_small(config, s, "num_hidden_layers", 0, MAX_LAYERS, &c->num_hidden_layers) < 0 ||
+        read_small(config, s, "num_attention_heads", 1, MAX_WIDTH, &c->num_attention_heads) < 0 ||
         read_small(config, s, "tie_word_embeddings", 0, 1, &c->tie_word_embeddings) < 0)
         return -1;
-    return check_heads(s, c->hidden_size, c->num_attention_heads);
+    for (size_t i = 0; i < sizeof text_configs / sizeof *text_configs; i++)
+        if (strcmp(text_configs[i].model_type, c->model_type) == 0)
+            return text_configs[i].read(state, config, c);
+    PyErr_Format(state->unsupported_error, "config: text.model_type %s is not supported", c->model_type);
+    return -1;
 }
 
 int b2py_read_config(b2py_state *state, PyObject *config, b2_blip2_config *out)

@@ -111,6 +111,15 @@ static b2_weight vector_of(PyArrayObject *array)
     return (b2_weight){.data = PyArray_DATA(array), .n = PyArray_DIM(array, 0), .k = 1};
 }
 
+static int check_length(PyArrayObject *array, const char *name, int64_t rows)
+{
+    if (!array || PyArray_DIM(array, 0) == rows)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected %zd rows, found %zd", name, (Py_ssize_t)rows,
+                 (Py_ssize_t)PyArray_DIM(array, 0));
+    return -1;
+}
+
 /* A matrix as stored: float32, float16, or uint16 with bfloat16 bits. */
 static PyArrayObject *matrix(b2_weight *w, PyObject *object, const char *name)
 {
@@ -157,7 +166,7 @@ static void release_weight(PyObject *capsule)
 
 static int dtype_named(b2_dtype *dtype, const char *name)
 {
-    if (b2py_dtype_named(dtype, name) == 0)
+    if (b2py_dtype_named(dtype, name) == 0 && !b2_dtype_is_quantised(*dtype))
         return 0;
     PyErr_Format(PyExc_ValueError, "dtype: expected float32, float16 or bfloat16, found %s", name);
     return -1;
@@ -381,6 +390,47 @@ done:
     return (PyObject *)out;
 }
 
+static PyObject *rms_norm(PyObject *module, PyObject *args)
+{
+    PyObject *x_object, *gamma_object;
+    float eps;
+    PyArrayObject *x = NULL, *gamma = NULL, *out = NULL;
+    if (!PyArg_ParseTuple(args, "OOf", &x_object, &gamma_object, &eps))
+        return NULL;
+    if ((x = rows_array(x_object, "x")) && (gamma = b2py_array(gamma_object, "weight", NPY_FLOAT32, 1)) &&
+        (out = poisoned_like(x, view_of(x).cols))) {
+        b2_weight g = vector_of(gamma);
+        kernel_call k;
+        if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+            Py_CLEAR(out);
+        else if (kernel_end(&k, module, b2_rms_norm(&k.ctx, view_of(out), view_of(x), &g, eps, &k.err)) < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(x);
+    Py_XDECREF(gamma);
+    return (PyObject *)out;
+}
+
+static PyObject *gate(PyObject *module, PyObject *args)
+{
+    PyObject *gate_object, *up_object;
+    int act;
+    PyArrayObject *x = NULL, *up = NULL, *out = NULL;
+    if (!PyArg_ParseTuple(args, "OOi", &gate_object, &up_object, &act))
+        return NULL;
+    if ((x = rows_array(gate_object, "gate")) && (up = rows_array(up_object, "up")) &&
+        (out = poisoned_like(x, view_of(x).cols))) {
+        kernel_call k;
+        if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+            Py_CLEAR(out);
+        else if (kernel_end(&k, module, b2_gate(&k.ctx, view_of(out), view_of(x), view_of(up), (b2_act)act, &k.err)) < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(x);
+    Py_XDECREF(up);
+    return (PyObject *)out;
+}
+
 static PyObject *activation(PyObject *module, PyObject *args)
 {
     PyObject *object;
@@ -452,6 +502,31 @@ static PyObject *first_bad_row(PyObject *module, PyObject *object)
         status = kernel_end(&k, module, b2_check_finite(&k.ctx, &bad, view_of(x), &k.err));
     Py_XDECREF(x);
     return status == 0 ? PyLong_FromLongLong(bad) : NULL;
+}
+
+static PyObject *rope(PyObject *module, PyObject *args)
+{
+    PyObject *x_object, *positions_object, *inv_freq_object;
+    int head_dim;
+    float scaling;
+    if (!PyArg_ParseTuple(args, "OOOif", &x_object, &positions_object, &inv_freq_object, &head_dim, &scaling))
+        return NULL;
+    PyArrayObject *x = rows_array(x_object, "x"), *out = NULL;
+    PyArrayObject *positions = x ? b2py_array(positions_object, "positions", NPY_INT32, 1) : NULL;
+    PyArrayObject *inv_freq = positions ? b2py_array(inv_freq_object, "inv_freq", NPY_FLOAT32, 1) : NULL;
+    kernel_call k;
+    if (inv_freq && check_length(positions, "positions", view_of(x).rows) == 0)
+        out = (PyArrayObject *)PyArray_NewCopy(x, NPY_CORDER);
+    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (out && kernel_end(&k, module,
+                               b2_rope(&k.ctx, view_of(out), PyArray_DATA(positions), PyArray_DATA(inv_freq),
+                                       2 * (int)PyArray_DIM(inv_freq, 0), head_dim, scaling, &k.err)) < 0)
+        Py_CLEAR(out);
+    Py_XDECREF(x);
+    Py_XDECREF(positions);
+    Py_XDECREF(inv_freq);
+    return (PyObject *)out;
 }
 
 static PyObject *embedding(PyObject *module, PyObject *args)
@@ -563,7 +638,7 @@ static PyObject *add_rows(PyObject *module, PyObject *args)
 
 /* ---- attention ---- */
 
-enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_COUNT };
+enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_BIAS, A_COUNT };
 
 static const struct {
     const char *name;
@@ -572,15 +647,18 @@ static const struct {
     {"q", NPY_FLOAT32, 2, 0},          {"q_offsets", NPY_INT32, 1, 0},    {"k", NPY_FLOAT32, 2, 0},
     {"v", NPY_FLOAT32, 2, 0},          {"prefix_starts", NPY_INT32, 1, 0}, {"prefix_lens", NPY_INT32, 1, 0},
     {"k_suffix", NPY_FLOAT32, 2, 1},   {"v_suffix", NPY_FLOAT32, 2, 1},   {"suffix_slots", NPY_INT32, 2, 1},
-    {"suffix_lens", NPY_INT32, 1, 1},  {"key_mask", NPY_UINT8, 2, 1},
+    {"suffix_lens", NPY_INT32, 1, 1},  {"key_mask", NPY_UINT8, 2, 1},     {"distance_bias", NPY_FLOAT32, 2, 1},
 };
 
-static int check_length(PyArrayObject *array, const char *name, int64_t rows)
+static int fill_distance_bias(b2_attention_args *a, PyArrayObject *bias)
 {
-    if (!array || PyArray_DIM(array, 0) == rows)
+    npy_intp rows = PyArray_DIM(bias, 0), distances = PyArray_DIM(bias, 1);
+    a->distance_bias = PyArray_DATA(bias);
+    a->distance_limit = (distances + 1) / 2;
+    if (rows == a->heads && distances % 2 == 1)
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s: expected %zd rows, found %zd", name, (Py_ssize_t)rows,
-                 (Py_ssize_t)PyArray_DIM(array, 0));
+    PyErr_Format(PyExc_ValueError, "distance_bias: expected shape [%d, an odd number], found [%zd, %zd]", a->heads, rows,
+                 distances);
     return -1;
 }
 
@@ -591,7 +669,7 @@ static int fill_attention(b2_attention_args *a, PyArrayObject **in)
         PyErr_SetString(PyExc_ValueError, "q_offsets: expected at least 1 element, found 0");
         return -1;
     }
-    for (int i = A_STARTS; i < A_COUNT; i++)
+    for (int i = A_STARTS; i <= A_MASK; i++)
         if (i != A_KS && i != A_VS && check_length(in[i], attention_inputs[i].name, a->rows) < 0)
             return -1;
     if (!in[A_KS] != !in[A_VS] || !in[A_KS] != !in[A_SLOTS] || !in[A_KS] != !in[A_SLENS]) {
@@ -615,7 +693,7 @@ static int fill_attention(b2_attention_args *a, PyArrayObject **in)
         a->key_mask = PyArray_DATA(in[A_MASK]);
         a->key_mask_ld = PyArray_DIM(in[A_MASK], 1);
     }
-    return 0;
+    return in[A_BIAS] ? fill_distance_bias(a, in[A_BIAS]) : 0;
 }
 
 static plan attention_plan(const b2_attention_args *a)
@@ -635,11 +713,13 @@ static PyObject *attention(PyObject *module, PyObject *args)
     PyObject *objects[A_COUNT];
     PyArrayObject *in[A_COUNT] = {0}, *out = NULL;
     b2_attention_args a = {0};
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOpiiif", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K], &objects[A_V],
-                          &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS], &objects[A_SLOTS],
-                          &objects[A_SLENS], &objects[A_MASK], &a.causal, &a.heads, &a.kv_heads, &a.head_dim,
-                          &a.scale))
+    long long window;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOOpiiifL", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K],
+                          &objects[A_V], &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS],
+                          &objects[A_SLOTS], &objects[A_SLENS], &objects[A_MASK], &objects[A_BIAS], &a.causal,
+                          &a.heads, &a.kv_heads, &a.head_dim, &a.scale, &window))
         return NULL;
+    a.window = window;
     for (int i = 0; i < A_COUNT; i++) {
         if (attention_inputs[i].optional && objects[i] == Py_None)
             continue;
@@ -701,6 +781,9 @@ static PyMethodDef kernel_methods[] = {
     {"_linear", linear, METH_VARARGS, "_linear(x, weight, bias, residual, activation, item_rows) -> array"},
     {"_time_linear", time_linear, METH_VARARGS, "_time_linear(x, weights, item_rows) -> seconds of each call"},
     {"_layer_norm", layer_norm, METH_VARARGS, "_layer_norm(x, weight, bias, eps) -> array"},
+    {"_rms_norm", rms_norm, METH_VARARGS, "_rms_norm(x, weight, eps) -> array"},
+    {"_gate", gate, METH_VARARGS, "_gate(gate, up, activation) -> array"},
+    {"_rope", rope, METH_VARARGS, "_rope(x, positions, inv_freq, head_dim, scaling) -> array"},
     {"_activation", activation, METH_VARARGS, "_activation(x, activation) -> array"},
     {"_log_softmax", log_softmax, METH_O, "_log_softmax(x) -> array"},
     {"_top_k", top_k, METH_VARARGS, "_top_k(x, k) -> (values, ids)"},

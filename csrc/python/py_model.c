@@ -8,6 +8,7 @@
 #include "model/session.h"
 #include "ops/weights.h"
 #include "python/py_config.h"
+#include "python/py_dtype.h"
 #include "python/py_search.h"
 
 typedef struct model_object {
@@ -21,16 +22,6 @@ static b2py_state *state_of(PyObject *self)
     return b2py_state_of_type(Py_TYPE(self));
 }
 
-static int read_policy(const char *name, b2_dtype_policy *policy)
-{
-    *policy = (b2_dtype_policy){.as_stored = strcmp(name, "auto") == 0};
-    if (policy->as_stored || b2py_dtype_named(&policy->dtype, name) == 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError,
-                 "dtype: expected \"auto\", \"float32\", \"float16\" or \"bfloat16\", found \"%s\"", name);
-    return -1;
-}
-
 /* ---- life ---- */
 
 static int refuse_second_load(const model_object *self)
@@ -40,7 +31,8 @@ static int refuse_second_load(const model_object *self)
     return self->loaded ? -1 : 0;
 }
 
-static int load(model_object *self, const b2_blip2_config *config, PyObject *path_list, b2_dtype_policy policy)
+static int load(model_object *self, const b2_blip2_config *config, PyObject *path_list,
+                const b2_dtype_policy policies[B2_PART_COUNT])
 {
     b2py_state *state = state_of((PyObject *)self);
     b2_err err = {0};
@@ -60,7 +52,7 @@ static int load(model_object *self, const b2_blip2_config *config, PyObject *pat
     b2_blip2 model;
     b2py_call call;
     b2_cancel *cancel = b2py_call_begin(&call);
-    int status = b2_blip2_load(&model, config, paths, count, policy, state->pool, cancel, &err);
+    int status = b2_blip2_load(&model, config, paths, count, policies, state->pool, cancel, &err);
     b2py_call_end(&call);
     b2_free(paths);
     if (status < 0) {
@@ -96,16 +88,15 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
     static char *names[] = {"paths", "config", "dtype", NULL};
     model_object *self = (model_object *)object;
     b2py_state *state = state_of(object);
-    PyObject *paths, *config;
-    const char *dtype = "auto";
-    b2_dtype_policy policy;
+    PyObject *paths, *config, *dtype = NULL;
+    b2_dtype_policy policies[B2_PART_COUNT] = {0};
     b2_blip2_config parsed = {0};
     if (refuse_second_load(self) < 0 ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|s", names, &paths, &config, &dtype) ||
-        read_policy(dtype, &policy) < 0 || b2py_read_config(state, config, &parsed) < 0)
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O", names, &paths, &config, &dtype) ||
+        (dtype && b2py_read_policies(state, dtype, policies) < 0) || b2py_read_config(state, config, &parsed) < 0)
         return -1;
     PyObject *encoded = encode_paths(paths);
-    int status = encoded ? load(self, &parsed, encoded, policy) : -1;
+    int status = encoded ? load(self, &parsed, encoded, policies) : -1;
     Py_XDECREF(encoded);
     return status;
 }

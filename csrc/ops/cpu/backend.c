@@ -18,6 +18,9 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .items_by_blas = BLAS,                                                                              \
                 .linear = b2_cpu_linear,                                                                            \
                 .layer_norm = b2_cpu_layer_norm,                                                                    \
+                .rms_norm = b2_cpu_rms_norm,                                                                        \
+                .gate = b2_cpu_gate,                                                                                \
+                .rope = b2_cpu_rope,                                                                                \
                 .attention = b2_cpu_attention,                                                                      \
                 .embedding = b2_cpu_embedding,                                                                      \
                 .patches = b2_cpu_patches,                                                                          \
@@ -34,16 +37,17 @@ static const b2_cpu_backend generic = BACKEND("cpu generic", &b2_cpu_kernels_gen
 #if defined(__x86_64__)
 static const b2_cpu_backend avx2 = BACKEND("cpu avx2", &b2_cpu_kernels_avx2, 0);
 static const b2_cpu_backend avx512 = BACKEND("cpu avx512", &b2_cpu_kernels_avx512, 0);
+static const b2_cpu_backend avx512_vnni = BACKEND("cpu avx512_vnni", &b2_cpu_kernels_avx512, 0);
+static const b2_cpu_backend avx512_bf16 = BACKEND("cpu avx512_bf16", &b2_cpu_kernels_avx512, 0);
 #endif
 
 const b2_ops *b2_cpu_ops(b2_isa isa)
 {
+    static const b2_cpu_backend *const backends[B2_ISA_COUNT] = {
+        &generic,
 #if defined(__x86_64__)
-    if (isa == B2_ISA_AVX512)
-        return &avx512.ops;
-    if (isa == B2_ISA_AVX2)
-        return &avx2.ops;
+        &avx2, &avx512, &avx512_vnni, &avx512_bf16,
 #endif
-    (void)isa;
-    return &generic.ops;
+    };
+    return &backends[isa]->ops;
 }

@@ -51,6 +51,10 @@ typedef struct b2_cpu_kernels {
 
     /* out = (x - mean) / sqrt(var + eps) * gamma + beta, all [n]; gamma, beta may be NULL; out may be x. */
     void (*norm_row)(float *out, const float *x, const float *gamma, const float *beta, int64_t n, float eps);
+    /* out = x / sqrt(mean(x^2) + eps) * gamma, all [n]; gamma may be NULL; out may be x. */
+    void (*rms_norm_row)(float *out, const float *x, const float *gamma, int64_t n, float eps);
+    /* out = act(gate) * up, all [n]; out may be either. */
+    void (*gate_row)(float *out, const float *gate, const float *up, int64_t n, b2_act act);
     /* s [n] becomes exp(scale * s - max); returns the sum; writes zeros up to a multiple of 16. */
     float (*softmax_row)(float *s, int64_t n, float scale);
     void (*log_softmax_row)(float *x, int64_t n);
@@ -64,6 +68,8 @@ typedef struct b2_cpu_kernels {
     /* dst [ceil(width/16)][panel_rows][16], rows [0, count) written: columns [offset, offset + width), zero-padded. */
     void (*pack_values)(float *dst, const float *const *rows, int64_t count, int64_t panel_rows, int64_t offset,
                         int width);
+    /* a, b [n] become a * cos - b * sin, b * cos + a * sin */
+    void (*rotate_row)(float *a, float *b, const float *cos, const float *sin, int64_t n);
     /* out [n] = c [n] / sum */
     void (*divide_row)(float *out, const float *c, int64_t n, float sum);
     /* Millions of fused multiply-adds in registers: what the processor can do at most. Returns flops. */

@@ -21,6 +21,8 @@ const b2_cpu_kernels B2_KERNELS = {
     .stream_panels = stream_panels,
     .finish = finish,
     .norm_row = norm_row,
+    .rms_norm_row = rms_norm_row,
+    .gate_row = gate_row,
     .softmax_row = softmax_row,
     .log_softmax_row = log_softmax_row,
     .top_k_row = top_k_row,
@@ -28,6 +30,7 @@ const b2_cpu_kernels B2_KERNELS = {
     .add_row = add_row,
     .pack_keys = pack_keys,
     .pack_values = pack_values,
+    .rotate_row = rotate_row,
     .divide_row = divide_row,
     .fma_peak = fma_peak,
 };

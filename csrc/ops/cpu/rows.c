@@ -1,4 +1,5 @@
 /* Operations on rows: each row is one unit of work and is computed alike wherever it stands. No scratch. */
+#include <math.h>
 #include <string.h>
 
 #include "ops/cpu/common.h"
@@ -6,14 +7,19 @@
 
 typedef struct rows_job {
     const b2_cpu_kernels *kernels;
-    b2_tensor out, x;
+    b2_tensor out, x, up;
     const float *gamma, *beta;
     float eps;
+    b2_act act;
     const b2_weight *table;
     const int32_t *ids, *out_rows, *x_rows;
     int accumulate;
     const float *pixels;
     int64_t channels, side, patch;
+    const int32_t *positions;
+    const float *inv_freq;
+    int rotary_dim, head_dim;
+    float scaling;
     float *values;
     int32_t *top_ids;
     int k;
@@ -57,6 +63,60 @@ int b2_cpu_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *
     rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .gamma = vector_of(gamma),
                     .beta = vector_of(beta), .eps = eps, .row = norm_one};
     return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3, err);
+}
+
+/* The angles of a token are the same in all of its heads: a block of them at a time, then every head. */
+static void rope_one(rows_job *job, int64_t i)
+{
+    enum { BLOCK = 64 };
+    float cosines[BLOCK], sines[BLOCK];
+    int half = job->rotary_dim / 2;
+    float position = (float)(job->positions[i] > 0 ? job->positions[i] : 0);
+    for (int first = 0; first < half; first += BLOCK) {
+        int count = half - first < BLOCK ? half - first : BLOCK;
+        for (int j = 0; j < count; j++) {
+            float angle = position * job->inv_freq[first + j];
+            cosines[j] = cosf(angle) * job->scaling;
+            sines[j] = sinf(angle) * job->scaling;
+        }
+        for (int64_t head = 0; head < job->x.cols; head += job->head_dim) {
+            float *x = job->x.data + i * job->x.ld + head + first;
+            job->kernels->rotate_row(x, x + half, cosines, sines, count);
+        }
+    }
+}
+
+int b2_cpu_rope(b2_ctx *ctx, b2_tensor x, const int32_t *positions, const float *inv_freq, int rotary_dim, int head_dim,
+                float scaling, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .x = x, .positions = positions, .inv_freq = inv_freq,
+                    .rotary_dim = rotary_dim, .head_dim = head_dim, .scaling = scaling, .row = rope_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3 + rotary_dim * 12.0, err);
+}
+
+static void rms_norm_one(rows_job *job, int64_t i)
+{
+    job->kernels->rms_norm_row(job->out.data + i * job->out.ld, job->x.data + i * job->x.ld, job->gamma, job->x.cols,
+                               job->eps);
+}
+
+int b2_cpu_rms_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, float eps, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .gamma = vector_of(gamma), .eps = eps,
+                    .row = rms_norm_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.2, err);
+}
+
+static void gate_one(rows_job *job, int64_t i)
+{
+    job->kernels->gate_row(job->out.data + i * job->out.ld, job->x.data + i * job->x.ld, job->up.data + i * job->up.ld,
+                           job->x.cols, job->act);
+}
+
+int b2_cpu_gate(b2_ctx *ctx, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act act, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = gate, .up = up, .act = act, .row = gate_one};
+    return run_rows(ctx, &job, gate.rows, (double)gate.cols * 0.6, err);
 }
 
 static float table_value(const b2_weight *table, int64_t row, int64_t column)
