@@ -21,7 +21,7 @@ class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
     paths: the safetensors files. config: see blip2c.config.core_config(). dtype: how the matrices are held, "auto" (as
-    stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for the parts "vision", "qformer",
+    stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for "vision", "qformer",
     "language" (one that is missing: "auto"). docs/DTYPES.md says what each computes.
     """
 
@@ -40,12 +40,23 @@ class Model:
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
     def read(self, image_embeds: NDArray[np.float32]) -> NDArray[np.float32]: ...
-    """[B, T, Dv], what vision() gives -> [B, Q, D_lm]: Q-Former and projection alone."""
-    def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
-    """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection."""
-    def encode_stages(self, pixel_values: NDArray[np.float32], hidden_states: bool = False) -> dict[str, Any]: ...
+    """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone."""
+    def encode(self, pixel_values: NDArray[np.float32], interpolate: bool = False) -> NDArray[np.float32]: ...
+    """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection. interpolate: pictures of any size,
+    [B, 3, height, width] of at least a patch, through interpolated positions."""
+    def encode_stages(
+        self,
+        pixel_values: NDArray[np.float32] | None = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+        interpolate: bool = False,
+        image_embeds: NDArray[np.float32] | None = None,
+        qformer: bool = True,
+    ) -> dict[str, Any]: ...
     """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
-    "image_features": [B, Q, D_lm]} and, when asked, "vision_hidden_states" and "qformer_hidden_states": lists."""
+    "image_features": [B, Q, D_lm]}; when asked, lists "vision_hidden_states", "qformer_hidden_states" (layers + 1) and
+    "vision_attentions" [B, H, T, T], "qformer_attentions" [B, H, Q, Q], "qformer_cross_attentions" [B, H, Q, T].
+    image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone."""
     def forward(
         self,
         image_features: NDArray[np.float32] | None,
@@ -53,10 +64,22 @@ class Model:
         offsets: NDArray[np.int64],
         mask: NDArray[np.uint8] | None = None,
         hidden_states: bool = False,
+        attentions: bool = False,
+        decoder_ids: NDArray[np.int32] | None = None,
+        decoder_offsets: NDArray[np.int64] | None = None,
+        decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
     """Packed rows: ids [N], row b is ids[offsets[b]:offsets[b+1]], mask [N] (0: a pad). An id -1 takes its row's next
-    image feature (image_features [B, Q, D_lm]; a row must hold exactly Q of them, or none if it is None).
-    {"logits": [N, V], "hidden_states": list of [N, D_lm] when asked}."""
+    embedding of image_features [B, P, D_lm]; a row must hold exactly P of them, none if it is None. Encoder-decoders:
+    these are the encoder's rows; the decoder's stand in decoder_*.
+
+    {"logits": [N, V]}; when asked, lists "hidden_states" ([N, D_lm], the last after the final norm) and "attentions"
+    [B, H, T, T] (rows of one length); of an encoder-decoder "decoder_hidden_states", "encoder_hidden_states",
+    "decoder_attentions" [B, H, Td, Td], "cross_attentions" [B, H, Td, T], "encoder_attentions" [B, H, T, T]."""
+    def project(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    """[N, Dq] -> [N, D_lm]: language_projection alone."""
+    def embed(self, ids: NDArray[np.int32]) -> NDArray[np.float32]: ...
+    """[N] -> [N, D_lm]: the language model's token embeddings."""
     def generate(
         self,
         image_features: NDArray[np.float32],
@@ -106,8 +129,27 @@ def search(
 step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a list of n int64 arrays.
 {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
 
+RULES: tuple[str, ...]
+
+"""What stands between logits and the choice of a token, in order, by the names of the options."""
+
+def apply_rules(
+    scores: NDArray[np.float32],
+    ids: NDArray[np.int32],
+    prompt_length: int,
+    skip: NDArray[np.int64] | None,
+    options: Mapping[str, Any],
+    first: str,
+    end: str | None,
+    /,
+) -> NDArray[np.float32]: ...
+
+"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V]. ids [n, t]: prompt_length ids of
+the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the repetition penalty does not see."""
+
 # kernels: see blip2c.kernels
-def _pack_weight(weight: NDArray[Any], dtype: str | None, /) -> Any: ...
+def _pack_weight(weight: NDArray[Any], dtype: str | None, pairs: bool, /) -> Any: ...
+def _weight_parts(capsule: Any, /) -> tuple[str, int, NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]: ...
 def _unpack_weight(capsule: Any, /) -> NDArray[Any]: ...
 def _convert(x: NDArray[Any], dtype: str, /) -> tuple[NDArray[Any], int]: ...
 def _linear(

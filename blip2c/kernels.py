@@ -1,7 +1,8 @@
 """The kernels one by one, on NumPy arrays: to look at, to teach with, to test.
 
-Arithmetic is float32. Weights may be stored in float32, float16 or bfloat16 (NumPy has no bfloat16: its bits travel as
-uint16). A result does not depend on the number of threads, nor on what else is in the batch.
+Arithmetic is float32. Weights may be stored in float32, float16, bfloat16 (NumPy has no bfloat16: its bits travel as
+uint16), int8 or int4 (see PackedWeight). A result does not depend on the number of threads, nor on what else is in the
+batch.
 
 Errors, everywhere: ``TypeError`` for something that is no array or has another dtype (nothing is converted silently),
 ``ValueError`` for shapes and names, ``IndexError`` for ids outside their table. Arrays need not be contiguous or
@@ -72,19 +73,42 @@ def _expect(name: str, found: Any, expected: Any) -> None:
 
 
 class PackedWeight:
-    """A weight matrix [Dout, Din] in the layout that the kernels read: [ceil(Dout / 16)][Din][16].
+    """A weight matrix [Dout, Din] in the layout that the kernels read: panels of 16 output channels.
 
     weight: float32, float16, or uint16 holding bfloat16 bits. dtype: "float32", "float16" or "bfloat16" to store it so
-    (rounded to nearest even; ``NumericError`` where a value is too large for float16), None: as it is.
+    (rounded to nearest even; ``NumericError`` where a value is too large for float16), "int8" or "int4" to round it to
+    integers with scales (``NumericError`` where a value is not finite), None: as it is. pairs: a bfloat16 weight that
+    asks for bfloat16 arithmetic where many rows meet it and the processor has it.
+
+    Rounded weights are column_scales[j] * scale * q[i][j]. A column scale is the size of a column (its root mean
+    square), so that all columns are rounded alike. int8: one scale per output channel, |q| <= 127. int4: a float16
+    scale per output channel and 32 input channels, -8 <= q <= 7, found by least squares.
     """
 
-    def __init__(self, weight: NDArray[Any], dtype: str | None = None) -> None:
-        self._capsule = _core._pack_weight(weight, dtype)
+    def __init__(self, weight: NDArray[Any], dtype: str | None = None, pairs: bool = False) -> None:
+        self._capsule = _core._pack_weight(weight, dtype, pairs)
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
 
     def unpack(self) -> NDArray[Any]:
-        """[Dout, Din] as stored: float32, float16, or uint16 holding bfloat16 bits."""
+        """[Dout, Din] as stored: float32 (rounded weights too), float16, or uint16 holding bfloat16 bits."""
         return _core._unpack_weight(self._capsule)
+
+    def integers(self) -> tuple[NDArray[np.int8], F32, F32]:
+        """Of a rounded weight: q [Dout, Din] int8, scales [Dout, groups], column_scales [Din] float32.
+
+        int8 has one group, int4 a group for every 32 input channels. ValueError for a weight that is not rounded.
+        """
+        dtype, group, data, scales, columns = _core._weight_parts(self._capsule)
+        n, k = self.shape
+        panels, padded = -(-n // 16), -(-k // 32) * 32
+        if dtype == "int8":
+            q = data.astype(np.int16).reshape(panels, padded // 4, 16, 4) - 128
+        else:
+            halves = data.reshape(panels, padded // 8, 1, 16, 4)
+            q = np.concatenate([halves & 15, halves >> 4], axis=2).astype(np.int16).reshape(panels, -1, 16, 4) - 8
+        rows = q.transpose(0, 2, 1, 3).reshape(panels * 16, padded)
+        each = scales.reshape(panels, -(-k // group), 16).transpose(0, 2, 1).reshape(panels * 16, -1)
+        return rows[:n, :k].astype(np.int8), each[:n].astype(np.float32), columns
 
     def __repr__(self) -> str:
         return f"PackedWeight(shape={self.shape})"
@@ -207,7 +231,7 @@ def rope(x: F32, positions: NDArray[np.int32], inv_freq: F32, head_dim: int, sca
 
 
 def patches(pixels: F32, patch: int) -> F32:
-    """Pictures [B, C, S, S] cut into flattened patches [B, (S // patch)^2, C * patch * patch].
+    """Pictures [B, C, height, width] cut into patches [B, height // patch * (width // patch), C * patch * patch].
 
     Times a convolution weight [D, C, P, P] seen as [D, C*P*P] this is Conv2d(stride=patch), as Blip2VisionEmbeddings.
     What is left over at the right and lower edge is dropped.

@@ -213,15 +213,16 @@ def embedding_case(v: int, d: int, n: int, dtype: str, packed: bool, add: bool) 
     return Case(name, "exact", make, run, reference, ("ids", "added_to") if add else ("ids",))
 
 
-def patches_case(b: int, c: int, s: int, p: int) -> Case:
+def patches_case(b: int, c: int, height: int, width: int, p: int) -> Case:
     def make(rng: np.random.Generator) -> dict[str, Any]:
-        return {"pixels": normal(rng, b, c, s, s)}
+        return {"pixels": normal(rng, b, c, height, width)}
 
     def reference(pixels):
         unfolded = torch.nn.functional.unfold(torch.from_numpy(pixels), p, stride=p)
         return unfolded.transpose(1, 2).double().numpy(), 1.0
 
-    return Case(f"patches-{b}x{c}x{s}-{p}", "exact", make, partial(kernels.patches, patch=p), reference, ("pixels",))
+    name = f"patches-{b}x{c}x{height}x{width}-{p}"
+    return Case(name, "exact", make, partial(kernels.patches, patch=p), reference, ("pixels",))
 
 
 def add_rows_case(m: int, n: int, d: int) -> Case:
@@ -337,7 +338,7 @@ CASES = [
     *(top_k_case(m, v, k) for m, v, k in [(1, 1, 1), (9, 50, 50), (7, 5000, 10), (3, 33, 2)]),
     *(embedding_case(50, 37, 40, dtype, packed, packed) for dtype in STORAGE for packed in (False, True)),
     embedding_case(33, 16, 40, "float16", True, False),
-    *(patches_case(b, c, s, p) for b, c, s, p in [(1, 3, 28, 14), (2, 3, 31, 14), (3, 1, 7, 3)]),
+    *(patches_case(*c) for c in [(1, 3, 28, 28, 14), (2, 3, 31, 31, 14), (3, 1, 7, 7, 3), (2, 3, 20, 45, 14)]),
     add_rows_case(3, 5, 70),
     attention_case(1, 257, 257, 2, 2, 88),
     attention_case(2, 33, 33, 4, 4, 80, causal=True),
@@ -713,7 +714,7 @@ REFUSED = [
     (lambda: kernels.linear(X, W, np.ones(4, F32)), ValueError, r"bias: expected F32 \[3\], found F32 \[4"),
     (lambda: kernels.linear(X, W, residual=X), ValueError, r"residual: expected shape \[2, 3\], found \[2, 4\]"),
     (lambda: kernels.linear(X, W, activation="swish"), ValueError, "activation: expected one of .* found 'swish'"),
-    (lambda: kernels.linear(X, W, dtype="int8"), ValueError, "dtype: expected .* found int8"),
+    (lambda: kernels.linear(X, W, dtype="int3"), ValueError, "dtype: expected .* found int3"),
     (lambda: kernels.linear(X, W, method="magic"), ValueError, "method: .*'magic'"),
     (lambda: kernels.linear(X, W, method="openblas", item_rows=3), ValueError, "2 rows are no multiple of 3"),
     (lambda: kernels.linear(X, W.astype(np.float16), method="openblas"), TypeError, "weight: .*float16"),
@@ -732,8 +733,7 @@ REFUSED = [
     (lambda: kernels.embedding(W, np.array([-1], np.int32)), IndexError, "found -1"),
     (lambda: kernels.embedding(W, np.array([1]), X), TypeError, "ids: .*int32.*int64"),
     (lambda: kernels.embedding(W, np.array([1], np.int32), X), ValueError, "added_to: expected 1 rows, found 2"),
-    (lambda: kernels.patches(np.ones((1, 3, 8, 9), F32), 2), ValueError, "pixels: expected square"),
-    (lambda: kernels.patches(np.ones((1, 3, 8, 8), F32), 9), ValueError, "side 8, patch 9"),
+    (lambda: kernels.patches(np.ones((1, 3, 8, 8), F32), 9), ValueError, "8 x 8, patch 9"),
     (lambda: kernels.patches(np.ones((1, 3, 8, 8), F32), 0), ValueError, "patch 0"),
     (lambda: kernels.add_rows(X, W), ValueError, "2 rows are no multiple of 3"),
     (lambda: kernels.copy_rows(X, W, np.array([0, 2, 1], np.int32)), IndexError, "row 2 of out, which has 2"),

@@ -8,10 +8,6 @@
 #include "core/memory.h"
 #include "generate/search.h"
 
-/* Rows that a step of b2_generate advances at most, unless a single item has more: beyond, a step takes longer in
- * proportion and nothing is won. */
-enum { ROWS_AT_ONCE = 64 };
-
 static int check_beams(const b2_generate_opts *opts, b2_err *err)
 {
     if (opts->num_beams < 1)
@@ -72,11 +68,11 @@ int64_t b2_generate_rows_per_item(const b2_generate_opts *opts)
     return opts->num_beams > 1 ? opts->num_beams : opts->num_return_sequences;
 }
 
-b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opts *opts)
+b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t rows_at_once)
 {
-    int64_t most = ROWS_AT_ONCE / b2_generate_rows_per_item(opts);
+    int64_t most = rows_at_once / b2_generate_rows_per_item(opts);
     b2_search_size size = {.places = most < 1 ? 1 : most};
-    if (prompts->rows < size.places || opts->hooks)
+    if (prompts->rows < size.places || rows_at_once <= 0 || opts->hooks)
         size.places = prompts->rows;
     for (int64_t b = 0; b < prompts->rows; b++) {
         int64_t length = prompts->offsets[b + 1] - prompts->offsets[b], limit = b2_rules_limit(opts, length);
@@ -196,26 +192,30 @@ static void tighten(const b2_generated *out, int32_t *values, int64_t width, int
     }
 }
 
-int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_opts *opts, b2_step *step, b2_sink *also,
-                b2_pool *pool, b2_cancel *cancel, b2_err *err)
+int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_search_size *size, const b2_generate_opts *opts,
+                b2_step *step, b2_sink *also, b2_pool *pool, b2_cancel *cancel, b2_err *err)
 {
     *out = (b2_generated){0};
     if (b2_generate_check(prompts, opts, step->vocabulary, err) < 0)
         return -1;
-    b2_search_size size = b2_generate_size(prompts, opts);
+    if (opts->hooks && size->places < prompts->rows)
+        return b2_fail(err, B2_E_INTERNAL, "hooks: %lld places for %lld prompts", (long long)size->places,
+                       (long long)prompts->rows);
+    if (opts->hooks)
+        opts->hooks->vocabulary = step->vocabulary;
     array_source source = {{next_prompt}, prompts, 0};
-    array_sink sink = {{take}, out, size.width, opts->num_beams, also};
-    b2_search search = {.opts = opts, .size = size, .source = &source.base, .sink = &sink.base, .step = step,
+    array_sink sink = {{take}, out, size->width, opts->num_beams, also};
+    b2_search search = {.opts = opts, .size = *size, .source = &source.base, .sink = &sink.base, .step = step,
                         .pool = pool, .cancel = cancel};
-    if (reserve_result(out, prompts->rows, opts, size.width, err) < 0 || b2_search_run(&search, err) < 0) {
+    if (reserve_result(out, prompts->rows, opts, size->width, err) < 0 || b2_search_run(&search, err) < 0) {
         b2_generated_release(out);
         return -1;
     }
     out->stats = search.stats;
     for (int64_t r = 0; r < out->rows; r++)
         out->max_new = out->lengths[r] > out->max_new ? out->lengths[r] : out->max_new;
-    tighten(out, out->ids, size.width, opts->pad_id);
-    tighten(out, out->beam_rows, size.width, -1);
+    tighten(out, out->ids, size->width, opts->pad_id);
+    tighten(out, out->beam_rows, size->width, -1);
     return 0;
 }
 

@@ -82,6 +82,7 @@ typedef struct b2_view {
  * long. Called on the thread that searches. */
 typedef struct b2_hooks b2_hooks;
 struct b2_hooks {
+    int64_t vocabulary; /* V; b2_generate fills it in before the first call */
     /* Custom logits processors stand among the rules, so this one, where it is set, takes the place of b2_rules_apply:
      * scores [n, V] in place, log-probabilities in beam search. It applies ranges of rules itself (rules.h). */
     int (*process)(b2_hooks *hooks, const b2_view *view, float *scores, b2_err *err);
@@ -193,16 +194,17 @@ typedef struct b2_generated {
 
 /* W. */
 int64_t b2_generate_rows_per_item(const b2_generate_opts *opts);
-/* What b2_generate reserves for these prompts; not more places than keep the rows of a step at a sensible number. */
-b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opts *opts);
+/* What b2_generate has to be ready for with these prompts, with as many places as keep the rows of a step at most
+ * `rows_at_once` (but one item at least); 0, or with hooks: a place for each. */
+b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t rows_at_once);
 
 /* B2_E_VALUE naming the option or the prompt. For callers who allocate by the options before they search. */
 int b2_generate_check_options(const b2_generate_opts *opts, int64_t vocabulary, b2_err *err);
 int b2_generate_check(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t vocabulary, b2_err *err);
 
 /* b2_generate_check, then the search over all prompts. `also`, if not NULL, has every finished item too. */
-int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_opts *opts, b2_step *step, b2_sink *also,
-                b2_pool *pool, b2_cancel *cancel, b2_err *err);
+int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_search_size *size, const b2_generate_opts *opts,
+                b2_step *step, b2_sink *also, b2_pool *pool, b2_cancel *cancel, b2_err *err);
 void b2_generated_release(b2_generated *out);
 
 /* The search over whatever the source brings, until it ends. Hooks are refused: what they are shown needs all rows to

@@ -10,8 +10,8 @@ static const b2_weight_row projection_table[] = {
 };
 enum { PROJECTION_COUNT = sizeof projection_table / sizeof *projection_table };
 
-/* Pictures that go through the vision encoder together: enough to keep the cores busy, few enough to stay small. */
-enum { PICTURES_AT_ONCE = 4 };
+/* What goes through the vision encoder together: enough to keep the cores busy, few enough to stay small. */
+enum { PICTURES_AT_ONCE = 4, TOKENS_AT_ONCE = 2800 };
 
 static void fill_dims(int64_t dims[B2_DIM_COUNT], const b2_qformer_config *qformer, const b2_lm_config *text)
 {
@@ -137,14 +137,16 @@ void b2_blip2_release(b2_blip2 *model)
     *model = (b2_blip2){0};
 }
 
-static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, int64_t pictures)
+/* `group`: the pictures that go through together; `tokens` of each. */
+static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, b2_pictures group, int64_t tokens)
 {
-    int64_t tokens = b2_vit_tokens(&model->vit.config), queries = model->qformer.config.num_query_tokens;
-    size_t vit = b2_vit_scratch(ctx, &model->vit, pictures);
-    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, pictures, tokens);
-    return (vit > qformer ? vit : qformer) +
-           b2_arena_cost((size_t)(pictures * tokens * model->vit.config.hidden_size), sizeof(float)) +
-           b2_arena_cost((size_t)(pictures * queries * model->qformer.config.hidden_size), sizeof(float));
+    int64_t queries = model->qformer.config.num_query_tokens;
+    size_t vit = group.data ? b2_vit_scratch(ctx, &model->vit, group) : 0;
+    size_t positions = group.data ? b2_vit_positions_scratch(&model->vit, group.height, group.width) : 0;
+    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, tokens);
+    return positions + (vit > qformer ? vit : qformer) +
+           b2_arena_cost((size_t)(group.count * tokens * model->vit.config.hidden_size), sizeof(float)) +
+           b2_arena_cost((size_t)(group.count * queries * model->qformer.config.hidden_size), sizeof(float));
 }
 
 /* Rows [first, first + count) of a wanted output, or the same from the arena. */
@@ -160,19 +162,18 @@ static int output_rows(b2_ctx *ctx, b2_tensor *out, b2_tensor wanted, int64_t fi
     return data ? 0 : -1;
 }
 
-static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t first,
-                        int64_t count, b2_err *err)
+/* Pictures [first, first + group.count), whose pixels are `group`; positions [T, D_v]. */
+static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group, int64_t first,
+                        b2_tensor positions, b2_err *err)
 {
-    const b2_vit_config *v = &model->vit.config;
-    int64_t tokens = b2_vit_tokens(v), queries = model->qformer.config.num_query_tokens;
+    int64_t tokens = positions.rows, queries = model->qformer.config.num_query_tokens, count = group.count;
     b2_tensor vision, qformer;
     b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = b2_item_rows(ctx, queries)};
-    if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, v->hidden_size, err) < 0 ||
+    if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, positions.cols, err) < 0 ||
         output_rows(ctx, &qformer, out->qformer, first * queries, count * queries, model->qformer.config.hidden_size,
                     err) < 0)
         return -1;
-    const int64_t pixels_each = v->num_channels * v->image_size * v->image_size;
-    if (pixels && b2_vit_forward(ctx, &model->vit, vision, pixels + first * pixels_each, count, err) < 0)
+    if (group.data && b2_vit_forward(ctx, &model->vit, vision, group, positions, err) < 0)
         return -1;
     if (out->pooled.data && b2_vit_pool(ctx, &model->vit, b2_rows(out->pooled, first, count), vision, err) < 0)
         return -1;
@@ -184,18 +185,39 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
     return b2_linear(ctx, features, qformer, &model->projection_weight, &project, err);
 }
 
-int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t pictures,
-                    b2_err *err)
+int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err)
 {
-    int64_t group = pictures < PICTURES_AT_ONCE ? pictures : PICTURES_AT_ONCE;
-    if (pictures == 0)
+    b2_linear_opts opts = {.bias = &model->projection_bias};
+    int64_t widest = out.cols > x.cols ? out.cols : x.cols;
+    if (b2_arena_reserve(ctx->scratch, b2_scratch_bytes(ctx, x.rows, widest, 1, 1), err) < 0)
+        return -1;
+    return b2_linear(ctx, out, x, &model->projection_weight, &opts, err);
+}
+
+static int64_t clamp64(int64_t value, int64_t low, int64_t high)
+{
+    return value < low ? low : value > high ? high : value;
+}
+
+int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures, b2_err *err)
+{
+    if (pictures.count == 0)
         return 0;
-    if (b2_arena_reserve(ctx->scratch, encode_scratch(ctx, model, group), err) < 0)
+    int64_t tokens = pictures.data ? b2_vit_tokens(&model->vit.config, pictures.height, pictures.width)
+                                   : out->vision.rows / pictures.count;
+    int64_t each = pictures.channels * pictures.height * pictures.width;
+    b2_pictures group = pictures;
+    group.count = clamp64(clamp64(TOKENS_AT_ONCE / tokens, 1, PICTURES_AT_ONCE), 1, pictures.count);
+    if (b2_arena_reserve(ctx->scratch, encode_scratch(ctx, model, group, tokens), err) < 0)
+        return -1;
+    b2_tensor positions = {.rows = tokens, .cols = model->vit.config.hidden_size};
+    if (pictures.data && b2_vit_positions(ctx, &model->vit, &positions, pictures.height, pictures.width, err) < 0)
         return -1;
     size_t mark = b2_arena_mark(ctx->scratch);
-    for (int64_t first = 0; first < pictures; first += group) {
-        int64_t count = pictures - first < group ? pictures - first : group;
-        if (encode_group(ctx, model, out, pixels, first, count, err) < 0)
+    for (int64_t first = 0; first < pictures.count; first += group.count) {
+        group.count = clamp64(pictures.count - first, 0, group.count);
+        group.data = pictures.data ? pictures.data + first * each : NULL;
+        if (encode_group(ctx, model, out, group, first, positions, err) < 0)
             return -1;
         b2_arena_reset(ctx->scratch, mark);
     }

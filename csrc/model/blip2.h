@@ -45,9 +45,12 @@ typedef struct b2_encoded {
     b2_tensor features; /* [B*Q, D_lm]: what the language model reads; not wanted: the vision encoder alone runs */
 } b2_encoded;
 
-/* pixels [B, C, S, S] -> out; pixels NULL: out->vision holds the image embeddings already. Reserves the arena itself; pictures go through in groups that bound its size, which changes
- * no bit. */
-int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t pictures,
-                    b2_err *err);
+/* Pictures -> out. Where they have not the size that the model was trained on, its positions are interpolated.
+ * pictures.data NULL: out->vision holds `count` pictures' image embeddings already, of any number of tokens each. Reserves
+ * the arena itself; pictures go through in groups that bound its size, which changes no bit. */
+int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures, b2_err *err);
+
+/* out [N, D_lm] = language_projection(x [N, D_q]) alone. Reserves the arena itself. */
+int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err);
 
 #endif

@@ -326,6 +326,8 @@ static int head(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
         return -1;
     if (has_final_norm(&m->base.config) && norm(ctx, last, last, &m->final_norm_weight, &m->final_norm_bias, err) < 0)
         return -1;
+    if (b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, last, err) < 0)
+        return -1;
     return b2_linear(ctx, batch->logits, last, weight, &opts, err);
 }
 

@@ -76,14 +76,14 @@ static int check_decoder(const b2_blip2 *model, const b2_prompt *prompt, int64_t
 
 int b2_prompt_check(const b2_blip2 *model, const b2_prompt *prompt, int64_t row, b2_err *err)
 {
-    int64_t queries = prompt->features.data ? model->qformer.config.num_query_tokens : 0, features = 0, seen = 0;
+    int64_t wanted = prompt->features.data ? prompt->features.rows : 0, features = 0, seen = 0;
     int64_t limit = model->lm->config.max_position_embeddings;
     stretch encoded = {prompt->ids, prompt->mask, prompt->length};
     if (check_ids(model, encoded, row, "prompt", -1, &features, &seen, err) < 0)
         return -1;
-    if (features != queries)
+    if (features != wanted)
         return b2_fail(err, B2_E_VALUE, "row %lld: %lld image places in the prompt, expected %lld", (long long)row,
-                       (long long)features, (long long)queries);
+                       (long long)features, (long long)wanted);
     if (model->lm->class_->encode)
         return check_decoder(model, prompt, row, err);
     if (prompt->decoder_ids)

@@ -17,7 +17,7 @@ typedef struct b2_prompt {
     const int32_t *ids;         /* [length] -1: the next image feature */
     const uint8_t *mask;        /* [length], 0: a pad that nobody sees; NULL: none */
     int64_t length;
-    b2_tensor features;         /* [Q, D_lm]; data NULL: no picture, then no id may be -1 */
+    b2_tensor features;         /* [Q, D_lm], one row for each id of -1; data NULL: there is none */
     const b2_prefix *prefix;    /* what stands before ids, or NULL */
     const int32_t *decoder_ids; /* [decoder_length]; NULL unless the model is an encoder-decoder */
     const uint8_t *decoder_mask;/* [decoder_length] or NULL */
@@ -62,7 +62,7 @@ typedef struct b2_places {
     int block_count;
 } b2_places;
 
-/* Of one prompt: ids in range, not empty, with exactly Q image places (0 without a picture), decoder ids where the model
+/* Of one prompt: ids in range, not empty, with as many image places as features, decoder ids where the model
  * has a decoder, a prefix of this model. `row` names it in the message. */
 int b2_prompt_check(const b2_blip2 *model, const b2_prompt *prompt, int64_t row, b2_err *err);
 /* Tokens on the timeline. */

@@ -7,15 +7,19 @@
 
 /* ---- rows as prompts ---- */
 
-static b2_prompt prompt_of(const b2_blip2 *model, const b2_rows_in *in, int64_t b)
+/* Rows that a step advances at most, unless a single item has more: beyond, a step takes longer in proportion and
+ * nothing is won. */
+enum { ROWS_AT_ONCE = 64 };
+
+static b2_prompt prompt_of(const b2_rows_in *in, int64_t b)
 {
-    int64_t queries = model->qformer.config.num_query_tokens, at = in->offsets[b];
+    int64_t places = in->features.rows / in->rows, at = in->offsets[b];
     b2_prompt prompt = {.ids = in->ids + at,
                         .mask = in->mask ? in->mask + at : NULL,
                         .length = in->offsets[b + 1] - at,
                         .prefix = in->prefixes ? in->prefixes[b] : NULL};
     if (in->features.data)
-        prompt.features = b2_rows(in->features, b * queries, queries);
+        prompt.features = b2_rows(in->features, b * places, places);
     if (!in->decoder_ids)
         return prompt;
     at = in->decoder_offsets[b];
@@ -34,7 +38,7 @@ static b2_prompt *prompts_of(const b2_blip2 *model, const b2_rows_in *in, b2_err
     }
     b2_prompt *prompts = b2_alloc((size_t)in->rows, sizeof *prompts, "prompts", err);
     for (int64_t b = 0; prompts && b < in->rows; b++) {
-        prompts[b] = prompt_of(model, in, b);
+        prompts[b] = prompt_of(in, b);
         if (b2_prompt_check(model, &prompts[b], b, err) < 0) {
             b2_free(prompts);
             return NULL;
@@ -187,12 +191,12 @@ static int keep(b2_sink *sink, const b2_finished *finished, b2_err *err)
     return 0;
 }
 
-static int run_search(b2_places *places, const search_prompts *s, b2_prefix **kept, const b2_generate_opts *opts,
-                      b2_generated *out, b2_session_stats *stats, b2_err *err)
+static int run_search(b2_places *places, const search_prompts *s, const b2_search_size *size, b2_prefix **kept,
+                      const b2_generate_opts *opts, b2_generated *out, b2_session_stats *stats, b2_err *err)
 {
     keeper k = {{keep}, places, &s->view, kept};
     b2_ctx *ctx = places->ctx;
-    if (b2_generate(out, &s->view, opts, &places->step, kept ? &k.base : NULL, ctx->pool, ctx->cancel, err) < 0)
+    if (b2_generate(out, &s->view, size, opts, &places->step, kept ? &k.base : NULL, ctx->pool, ctx->cancel, err) < 0)
         return -1;
     *stats = (b2_session_stats){places->bytes_most, places->step_allocations, out->stats};
     return 0;
@@ -203,7 +207,7 @@ static int generate(b2_ctx *ctx, const b2_blip2 *model, const search_prompts *s,
 {
     if (b2_generate_check(&s->view, opts, model->lm->config.vocab_size, err) < 0)
         return -1;
-    b2_search_size search = b2_generate_size(&s->view, opts);
+    b2_search_size search = b2_generate_size(&s->view, opts, ROWS_AT_ONCE);
     b2_places_size size = size_of(s->prompts, s->view.rows);
     size.places = search.places;
     size.rows_per_place = b2_generate_rows_per_item(opts);
@@ -211,7 +215,7 @@ static int generate(b2_ctx *ctx, const b2_blip2 *model, const search_prompts *s,
     b2_places places;
     int status = b2_places_open(&places, ctx, model, &size, err);
     if (status == 0)
-        status = run_search(&places, s, kept, opts, out, stats, err);
+        status = run_search(&places, s, &search, kept, opts, out, stats, err);
     b2_places_close(&places);
     return status;
 }

@@ -14,7 +14,7 @@ typedef struct b2_rows_in {
     const int32_t *ids;      /* [N] */
     const int64_t *offsets;  /* [B + 1] */
     const uint8_t *mask;     /* [N], 0: a pad that nobody sees; NULL: none */
-    b2_tensor features;      /* [B*Q, D_lm]; data NULL: no pictures, then no id may be -1 */
+    b2_tensor features;      /* [B*Q, D_lm], or B times as many embeddings as each row has places; data NULL: no id is -1 */
     const int32_t *decoder_ids;     /* [offsets of the last row]; NULL unless the model is an encoder-decoder */
     const int64_t *decoder_offsets; /* [B + 1] */
     const uint8_t *decoder_mask;    /* as mask, of the decoder's ids, or NULL */

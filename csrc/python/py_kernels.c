@@ -164,6 +164,7 @@ static void release_weight(PyObject *capsule)
     b2_free(w);
 }
 
+/* Of the types that arrays have. */
 static int dtype_named(b2_dtype *dtype, const char *name)
 {
     if (b2py_dtype_named(dtype, name) == 0 && !b2_dtype_is_quantised(*dtype))
@@ -172,19 +173,34 @@ static int dtype_named(b2_dtype *dtype, const char *name)
     return -1;
 }
 
+static int format_named(b2_format *format, const char *name, int pairs)
+{
+    if (name && b2py_dtype_named(&format->dtype, name) < 0) {
+        PyErr_Format(PyExc_ValueError, "dtype: expected float32, float16, bfloat16, int8 or int4, found %s", name);
+        return -1;
+    }
+    if (pairs && format->dtype != B2_BF16) {
+        PyErr_Format(PyExc_ValueError, "pairs: expected dtype bfloat16, found %s", b2py_dtype_name(format->dtype));
+        return -1;
+    }
+    format->layout = b2_dtype_is_quantised(format->dtype) ? B2_QUADS : pairs ? B2_PAIRS : B2_PANELS;
+    return 0;
+}
+
 static PyObject *pack_weight(PyObject *module, PyObject *args)
 {
     PyObject *object;
     const char *dtype_name = NULL;
-    if (!PyArg_ParseTuple(args, "Oz", &object, &dtype_name))
+    int pairs;
+    if (!PyArg_ParseTuple(args, "Ozp", &object, &dtype_name, &pairs))
         return NULL;
     b2_err err = {0};
     b2_weight source;
     PyArrayObject *array = matrix(&source, object, "weight");
     if (!array)
         return NULL;
-    b2_dtype dtype = source.dtype;
-    if (dtype_name && dtype_named(&dtype, dtype_name) < 0) {
+    b2_format format = {.dtype = source.dtype};
+    if (format_named(&format, dtype_name, pairs) < 0) {
         Py_DECREF(array);
         return NULL;
     }
@@ -193,7 +209,6 @@ static PyObject *pack_weight(PyObject *module, PyObject *args)
     if (packed) {
         b2py_call call;
         b2_cancel *cancel = b2py_call_begin(&call);
-        b2_format format = {dtype, B2_PANELS};
         status = b2_weight_pack(packed, &source, format, b2py_state_of_module(module)->pool, cancel, &err);
         b2py_call_end(&call);
     }
@@ -218,13 +233,42 @@ static PyObject *unpack_weight(PyObject *module, PyObject *capsule)
     if (!w)
         return NULL;
     npy_intp shape[2] = {(npy_intp)w->n, (npy_intp)w->k};
-    PyObject *out = PyArray_SimpleNew(2, shape, numpy_type(w->dtype));
+    PyObject *out = PyArray_SimpleNew(2, shape, b2_dtype_is_quantised(w->dtype) ? NPY_FLOAT32 : numpy_type(w->dtype));
     b2_err err = {0};
     if (out && b2_weight_unpack(PyArray_DATA((PyArrayObject *)out), w, &err) < 0) {
         Py_DECREF(out);
         return b2py_raise(b2py_state_of_module(module), &err);
     }
     return out;
+}
+
+static PyObject *array_copy(int type, const void *data, npy_intp count, size_t size)
+{
+    PyObject *out = PyArray_SimpleNew(1, &count, type);
+    if (out && count)
+        memcpy(PyArray_DATA((PyArrayObject *)out), data, (size_t)count * size);
+    return out;
+}
+
+/* The parts of a quantised weight as they lie in memory. */
+static PyObject *weight_parts(PyObject *module, PyObject *capsule)
+{
+    const b2_weight *w = PyCapsule_GetPointer(capsule, weight_capsule);
+    (void)module;
+    if (!w)
+        return NULL;
+    if (!b2_dtype_is_quantised(w->dtype)) {
+        PyErr_Format(PyExc_ValueError, "expected a weight of int8 or int4, found %s", b2py_dtype_name(w->dtype));
+        return NULL;
+    }
+    npy_intp rows = (npy_intp)((w->n + B2_PANEL - 1) / B2_PANEL * B2_PANEL);
+    npy_intp bytes = rows * (npy_intp)((w->k + 31) / 32 * 32) / (w->dtype == B2_I4 ? 2 : 1);
+    npy_intp scales = rows * (npy_intp)((w->k + w->group - 1) / w->group);
+    int type = w->dtype == B2_I4 ? NPY_FLOAT16 : NPY_FLOAT32;
+    return Py_BuildValue("sLNNN", b2py_dtype_name(w->dtype), (long long)w->group,
+                         array_copy(NPY_UINT8, w->data, bytes, 1),
+                         array_copy(type, w->scales, scales, type == NPY_FLOAT16 ? 2 : 4),
+                         array_copy(NPY_FLOAT32, w->column_scales, w->column_scales ? (npy_intp)w->k : 0, 4));
 }
 
 static PyObject *convert(PyObject *module, PyObject *args)
@@ -572,19 +616,14 @@ static PyObject *patches(PyObject *module, PyObject *args)
     if (!pixels)
         return NULL;
     npy_intp *shape = PyArray_DIMS(pixels);
-    npy_intp grid = patch > 0 ? shape[2] / patch : 0;
-    npy_intp out_shape[3] = {shape[0], grid * grid, patch > 0 ? shape[1] * patch * patch : 0};
+    npy_intp cells = patch > 0 ? shape[2] / patch * (shape[3] / patch) : 0;
+    npy_intp out_shape[3] = {shape[0], cells, patch > 0 ? shape[1] * patch * patch : 0};
+    b2_pictures view = {PyArray_DATA(pixels), shape[0], shape[1], shape[2], shape[3]};
     kernel_call k;
-    if (shape[2] != shape[3])
-        PyErr_Format(PyExc_ValueError, "pixels: expected square pictures, found %zd x %zd", (Py_ssize_t)shape[2],
-                     (Py_ssize_t)shape[3]);
-    else
-        out = poisoned(3, out_shape);
+    out = poisoned(3, out_shape);
     if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
         Py_CLEAR(out);
-    else if (out && kernel_end(&k, module,
-                               b2_patches(&k.ctx, view_of(out), PyArray_DATA(pixels), shape[0], shape[1], shape[2],
-                                          patch, &k.err)) < 0)
+    else if (out && kernel_end(&k, module, b2_patches(&k.ctx, view_of(out), view, patch, &k.err)) < 0)
         Py_CLEAR(out);
     Py_DECREF(pixels);
     return (PyObject *)out;
@@ -775,8 +814,9 @@ static PyObject *fma_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
 }
 
 static PyMethodDef kernel_methods[] = {
-    {"_pack_weight", pack_weight, METH_VARARGS, "_pack_weight(weight, dtype) -> capsule"},
+    {"_pack_weight", pack_weight, METH_VARARGS, "_pack_weight(weight, dtype, pairs) -> capsule"},
     {"_unpack_weight", unpack_weight, METH_O, "_unpack_weight(capsule) -> array [n, k]"},
+    {"_weight_parts", weight_parts, METH_O, "_weight_parts(capsule) -> (dtype, group, bytes, scales, column scales)"},
     {"_convert", convert, METH_VARARGS, "_convert(x, dtype) -> (array, values that became infinite)"},
     {"_linear", linear, METH_VARARGS, "_linear(x, weight, bias, residual, activation, item_rows) -> array"},
     {"_time_linear", time_linear, METH_VARARGS, "_time_linear(x, weights, item_rows) -> seconds of each call"},

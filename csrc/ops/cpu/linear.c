@@ -12,6 +12,7 @@
  * Memory: packed x and one block per thread, from ctx->scratch, given back before returning. */
 #include "ops/cpu/blas.h"
 #include "ops/cpu/common.h"
+#include "ops/cpu/linear_quads.h"
 
 enum {
     KC = 256,               /* steps of k per block */
@@ -303,12 +304,17 @@ int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, c
     if (w->k < 1 || w->n < 1)
         return b2_fail(err, B2_E_VALUE, "linear: weight %s is empty: [%lld, %lld]", w->name ? w->name : "",
                        (long long)w->n, (long long)w->k);
+    if ((w->layout == B2_QUADS && x.rows > B2_QUAD_FEW_ROWS) || w->layout == B2_PAIRS)
+        return b2_fail(err, B2_E_UNSUPPORTED, "linear: weight %s: %s in this layout", w->name ? w->name : "",
+                       b2_dtype_name(w->dtype));
     linear_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .w = w, .item_rows = opts->item_rows};
     job.panels = ceil_div(w->n, B2_PANEL);
     job.epilogue = (b2_epilogue){.bias = opts->bias && opts->bias->data ? opts->bias->data : NULL,
                                  .residual = opts->residual.data,
                                  .residual_ld = opts->residual.ld,
                                  .act = opts->act};
+    if (w->layout == B2_QUADS && x.rows <= B2_QUAD_FEW_ROWS)
+        return b2_cpu_quads_few(ctx, out, x, w, &job.epilogue, err);
     size_t mark = b2_arena_mark(ctx->scratch);
     int blas = w->layout == B2_ROWS && w->dtype == B2_F32 && opts->item_rows > 0;
     int status = blas ? run_blas(ctx, &job, err) : run_own(ctx, &job, opts, err);
@@ -322,5 +328,7 @@ size_t b2_cpu_linear_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_wi
     size_t own = b2_arena_cost((size_t)(min64(GROUP_ROWS, max_rows) * max_width), sizeof(float)) +
                  threads * b2_arena_cost(chunk_scratch(b2_cpu_kernels_of(ctx)), 1);
     size_t blas = threads * b2_arena_cost(blas_scratch(max_rows), 1);
+    size_t quads = b2_cpu_quads_few_scratch(max_rows, max_width);
+    own = own > quads ? own : quads;
     return own > blas ? own : blas;
 }

@@ -1,0 +1,57 @@
+/* What the files behind blip2c._core.Model share: py_model.c (life, weights), py_stages.c (its parts one by one: encode,
+ * forward), py_generate.c and py_stream.c (generation). */
+#ifndef B2_PY_MODEL_H
+#define B2_PY_MODEL_H
+
+#include "python/py_common.h"
+
+#include "model/session.h"
+
+/* NULL with RuntimeError before __init__ has succeeded. */
+const b2_blip2 *b2py_loaded_model(PyObject *self);
+
+/* A context for one call: its own scratch, the module's threads. begin releases the GIL, end takes it back. */
+typedef struct b2py_run {
+    b2py_call call;
+    b2_arena arena;
+    b2_ctx ctx;
+    b2_err err;
+} b2py_run;
+
+void b2py_run_begin(b2py_run *run, PyObject *self, b2_tap *tap);
+/* 0, or -1 with the exception set. */
+int b2py_run_end(b2py_run *run, PyObject *self, int status);
+
+/* The arrays behind a b2_rows_in. */
+typedef struct b2py_rows {
+    PyArrayObject *features, *ids, *offsets, *mask, *decoder_ids, *decoder_offsets, *decoder_mask;
+} b2py_rows;
+
+/* What a caller handed over for b2_rows_in: borrowed references, NULL or None where there is nothing. */
+typedef struct b2py_row_objects {
+    PyObject *features, *ids, *offsets, *mask, *decoder_ids, *decoder_offsets, *decoder_mask;
+} b2py_row_objects;
+
+int b2py_read_rows(b2py_rows *arrays, b2_rows_in *in, const b2_blip2 *model, const b2py_row_objects *objects);
+void b2py_rows_release(b2py_rows *arrays);
+
+/* Methods of Model in py_stages.c. */
+PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_vision(PyObject *self, PyObject *object);
+PyObject *b2py_model_read(PyObject *self, PyObject *object);
+PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_project(PyObject *self, PyObject *object);
+PyObject *b2py_model_embed(PyObject *self, PyObject *object);
+
+/* In py_generate.c and py_stream.c. */
+PyObject *b2py_model_generate(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_generate_stream(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_prefill(PyObject *self, PyObject *args, PyObject *kwargs);
+
+/* A Prefix object's contents; NULL with TypeError naming `name` for anything else. None gives NULL without an exception. */
+b2_prefix *b2py_prefix_of(PyObject *model, PyObject *object, const char *name);
+/* Adds the counters of a search to a result. */
+int b2py_add_stats(PyObject *result, const b2_session_stats *stats);
+
+#endif
