@@ -17,6 +17,7 @@ from blip2c.inputs import PackedRows, check_ids, check_mask, check_pixels, check
 from blip2c.outputs import Like, ModelOutput
 from blip2c.pretrained import Blip2PreTrainedModel, refuse_options
 
+NO_POSITIONS = 2**31 - 1
 FORWARD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "decoder_input_ids": (None,),
     "decoder_attention_mask": (None,),
@@ -148,7 +149,8 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
 
     @property
     def _positions(self) -> int:
-        return int(self._core_config["text"]["max_position_embeddings"])
+        """How many tokens a sequence may have: learned positions end, rotary and relative ones do not."""
+        return int(self._core_config["text"].get("max_position_embeddings", NO_POSITIONS))
 
     @property
     def _image_token(self) -> int | None:
@@ -182,7 +184,10 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
     def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
         """generate()'s options as the C part takes them, over the language model's defaults; lengths of prompts."""
         return core_options(
-            self.language_model.generation_config, generate_kwargs, lengths, max_positions=self._positions
+            self.language_model.generation_config,
+            generate_kwargs,
+            lengths,
+            max_positions=self.config.text_config.get("max_position_embeddings"),
         )
 
     @staticmethod

@@ -51,6 +51,8 @@ LOADING_OPTIONS: dict[str, tuple[Any, ...]] = {
     "gguf_file": (None,),
     "adapter_kwargs": (None,),
 }
+# Where a tied head's values stand, too.
+TOKEN_TABLES = {"language_model.model.decoder.embed_tokens.weight", "language_model.model.embed_tokens.weight"}
 FILE_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 
@@ -293,10 +295,7 @@ class Blip2PreTrainedModel:
             for name in file.names():
                 if name not in unexpected:
                     sizes[name] = int(np.prod(file.info(name)[1], dtype=np.int64))
-        if (
-            self._core_config["text"]["tie_word_embeddings"]
-            and "language_model.model.decoder.embed_tokens.weight" in sizes
-        ):
+        if self._core_config["text"]["tie_word_embeddings"] and TOKEN_TABLES & sizes.keys():
             sizes.pop("language_model.lm_head.weight", None)
         return sum(sizes.values())
 

@@ -25,14 +25,23 @@ typedef struct b2_blip2 {
     b2_weight projection_weight;   /* language_projection: [D_lm, D_qformer] */
     b2_weight projection_bias;     /* [D_lm] */
     b2_lm *lm;                     /* owned */
-    b2_dtype dtype;                /* of the language model's token table */
+    b2_dtype dtypes[B2_PART_COUNT];/* in which most of each part's bytes are held */
+    b2_dtype dtype;                /* in which most of all bytes are held */
     int64_t bytes;                 /* of all weights as held */
+    int64_t parameters;            /* elements of all weights */
+    char policies[B2_POLICIES_TEXT]; /* what was asked for, or what the packed file was made for */
 } b2_blip2;
 
-/* Opens the files and binds every weight. `model` is filled in, or left empty on failure. */
+/* Opens the files and binds every weight. `model` is filled in, or left empty on failure. A file of packed weights
+ * (io/packed.h) is used where it lies: the policies must be those that it was made for, or B2_HOLD_STORED all. */
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
                   const b2_dtype_policy policies[B2_PART_COUNT], b2_pool *pool, b2_cancel *cancel, b2_err *err);
 void b2_blip2_release(b2_blip2 *model);
+
+/* All weights as they are held into one file, which b2_blip2_load maps. `metadata` [2 * metadata_count] key, value: what
+ * the file is to say besides. */
+int b2_blip2_save_packed(const b2_blip2 *model, const char *path, const char *const *metadata, int64_t metadata_count,
+                         b2_cancel *cancel, b2_err *err);
 
 /* Every weight by name, for saving. */
 int b2_blip2_visit(const b2_blip2 *model, b2_weight_visitor *visitor, b2_err *err);

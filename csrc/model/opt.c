@@ -89,34 +89,6 @@ static int has_final_norm(const b2_lm_config *c)
     return c->do_layer_norm_before && !c->remove_final_layer_norm;
 }
 
-/* transformers ties the head to the embedding when the config says so, unless the file holds two different ones. */
-static int head_is_own(b2_binder *binder, const b2_lm_config *config, int *own, b2_err *err)
-{
-    const b2_st_tensor *head = b2_checkpoint_find(binder->checkpoint, head_row.name);
-    const b2_st_tensor *table = b2_checkpoint_find(binder->checkpoint, tokens_row.name);
-    if (!config->tie_word_embeddings) {
-        *own = 1;
-        return 0;
-    }
-    *own = head && table && !b2_binder_same(binder, head_row.name, tokens_row.name);
-    if (head && !*own) /* a copy of the table: known, not unexpected */
-        return b2_binder_find(binder, head_row.name, head_row.shape, err) ? 0 : -1;
-    return 0;
-}
-
-/* Some files keep the tied table only under the head's name. */
-static int bind_tokens(opt *m, b2_binder *binder, b2_err *err)
-{
-    int found = 0;
-    if (b2_bind_optional(binder, m, &tokens_row, &found, err) < 0)
-        return -1;
-    if (found || !m->base.config.tie_word_embeddings || !b2_checkpoint_find(binder->checkpoint, head_row.name))
-        return found ? 0 : b2_fail(err, B2_E_FORMAT, "%s: missing from the checkpoint", tokens_row.name);
-    b2_weight_row row = head_row;
-    row.offset = tokens_row.offset;
-    return b2_bind(binder, m, &row, 1, err);
-}
-
 static int bind_layer(opt *m, int i, b2_binder *binder, b2_err *err)
 {
     const b2_lm_config *c = &m->base.config;
@@ -138,14 +110,11 @@ static int opt_bind(b2_lm *lm, b2_binder *binder, b2_err *err)
     int64_t dims[B2_DIM_COUNT] = {0};
     fill_dims(dims, c);
     binder->dims = dims;
-    int own = 0;
     lm->kv_layers = c->num_hidden_layers;
     lm->kv_width = c->hidden_size;
     m->layers = b2_alloc_zeroed((size_t)c->num_hidden_layers, sizeof *m->layers, "OPT layers", err);
-    if (!m->layers || head_is_own(binder, c, &own, err) < 0 || bind_tokens(m, binder, err) < 0 ||
+    if (!m->layers || b2_bind_vocabulary(binder, m, &tokens_row, &head_row, c->tie_word_embeddings, err) < 0 ||
         b2_bind(binder, m, &positions_row, 1, err) < 0)
-        return -1;
-    if (own && b2_bind(binder, m, &head_row, 1, err) < 0)
         return -1;
     if (has_final_norm(c) && c->layer_norm_elementwise_affine &&
         b2_bind(binder, m, final_norm_table, COUNT(final_norm_table), err) < 0)
@@ -349,7 +318,6 @@ static int opt_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err 
 }
 
 const b2_lm_class b2_opt_class = {
-    .model_type = "opt",
     .size = sizeof(opt),
     .bind = opt_bind,
     .visit = opt_visit,

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "model/stage.h"
 
 /* Tokens that are prefilled together: bounds the activations, changes no bit. Rows are never split. */
 enum { PREFILL_TOKENS = 512 };
@@ -99,11 +100,6 @@ int b2_prompt_check(const b2_blip2 *model, const b2_prompt *prompt, int64_t row,
 
 /* ---- memory ---- */
 
-static int64_t max64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 static void *own(b2_places *p, size_t count, size_t size, b2_err *err)
 {
     void *block = b2_alloc(count, size, "session", err);
@@ -123,7 +119,7 @@ void b2_places_close(b2_places *p)
 static int own_tables(b2_places *p, b2_err *err)
 {
     size_t rows = (size_t)(p->size.places * p->size.rows_per_place), suffix = rows * (size_t)p->size.steps;
-    size_t tokens = (size_t)max64(p->group_tokens, (int64_t)rows), number = sizeof(int32_t);
+    size_t tokens = (size_t)b2_max64(p->group_tokens, (int64_t)rows), number = sizeof(int32_t);
     int32_t **by_row[] = {&p->starts, &p->lens, &p->suffix_lens, &p->cross_starts, &p->cross_lens, &p->logit_rows};
     int32_t **by_token[] = {&p->ids, &p->positions, &p->cache_rows};
     int32_t **by_suffix[] = {&p->slots[0], &p->slots[1], &p->suffix_slots};
@@ -147,9 +143,9 @@ static int own_tables(b2_places *p, b2_err *err)
 static int reserve_scratch(b2_places *p, b2_err *err)
 {
     const b2_lm *lm = p->model->lm;
-    int64_t rows = p->size.places * p->size.rows_per_place, tokens = max64(p->group_tokens, rows);
+    int64_t rows = p->size.places * p->size.rows_per_place, tokens = b2_max64(p->group_tokens, rows);
     int64_t logits = p->size.all_logits ? p->group_tokens : rows;
-    int64_t keys = max64(p->size.longest + p->size.steps, p->size.longest_encoded);
+    int64_t keys = b2_max64(p->size.longest + p->size.steps, p->size.longest_encoded);
     size_t calls = lm->class_->scratch(p->ctx, lm, tokens, keys, logits);
     size_t encoding = lm->class_->encode ? lm->class_->encode_scratch(p->ctx, lm, tokens, p->size.longest_encoded) : 0;
     size_t x = b2_arena_cost((size_t)(tokens * lm->config.hidden_size), sizeof(float));
@@ -185,9 +181,9 @@ int b2_places_open(b2_places *p, b2_ctx *ctx, const b2_blip2 *model, const b2_pl
                      .ctx = ctx,
                      .model = model,
                      .size = *size};
-    int64_t longest = max64(size->longest, size->longest_encoded);
+    int64_t longest = b2_max64(size->longest, size->longest_encoded);
     int64_t together = size->together < PREFILL_TOKENS ? size->together : PREFILL_TOKENS;
-    p->group_tokens = max64(longest, together);
+    p->group_tokens = b2_max64(longest, together);
     return open_caches(p, err) < 0 || own_tables(p, err) < 0 ? -1 : reserve_scratch(p, err);
 }
 
@@ -202,7 +198,7 @@ static void count_bytes(b2_places *p, b2_seat_rows *seat, int64_t bytes)
 {
     seat->bytes += bytes;
     p->bytes_used += bytes;
-    p->bytes_most = max64(p->bytes_most, p->bytes_used);
+    p->bytes_most = b2_max64(p->bytes_most, p->bytes_used);
 }
 
 static int sit_down(b2_places *p, int32_t place, const b2_prompt *prompt, int64_t row, b2_err *err)
@@ -227,15 +223,16 @@ static int sit_down(b2_places *p, int32_t place, const b2_prompt *prompt, int64_
     return b2_prefix_copy(p->ctx, &p->cache, seat->start, &prompt->prefix->cache, NULL, prompt->prefix->length, err);
 }
 
-/* forward() counts positions as the language model's forward() does: OPT cumsum(mask) * mask - 1. generate() upstream makes
- * them itself, and not so: a pad stands at 0 (not -1), and new tokens count on from the last place of the prompt, even
- * where that is a pad. Only pads at the end are changed by it: nobody looks at the others. */
+/* forward() counts positions as the language model's forward() does: OPT cumsum(mask) * mask - 1, others pads too.
+ * generate() upstream makes them itself, and not so: a pad stands at 0 (not -1), and new tokens count on from the last place
+ * of the prompt, even where that is a pad. Only pads at the end are changed by it: nobody looks at the others. */
 static void number_tokens(b2_places *p, b2_seat_rows *seat, int32_t *positions)
 {
     stretch s = own_tokens(&seat->prompt);
+    int counts_pads = p->size.all_logits && p->model->lm->class_->forward_counts_pads;
     int32_t next = seat->prompt.prefix ? (int32_t)seat->prompt.prefix->next_position : 0;
     for (int64_t i = 0; i < s.length; i++) {
-        int real = !s.mask || s.mask[i];
+        int real = !s.mask || s.mask[i] || counts_pads;
         positions[i] = real ? next++ : p->size.all_logits ? -1 : 0;
     }
     seat->next_position = positions[s.length - 1] + 1;

@@ -4,6 +4,7 @@
 
 #include "core/memory.h"
 #include "generate/rules.h"
+#include "model/stage.h"
 
 /* ---- rows as prompts ---- */
 
@@ -47,26 +48,21 @@ static b2_prompt *prompts_of(const b2_blip2 *model, const b2_rows_in *in, b2_err
     return prompts;
 }
 
-static int64_t max64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
 static b2_places_size size_of(const b2_prompt *prompts, int64_t rows)
 {
     b2_places_size size = {.places = rows, .rows_per_place = 1};
     int64_t timeline = 0, encoded = 0;
     for (int64_t b = 0; b < rows; b++) {
         const b2_prompt *prompt = &prompts[b];
-        size.longest = max64(size.longest, b2_prompt_length(prompt));
+        size.longest = b2_max64(size.longest, b2_prompt_length(prompt));
         timeline += b2_prompt_length(prompt);
         size.masked |= prompt->mask || prompt->decoder_mask;
         if (!prompt->decoder_ids)
             continue;
-        size.longest_encoded = max64(size.longest_encoded, prompt->length);
+        size.longest_encoded = b2_max64(size.longest_encoded, prompt->length);
         encoded += prompt->length;
     }
-    size.together = max64(timeline, encoded);
+    size.together = b2_max64(timeline, encoded);
     return size;
 }
 

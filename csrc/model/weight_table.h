@@ -1,6 +1,8 @@
 /* Weight tables: one list per submodel says which tensor of a checkpoint goes where. The same list binds, validates,
  * saves and releases; there is no second one.
  *
+ * A packed file goes through the same lists: its tensors are placed instead of packed.
+ *
  * Memory: a bound model owns its packed weights (b2_release_weights); weights that stay mapped point into the
  * checkpoint, which must outlive them. Names point into the store. */
 #ifndef B2_MODEL_WEIGHT_TABLE_H
@@ -16,6 +18,7 @@ typedef struct b2_checkpoint {
     b2_st_file *files;      /* [count], owned */
     int64_t count;
     unsigned char **used;   /* [count][files[i].count]: 1 once bound; owned */
+    int packed;             /* 1: the only file holds packed weights (io/packed.h), which are used where they lie */
 } b2_checkpoint;
 
 int b2_checkpoint_open(b2_checkpoint *checkpoint, const char *const *paths, int64_t count, b2_err *err);
@@ -50,6 +53,8 @@ typedef enum b2_dim {
     B2_DIM_P,       /* patch side */
     B2_DIM_H,       /* attention heads */
     B2_DIM_HDH,     /* heads * width of one, where that is not D */
+    B2_DIM_KDH,     /* key heads * width of one */
+    B2_DIM_DH,      /* width of one head */
     B2_DIM_R,       /* buckets of relative positions */
     B2_DIM_COUNT
 } b2_dim;
@@ -77,6 +82,10 @@ typedef struct b2_dtype_policy {
     int pairs;      /* 1: BF16 was asked for by name on a processor with its dot products: B2_PAIRS, bfloat16 arithmetic */
 } b2_dtype_policy;
 
+/* "vision=int8,qformer=half,language=int4": which values a packed file has been made for. */
+enum { B2_POLICIES_TEXT = 96 };
+void b2_policies_name(char text[B2_POLICIES_TEXT], const b2_dtype_policy policies[B2_PART_COUNT]);
+
 typedef struct b2_binder {
     b2_checkpoint *checkpoint;
     b2_dtype_policy policy;
@@ -99,6 +108,11 @@ const char *b2_binder_name(b2_binder *binder, const char *pattern, b2_err *err);
 const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const unsigned char *shape, b2_err *err);
 /* Whether the checkpoint holds both tensors, with the same bytes. After a cancel the answer does not matter. */
 int b2_binder_same(const b2_binder *binder, const char *a, const char *b);
+/* Binds a token table, and a head where it is one of its own. transformers ties the two when the config says so, unless
+ * the file holds two different ones; some files keep the tied table only under the head's name. A tied head stays
+ * absent: the table is one weight with two uses. */
+int b2_bind_vocabulary(b2_binder *binder, void *base, const b2_weight_row *tokens, const b2_weight_row *head, int tied,
+                       b2_err *err);
 /* A tensor that older files hold and nobody reads: known, so not reported as unexpected. */
 void b2_binder_ignore(b2_binder *binder, const char *name);
 /* A view of a tensor as stored, [n, k] with n the product of the first `split` axes. */

@@ -150,12 +150,66 @@ static int read_t5(b2py_state *state, PyObject *config, b2_lm_config *c)
                : 0;
 }
 
+/* text.`key`: a sequence of exactly `count` numbers. */
+static int read_numbers(PyObject *config, const char *key, float *out, Py_ssize_t count)
+{
+    PyObject *item = config_item(config, "text", key);
+    PyObject *list = item ? PySequence_Tuple(item) : NULL;
+    Py_XDECREF(item);
+    if (list && PyTuple_GET_SIZE(list) != count)
+        PyErr_Format(PyExc_ValueError, "config: text.%s: expected %zd numbers, found %zd", key, count,
+                     PyTuple_GET_SIZE(list));
+    for (Py_ssize_t i = 0; list && i < count && !PyErr_Occurred(); i++)
+        out[i] = (float)PyFloat_AsDouble(PyTuple_GET_ITEM(list, i));
+    Py_XDECREF(list);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int read_slides(PyObject *config, b2_lm_config *c)
+{
+    float slides[B2_MAX_LM_LAYERS] = {0};
+    if (read_numbers(config, "slides", slides, c->num_hidden_layers) < 0)
+        return -1;
+    for (int i = 0; i < c->num_hidden_layers; i++)
+        c->slides[i] = slides[i] != 0.0f;
+    return 0;
+}
+
+static int read_llama(b2py_state *state, PyObject *config, b2_lm_config *c)
+{
+    const char *s = "text";
+    c->max_position_embeddings = B2_NO_POSITIONS;
+    if (read_int(config, s, "intermediate_size", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
+        read_small(config, s, "num_hidden_layers", 0, B2_MAX_LM_LAYERS, &c->num_hidden_layers) < 0 ||
+        read_small(config, s, "num_key_value_heads", 1, c->num_attention_heads, &c->num_key_value_heads) < 0 ||
+        read_small(config, s, "head_dim", 2, B2_MAX_HEAD_DIM, &c->head_dim) < 0 ||
+        read_float(config, s, "rms_norm_eps", &c->norm_eps) < 0 ||
+        read_act(state, config, s, "hidden_act", &c->act) < 0 ||
+        read_small(config, s, "qkv_bias", 0, 1, &c->qkv_bias) < 0 ||
+        read_small(config, s, "o_bias", 0, 1, &c->o_bias) < 0 ||
+        read_small(config, s, "mlp_bias", 0, 1, &c->mlp_bias) < 0 ||
+        read_small(config, s, "qk_norm", 0, 1, &c->qk_norm) < 0 ||
+        read_int(config, s, "sliding_window", 0, INT32_MAX, &c->sliding_window) < 0 || read_slides(config, c) < 0 ||
+        read_numbers(config, "inv_freq", c->inv_freq, c->head_dim / 2) < 0 ||
+        read_float(config, s, "rope_scaling", &c->rope_scaling) < 0)
+        return -1;
+    if (c->num_attention_heads % c->num_key_value_heads == 0 && c->head_dim % 2 == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "config: text: %d heads of width %d over %d key heads", c->num_attention_heads,
+                 c->head_dim, c->num_key_value_heads);
+    return -1;
+}
+
 static const struct {
     const char *model_type;
     int (*read)(b2py_state *state, PyObject *config, b2_lm_config *c);
 } text_configs[] = {
     {"opt", read_opt},
     {"t5", read_t5},
+    {"llama", read_llama},
+    {"mistral", read_llama},
+    {"qwen2", read_llama},
+    {"qwen3", read_llama},
 };
 
 static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c)

@@ -4,7 +4,6 @@
 #include <string.h>
 
 #include "core/memory.h"
-#include "ops/weights.h"
 #include "python/py_config.h"
 #include "python/py_dtype.h"
 
@@ -240,48 +239,6 @@ int b2py_read_rows(b2py_rows *a, b2_rows_in *in, const b2_blip2 *model, const b2
     return read_features(a, in, o->features, model) < 0 || read_decoder_rows(a, in, model, o) < 0 ? -1 : 0;
 }
 
-/* ---- what it holds ---- */
-
-typedef struct dict_visitor {
-    b2_weight_visitor visitor;
-    PyObject *dict;
-} dict_visitor;
-
-static int add_weight(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err)
-{
-    static const int numpy_types[] = {NPY_FLOAT32, NPY_FLOAT16, NPY_UINT16};
-    npy_intp dims[4];
-    for (int i = 0; i < rank; i++)
-        dims[i] = (npy_intp)shape[i];
-    PyObject *array = PyArray_SimpleNew(rank, dims, numpy_types[weight->dtype]);
-    int status = -1;
-    if (!array)
-        b2_fail(err, B2_E_CALLBACK, "%s", weight->name);
-    else if (b2_weight_unpack(PyArray_DATA((PyArrayObject *)array), weight, err) == 0) {
-        status = PyDict_SetItemString(((dict_visitor *)visitor)->dict, weight->name, array);
-        if (status < 0)
-            b2_fail(err, B2_E_CALLBACK, "%s", weight->name);
-    }
-    Py_XDECREF(array);
-    return status;
-}
-
-static PyObject *model_weights(PyObject *self, PyObject *Py_UNUSED(ignored))
-{
-    const b2_blip2 *model = b2py_loaded_model(self);
-    if (!model)
-        return NULL;
-    b2_err err = {0};
-    dict_visitor visitor = {{add_weight}, PyDict_New()};
-    if (!visitor.dict)
-        return NULL;
-    if (b2_blip2_visit(model, &visitor.visitor, &err) < 0) {
-        Py_DECREF(visitor.dict);
-        return b2py_raise(state_of(self), &err);
-    }
-    return visitor.dict;
-}
-
 static void append_name(void *owner, const char *name)
 {
     PyObject *text = PyUnicode_FromString(name);
@@ -299,18 +256,6 @@ static PyObject *model_unexpected(PyObject *self, void *Py_UNUSED(closure))
     if (PyErr_Occurred())
         Py_CLEAR(names);
     return names;
-}
-
-static PyObject *model_dtype(PyObject *self, void *Py_UNUSED(closure))
-{
-    const b2_blip2 *model = b2py_loaded_model(self);
-    return model ? PyUnicode_FromString(b2py_dtype_name(model->dtype)) : NULL;
-}
-
-static PyObject *model_nbytes(PyObject *self, void *Py_UNUSED(closure))
-{
-    const b2_blip2 *model = b2py_loaded_model(self);
-    return model ? PyLong_FromLongLong(model->bytes) : NULL;
 }
 
 #define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
@@ -333,14 +278,19 @@ static PyMethodDef model_methods[] = {
     {"generate_stream", KEYWORDS(b2py_model_generate_stream),
      "generate_stream(next, done, options, places, longest, longest_decoder=0, masked=False) -> dict"},
     {"prefill", KEYWORDS(b2py_model_prefill), "prefill(image_features, ids, rule_ids, prefix=None) -> Prefix"},
-    {"weights", model_weights, METH_NOARGS, "weights() -> every weight by its checkpoint name, unpacked"},
+    {"weights", b2py_model_weights, METH_NOARGS, "weights() -> every weight by its checkpoint name, unpacked"},
+    {"save_packed", b2py_model_save_packed, METH_VARARGS,
+     "save_packed(path, metadata): all weights as they are held, in one file"},
     {0},
 };
 
 static PyGetSetDef model_getset[] = {
     {"unexpected", model_unexpected, NULL, "Names in the files that this architecture does not have.", NULL},
-    {"dtype", model_dtype, NULL, "How most of the weights are held.", NULL},
-    {"nbytes", model_nbytes, NULL, "Bytes of all weights as held.", NULL},
+    {"dtype", b2py_model_dtype, NULL, "How most of the weights are held.", NULL},
+    {"dtypes", b2py_model_dtypes, NULL, "The same for each part.", NULL},
+    {"policies", b2py_model_policies, NULL, "What was asked for, or what the packed file was made for.", NULL},
+    {"parameters", b2py_model_parameters, NULL, "Elements of all weights.", NULL},
+    {"nbytes", b2py_model_nbytes, NULL, "Bytes of all weights as held.", NULL},
     {0},
 };
 

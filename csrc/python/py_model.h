@@ -1,4 +1,4 @@
-/* What the files behind blip2c._core.Model share: py_model.c (life, weights), py_stages.c (its parts one by one: encode,
+/* What the files behind blip2c._core.Model share: py_model.c (life), py_weights.c, py_stages.c (its parts one by one: encode,
  * forward), py_generate.c and py_stream.c (generation). */
 #ifndef B2_PY_MODEL_H
 #define B2_PY_MODEL_H
@@ -53,5 +53,14 @@ PyObject *b2py_model_prefill(PyObject *self, PyObject *args, PyObject *kwargs);
 b2_prefix *b2py_prefix_of(PyObject *model, PyObject *object, const char *name);
 /* Adds the counters of a search to a result. */
 int b2py_add_stats(PyObject *result, const b2_session_stats *stats);
+
+/* py_weights.c: the weights as arrays and as a packed file, and what they are held as. */
+PyObject *b2py_model_weights(PyObject *self, PyObject *ignored);
+PyObject *b2py_model_save_packed(PyObject *self, PyObject *args);
+PyObject *b2py_model_dtype(PyObject *self, void *closure);
+PyObject *b2py_model_dtypes(PyObject *self, void *closure);
+PyObject *b2py_model_policies(PyObject *self, void *closure);
+PyObject *b2py_model_parameters(PyObject *self, void *closure);
+PyObject *b2py_model_nbytes(PyObject *self, void *closure);
 
 #endif
