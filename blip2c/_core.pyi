@@ -17,6 +17,13 @@ def set_num_threads(n: int, /) -> None: ...
 def _allocation_count() -> int: ...
 def _fail_allocation_after(countdown: int, /) -> None: ...
 
+PACKED_VERSION: str
+"""Of the layout of packed files."""
+
+def _policies(dtype: str | dict[str, str], /) -> str: ...
+
+"""How a dtype holds each part: "vision=int8,qformer=half,language=int4"."""
+
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 

@@ -39,8 +39,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", **_LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3", **_LLAMA, "head_dim": 12},
     "t5": {
-        "model_type": "t5", "vocab_size": 320, "d_model": 20, "d_kv": 7, "num_heads": 3, "d_ff": 36, "num_layers": 2,
-        "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8,
+        "model_type": "t5", "vocab_size": 320, "d_model": 20, "d_kv": 7, "num_heads": 3, "d_ff": 36, "num_layers": 3,
+        "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 12, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
         "decoder_start_token_id": 0,
     },
