@@ -5,12 +5,10 @@
  * Memory: rounded x and one block per thread, from ctx->scratch, given back before returning. */
 #include "ops/cpu/linear_quads.h"
 
-#include <string.h>
-
 #include "ops/cpu/quad_tiles.h"
 
 enum {
-    KC = 1024,          /* input channels per block, a multiple of 64 */
+    KC = 1024,          /* most input channels per block, a multiple of 64: two panels of them stay in L1 */
     KC_UNPACKED = 512,  /* the same where weights are unpacked */
     CHUNK_ROWS = 288,   /* most rows per tile of work */
     CHUNK_PANELS = 8,   /* most panels per tile of work */
@@ -117,21 +115,26 @@ static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, in
 static void finish_tile(const tiles_job *job, float *tile, int64_t row, int64_t rows, int64_t panel, int two)
 {
     int64_t column = panel * B2_PANEL, cols = min64(two ? 2 * B2_PANEL : B2_PANEL, job->w->n - column);
-    if (job->w->dtype == B2_I8) {
-        const float *scales = (const float *)job->w->scales + column;
-        job->tiles->scale(tile, scales, two ? scales + B2_PANEL : scales, (int)rows);
-    }
     b2_epilogue e = job->epilogue;
+    e.scales = job->w->dtype == B2_I8 ? (const float *)job->w->scales + column : NULL;
     e.bias = e.bias ? e.bias + column : NULL;
     e.residual = e.residual ? e.residual + row * e.residual_ld + column : NULL;
     job->kernels->finish(job->out.data + row * job->out.ld + column, job->out.ld, tile, B2_QUAD_TILE_COLUMNS, rows, cols,
                          &e);
 }
 
-static void run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int two)
+/* Units per block of k: as even as can be, and whole groups. */
+static int64_t block_units(const tiles_job *job)
 {
     int unpacks = job->w->dtype == B2_I4 || job->tiles->unpack_i8;
-    int64_t step = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_UNIT;
+    int64_t most = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_UNIT;
+    int64_t even = ceil_div(job->units, ceil_div(job->units, most));
+    return ceil_div(even, job->group_units) * job->group_units;
+}
+
+static void run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int two)
+{
+    int64_t step = block_units(job);
     for (int64_t u0 = 0; u0 < job->units; u0 += step) {
         int64_t units = min64(step, job->units - u0);
         b2_quad_operand operand = enter_panels(job, chunk, panel, two, u0, units);
@@ -139,9 +142,7 @@ static void run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, 
         for (int64_t i = chunk->block; i < chunk->block_end; i++) {
             int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
             b2_quad_block x = block_at(job, first, rows, u0);
-            if (u0 == 0)
-                memset(tile, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *tile);
-            job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units);
+            job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units, u0 == 0);
             if (u0 + units == job->units)
                 finish_tile(job, tile, first, rows, panel, two);
             tile += job->tiles->tile_rows * B2_QUAD_TILE_COLUMNS;

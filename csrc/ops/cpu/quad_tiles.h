@@ -56,10 +56,10 @@ typedef struct b2_quad_tiles {
     /* dst = `units` units of a panel as stored; NULL in int8's place: it is read as it lies. */
     void (*unpack_i8)(char *dst, const uint8_t *panel, int64_t units);
     void (*unpack_i4)(char *dst, const uint8_t *panel, int64_t units);
-    /* c [rows][32] += the sums over `units` units from the beginning of a group, without int8's scale. */
-    void (*tile)(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units);
-    /* int8: c [rows][32] *= scales [2][16] */
-    void (*scale)(float *c, const float *scales0, const float *scales1, int rows);
+    /* c [rows][32] (+)= the sums over `units` units from the beginning of a group, without int8's scale: starts from zero
+     * if `first`, else goes on from c. */
+    void (*tile)(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
+                 int first);
     /* As fma_peak (kernels.h), of int8 products; returns operations, two for each product. */
     double (*peak)(int64_t rounds, float *sink);
 } b2_quad_tiles;

@@ -75,8 +75,11 @@ B2_INLINE void tile_rows(float *c, const b2_quad_block *x, const b2_quad_operand
     }
 }
 
-static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units)
+static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
+                 int first)
 {
+    if (first)
+        memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
     switch (rows) { /* the bounds become constants */
     case 5: tile_rows(c, x, w, dtype, units, 5); break;
     case 6: tile_rows(c, x, w, dtype, units, 6); break;
@@ -167,8 +170,11 @@ DEFINE_TILE(4)
 DEFINE_TILE(5)
 DEFINE_TILE(6)
 
-static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units)
+static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
+                 int first)
 {
+    if (first)
+        memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
     void (*const i8[])(float *, const char *, const float *, const char *, int64_t) = {tile_i8_4, tile_i8_5, tile_i8_6};
     void (*const i4[])(float *, const char *, const float *, const char *, int64_t, const uint16_t *) = {
         tile_i4_4, tile_i4_5, tile_i4_6};
@@ -200,8 +206,11 @@ static double peak(int64_t rounds, float *sink)
 #else
 enum { TILE_ROWS = 4, TILE_PANELS = 1 };
 
-static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units)
+static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
+                 int first)
 {
+    if (first)
+        memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
     int64_t group = b2_quad_group(dtype);
     for (int64_t k = 0; k < units * B2_QUAD_UNIT; k += group)
         for (int r = 0; r < rows; r++) {
@@ -266,16 +275,6 @@ static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)
     }
 }
 
-static void scale(float *c, const float *scales0, const float *scales1, int rows)
-{
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < B2_PANEL; j++) {
-            c[r * B2_QUAD_TILE_COLUMNS + j] *= scales0[j];
-            if (TILE_PANELS == 2)
-                c[r * B2_QUAD_TILE_COLUMNS + B2_PANEL + j] *= scales1[j];
-        }
-}
-
 const b2_quad_tiles B2_QUAD_TILES = {
     .tile_rows = TILE_ROWS,
     .tile_panels = TILE_PANELS,
@@ -284,6 +283,5 @@ const b2_quad_tiles B2_QUAD_TILES = {
     .unpack_i8 = unpack_i8,
     .unpack_i4 = unpack_i4,
     .tile = tile,
-    .scale = scale,
     .peak = peak,
 };

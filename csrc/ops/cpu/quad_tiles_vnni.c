@@ -29,12 +29,18 @@ enum { TILE_ROWS = 7, FEWEST_ROWS = 5 };
 #define ROWS_6(DO, R) ROWS_5(DO, R) DO(R, 5, 10, 11, 24, 25, 31)
 #define ROWS_7(DO, R) ROWS_6(DO, R) DO(R, 6, 12, 13, 26, 27, 30)
 
+#define ZERO(R, r, i0, i1, f0, f1, x)                                                                               \
+    "vpxord %%zmm" #f0 ", %%zmm" #f0 ", %%zmm" #f0 "\n\t"                                                           \
+    "vpxord %%zmm" #f1 ", %%zmm" #f1 ", %%zmm" #f1 "\n\t"
 #define LOAD(R, r, i0, i1, f0, f1, x)                                                                               \
     "vmovups 128*" #r "(%[c]), %%zmm" #f0 "\n\t"                                                                    \
     "vmovups 128*" #r "+64(%[c]), %%zmm" #f1 "\n\t"
 #define STORE(R, r, i0, i1, f0, f1, x)                                                                              \
     "vmovups %%zmm" #f0 ", 128*" #r "(%[c])\n\t"                                                                    \
     "vmovups %%zmm" #f1 ", 128*" #r "+64(%[c])\n\t"
+#define START(R)                                                                                                    \
+    ROWS_##R(ZERO, R) "test %[first], %[first]\n\t"                                                                 \
+                      "jnz 4f\n\t" ROWS_##R(LOAD, R) "4:\n\t"
 #define BEGIN(R, r, i0, i1, f0, f1, x)                                                                              \
     "vpbroadcastd 4*" #r "(%[offsets]), %%zmm" #i0 "\n\t"                                                           \
     "vmovdqa64 %%zmm" #i0 ", %%zmm" #i1 "\n\t"
@@ -72,13 +78,14 @@ enum { TILE_ROWS = 7, FEWEST_ROWS = 5 };
     "add $4*" #R ", %[offsets]\n\t"
 
 #define DEFINE_TILE(R)                                                                                              \
-    static void tile_i8_##R(float *c, const b2_quad_block *b, const b2_quad_operand *w, int64_t units)              \
+    static void tile_i8_##R(float *c, const b2_quad_block *b, const b2_quad_operand *w, int64_t units,              \
+                            int64_t first)                                                                          \
     {                                                                                                               \
         const char *x = b->values, *w0 = w->values[0], *w1 = w->values[1];                                          \
         const float *scales = b->scales;                                                                            \
         const int32_t *offsets = b->offsets;                                                                        \
         int64_t whole = units / 2, half = units % 2;                                                                \
-        __asm__ volatile(ROWS_##R(LOAD, R)                                                                          \
+        __asm__ volatile(START(R)                                                                          \
                          "test %[whole], %[whole]\n\t"                                                              \
                          "jz 2f\n"                                                                                  \
                          "1:\n\t" SUMS(R, SIXTEEN) ROWS_##R(ADD, R) ADVANCE(R, 2)                                   \
@@ -89,16 +96,17 @@ enum { TILE_ROWS = 7, FEWEST_ROWS = 5 };
                          "jz 3f\n\t" SUMS(R, EIGHT) ROWS_##R(ADD, R) "3:\n\t" ROWS_##R(STORE, R)                    \
                          : [x] "+r"(x), [scales] "+r"(scales), [offsets] "+r"(offsets), [w0] "+r"(w0),              \
                            [w1] "+r"(w1), [whole] "+r"(whole)                                                       \
-                         : [c] "r"(c), [half] "r"(half)                                                             \
+                         : [c] "r"(c), [half] "r"(half), [first] "r"(first)                                                             \
                          : CLOBBERED);                                                                              \
     }                                                                                                               \
-    static void tile_i4_##R(float *c, const b2_quad_block *b, const b2_quad_operand *w, int64_t units)              \
+    static void tile_i4_##R(float *c, const b2_quad_block *b, const b2_quad_operand *w, int64_t units,              \
+                            int64_t first)                                                                          \
     {                                                                                                               \
         const char *x = b->values, *w0 = w->values[0], *w1 = w->values[1];                                          \
         const char *s0 = w->scales[0], *s1 = w->scales[1];                                                          \
         const float *scales = b->scales;                                                                            \
         const int32_t *offsets = b->offsets;                                                                        \
-        __asm__ volatile(ROWS_##R(LOAD, R) "1:\n\t" SUMS(R, EIGHT)                                                  \
+        __asm__ volatile(START(R) "1:\n\t" SUMS(R, EIGHT)                                                  \
                          "vcvtph2ps (%[s0]), %%zmm28\n\t"                                                           \
                          "vcvtph2ps (%[s1]), %%zmm29\n\t" ROWS_##R(SCALE, R) ROWS_##R(ADD, R) ADVANCE(R, 1)         \
                          "add $32, %[s0]\n\t"                                                                       \
@@ -107,7 +115,7 @@ enum { TILE_ROWS = 7, FEWEST_ROWS = 5 };
                          "jnz 1b\n\t" ROWS_##R(STORE, R)                                                            \
                          : [x] "+r"(x), [scales] "+r"(scales), [offsets] "+r"(offsets), [w0] "+r"(w0),              \
                            [w1] "+r"(w1), [s0] "+r"(s0), [s1] "+r"(s1), [units] "+r"(units)                         \
-                         : [c] "r"(c)                                                                               \
+                         : [c] "r"(c), [first] "r"(first)                                                                               \
                          : CLOBBERED);                                                                              \
     }
 
@@ -120,12 +128,13 @@ DEFINE_TILE(5)
 DEFINE_TILE(6)
 DEFINE_TILE(7)
 
-typedef void (*tile_fn)(float *, const b2_quad_block *, const b2_quad_operand *, int64_t);
+typedef void (*tile_fn)(float *, const b2_quad_block *, const b2_quad_operand *, int64_t, int64_t);
 
-static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units)
+static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
+                 int first)
 {
     static const tile_fn i8[] = {tile_i8_5, tile_i8_6, tile_i8_7}, i4[] = {tile_i4_5, tile_i4_6, tile_i4_7};
-    (dtype == B2_I8 ? i8 : i4)[rows - FEWEST_ROWS](c, x, w, units);
+    (dtype == B2_I8 ? i8 : i4)[rows - FEWEST_ROWS](c, x, w, units, first);
 }
 
 static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)
@@ -135,16 +144,6 @@ static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)
         __m512i both = _mm512_loadu_si512(panel + i * 64);
         _mm512_storeu_si512(dst + i * 128, _mm512_and_si512(both, mask));
         _mm512_storeu_si512(dst + i * 128 + 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
-    }
-}
-
-static void scale(float *c, const float *scales0, const float *scales1, int rows)
-{
-    __m512 s0 = _mm512_loadu_ps(scales0), s1 = _mm512_loadu_ps(scales1);
-    for (int r = 0; r < rows; r++) {
-        float *row = c + r * B2_QUAD_TILE_COLUMNS;
-        _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), s0));
-        _mm512_storeu_ps(row + 16, _mm512_mul_ps(_mm512_loadu_ps(row + 16), s1));
     }
 }
 
@@ -169,6 +168,5 @@ const b2_quad_tiles b2_quad_tiles_vnni = {
     .unpack_i8 = NULL,
     .unpack_i4 = unpack_i4,
     .tile = tile,
-    .scale = scale,
     .peak = peak,
 };
