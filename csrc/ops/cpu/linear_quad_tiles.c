@@ -71,7 +71,7 @@ typedef struct chunk {
     int64_t block, block_end; /* row blocks */
     int64_t panel, panel_end;
     char *unpacked;           /* scratch: [2][KC_UNPACKED][16] values */
-    float *tiles;             /* scratch: [blocks_per_chunk][tile rows][32] */
+    float *tiles;             /* scratch: [CHUNK_PANELS / tile panels][row blocks][tile rows][32] */
 } chunk;
 
 static size_t unpacked_bytes(const b2_quad_tiles *tiles)
@@ -81,32 +81,42 @@ static size_t unpacked_bytes(const b2_quad_tiles *tiles)
 
 static size_t chunk_scratch(const b2_quad_tiles *tiles)
 {
-    int64_t blocks = ceil_div(CHUNK_ROWS, tiles->tile_rows);
-    return unpacked_bytes(tiles) + (size_t)(blocks * tiles->tile_rows * B2_QUAD_TILE_COLUMNS) * sizeof(float);
+    int64_t rows = ceil_div(CHUNK_ROWS, tiles->tile_rows) * tiles->tile_rows;
+    return unpacked_bytes(tiles) +
+           (size_t)(CHUNK_PANELS / tiles->tile_panels * rows * B2_QUAD_TILE_COLUMNS) * sizeof(float);
 }
 
-static int64_t panel_bytes(const tiles_job *job)
+/* Bytes of `units` units of a panel as stored. */
+static int64_t stored_bytes(const tiles_job *job, int64_t units)
 {
-    return job->units * B2_QUAD_UNIT * B2_PANEL / (job->w->dtype == B2_I4 ? 2 : 1);
+    return units * B2_QUAD_UNIT * B2_PANEL / (job->w->dtype == B2_I4 ? 2 : 1);
+}
+
+static const char *stored_at(const tiles_job *job, int64_t panel, int64_t unit)
+{
+    return (const char *)job->w->data + stored_bytes(job, panel * job->units + unit);
+}
+
+/* Whether the last panel of the chunk is not alone. */
+static int are_two(const tiles_job *job, const chunk *chunk, int64_t panel)
+{
+    return job->tiles->tile_panels == 2 && panel + 1 < chunk->panel_end;
 }
 
 /* The operand of panels [panel, panel + 2) from unit u0 on; of a single panel twice that one. */
-static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int two, int64_t u0,
-                                    int64_t units)
+static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int64_t u0, int64_t units)
 {
     const b2_quad_tiles *tiles = job->tiles;
     b2_quad_operand operand;
-    int i4 = job->w->dtype == B2_I4;
+    int i4 = job->w->dtype == B2_I4, two = are_two(job, chunk, panel);
     void (*unpack)(char *, const uint8_t *, int64_t) = i4 ? tiles->unpack_i4 : tiles->unpack_i8;
     for (int i = 0; i < 2; i++) {
         int64_t from = panel + (two ? i : 0);
-        const uint8_t *stored = (const uint8_t *)job->w->data + from * panel_bytes(job) +
-                                u0 * B2_QUAD_UNIT * B2_PANEL / (i4 ? 2 : 1);
-        operand.values[i] = (const char *)stored;
+        const char *stored = stored_at(job, from, u0);
+        char *unpacked = chunk->unpacked + (two ? i : 0) * (int64_t)unpacked_bytes(tiles) / 2;
         if (unpack && (i == 0 || two))
-            unpack(chunk->unpacked + i * (int64_t)unpacked_bytes(tiles) / 2, stored, units);
-        if (unpack)
-            operand.values[i] = chunk->unpacked + (two ? i : 0) * (int64_t)unpacked_bytes(tiles) / 2;
+            unpack(unpacked, (const uint8_t *)stored, units);
+        operand.values[i] = unpack ? unpacked : stored;
         operand.scales[i] = i4 ? (const uint16_t *)job->w->scales + (from * job->units + u0) * B2_PANEL : NULL;
     }
     return operand;
@@ -132,22 +142,28 @@ static int64_t block_units(const tiles_job *job)
     return ceil_div(even, job->group_units) * job->group_units;
 }
 
-static void run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int two)
+/* Asks for a part of what is read next, each time a row block is done: all of it is in the cache when it is needed. */
+static void ask_ahead(const char *next, int64_t bytes, int64_t part, int64_t parts)
 {
-    int64_t step = block_units(job);
-    for (int64_t u0 = 0; u0 < job->units; u0 += step) {
-        int64_t units = min64(step, job->units - u0);
-        b2_quad_operand operand = enter_panels(job, chunk, panel, two, u0, units);
-        float *tile = chunk->tiles;
-        for (int64_t i = chunk->block; i < chunk->block_end; i++) {
-            int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
-            b2_quad_block x = block_at(job, first, rows, u0);
-            job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units, u0 == 0);
-            if (u0 + units == job->units)
-                finish_tile(job, tile, first, rows, panel, two);
-            tile += job->tiles->tile_rows * B2_QUAD_TILE_COLUMNS;
-        }
+    for (int64_t at = bytes * part / parts / 64 * 64; at < bytes * (part + 1) / parts; at += 64)
+        __builtin_prefetch(next + at, 0, 2);
+}
+
+static float *run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int64_t u0, int64_t units, float *tile)
+{
+    b2_quad_operand operand = enter_panels(job, chunk, panel, u0, units);
+    int64_t next = panel + job->tiles->tile_panels, bytes = stored_bytes(job, units);
+    for (int64_t i = chunk->block; i < chunk->block_end; i++) {
+        int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
+        b2_quad_block x = block_at(job, first, rows, u0);
+        for (int p = 0; p < job->tiles->tile_panels && next + p < chunk->panel_end; p++)
+            ask_ahead(stored_at(job, next + p, u0), bytes, i - chunk->block, chunk->block_end - chunk->block);
+        job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units, u0 == 0);
+        if (u0 + units == job->units)
+            finish_tile(job, tile, first, rows, panel, are_two(job, chunk, panel));
+        tile += job->tiles->tile_rows * B2_QUAD_TILE_COLUMNS;
     }
+    return tile;
 }
 
 static void chunk_tile(void *argument, int64_t index, int worker)
@@ -161,8 +177,12 @@ static void chunk_tile(void *argument, int64_t index, int worker)
                    .panel_end = min64(job->panels, panel + job->panels_per_chunk),
                    .unpacked = scratch,
                    .tiles = (float *)(void *)(scratch + unpacked_bytes(job->tiles))};
-    for (int64_t p = chunk.panel; p < chunk.panel_end; p += job->tiles->tile_panels)
-        run_panels(job, &chunk, p, job->tiles->tile_panels == 2 && p + 1 < chunk.panel_end);
+    int64_t step = block_units(job);
+    for (int64_t u0 = 0; u0 < job->units; u0 += step) {
+        float *tile = chunk.tiles;
+        for (int64_t p = chunk.panel; p < chunk.panel_end; p += job->tiles->tile_panels)
+            tile = run_panels(job, &chunk, p, u0, min64(step, job->units - u0), tile);
+    }
     b2_slot_release(&job->slots, scratch);
 }
 
