@@ -177,7 +177,8 @@ def random_checkpoint(
 ) -> Path:
     """Write a random checkpoint with transformers and return its folder.
 
-    overrides go to random_config(); instruct makes it an InstructBLIP. dtype is what the weights are stored as. tokenizer=True adds a Blip2Processor.
+    overrides go to random_config(); instruct makes it an InstructBLIP. dtype is what the weights are stored as.
+    tokenizer=True adds a processor.
     Load the reference with reference_model(path): the stored values in float32.
     """
     path = Path(path)
