@@ -450,7 +450,7 @@ def test_decoder_rows_that_do_not_belong(models: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="decoder_ids: an encoder-decoder needs them"):
         core.forward(None, ids, offsets)
     for bad, words in ((np.array([-1], np.int32), "-1"), (np.array([320], np.int32), "320")):
-        with pytest.raises(IndexError, match=f"decoder token id {words} is outside"):
+        with pytest.raises(IndexError, match=f"token id {words} is outside"):
             core.forward(None, ids, offsets, decoder_ids=bad, decoder_offsets=np.array([0, 1], np.int64))
     with pytest.raises(ValueError, match="row 0: the decoder's prompt is empty"):
         core.forward(None, ids, offsets, decoder_ids=ids[:0], decoder_offsets=np.array([0, 0], np.int64))
