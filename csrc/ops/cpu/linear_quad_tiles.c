@@ -10,6 +10,7 @@
 enum {
     KC = 1024,          /* most input channels per block, a multiple of 64: two panels of them stay in L1 */
     KC_UNPACKED = 512,  /* the same where weights are unpacked */
+    FEW_BLOCKS = 8,
     CHUNK_ROWS = 288,   /* most rows per tile of work */
     CHUNK_PANELS = 8,   /* most panels per tile of work */
     GROUP_ROWS = 1152   /* most rows rounded at a time */
@@ -133,10 +134,13 @@ static void finish_tile(const tiles_job *job, float *tile, int64_t row, int64_t 
                          &e);
 }
 
-/* Units per block of k: as even as can be, and whole groups. */
+/* Units per block of k: as even as can be, and whole groups. Few row blocks are done with a panel so soon that reading it in
+ * one go counts for more. */
 static int64_t block_units(const tiles_job *job)
 {
     int unpacks = job->w->dtype == B2_I4 || job->tiles->unpack_i8;
+    if (!unpacks && job->blocks_per_chunk <= FEW_BLOCKS)
+        return job->units + job->units % job->group_units;
     int64_t most = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_UNIT;
     int64_t even = ceil_div(job->units, ceil_div(job->units, most));
     return ceil_div(even, job->group_units) * job->group_units;
