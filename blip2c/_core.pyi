@@ -91,7 +91,7 @@ class Model:
     """[N] -> [N, D_lm]: the language model's token embeddings."""
     def generate(
         self,
-        image_features: NDArray[np.float32],
+        image_features: NDArray[np.float32] | None,
         ids: NDArray[np.int32],
         offsets: NDArray[np.int64],
         mask: NDArray[np.uint8] | None,
@@ -102,9 +102,10 @@ class Model:
     -1, or -1 where there is none). options: every key of b2_generate_opts, see blip2c.generation.core_options().
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
-    def weights(self) -> dict[str, NDArray[Any]]: ...
-    """Every weight by its checkpoint name, unpacked: float32 (also where it is quantised), float16, or uint16 holding
-    bfloat16 bits."""
+    def weights(self, only: str | None = None) -> dict[str, NDArray[Any]]: ...
+    """Every weight (or the one called `only`, if there is one) by its checkpoint name, unpacked: float32 (also where
+    it is quantised), float16, or uint16 holding bfloat16 bits."""
+    def weight_names(self) -> list[str]: ...
     def save_packed(self, path: str | os.PathLike[str], metadata: dict[str, str], /) -> None: ...
     """All weights as they are held into one file, which Model() maps; docs/FORMATS.md has the form."""
 
@@ -156,8 +157,8 @@ def apply_rules(
     /,
 ) -> NDArray[np.float32]: ...
 
-"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V]. ids [n, t]: prompt_length ids of
-the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the repetition penalty does not see."""
+"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V]. ids [n, t]: prompt_length ids
+of the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the repetition penalty does not see."""
 
 # kernels: see blip2c.kernels
 def _pack_weight(weight: NDArray[Any], dtype: str | None, pairs: bool, /) -> Any: ...
@@ -189,6 +190,9 @@ def _rope(
 ) -> NDArray[np.float32]: ...
 def _activation(x: NDArray[np.float32], activation: int, /) -> NDArray[np.float32]: ...
 def _log_softmax(x: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+def _cross_entropy(
+    logits: NDArray[np.float32], targets: NDArray[np.int64], ignore_index: int, /
+) -> NDArray[np.float32]: ...
 def _top_k(x: NDArray[np.float32], k: int, /) -> tuple[NDArray[np.float32], NDArray[np.int32]]: ...
 def _first_bad_row(x: NDArray[np.float32], /) -> int: ...
 def _embedding(table: Any, ids: NDArray[np.int32], added_to: NDArray[np.float32] | None, /) -> NDArray[np.float32]: ...

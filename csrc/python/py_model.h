@@ -45,7 +45,8 @@ PyObject *b2py_model_project(PyObject *self, PyObject *object);
 PyObject *b2py_model_embed(PyObject *self, PyObject *object);
 
 /* py_weights.c: the weights as arrays and as a packed file, and what they are held as. */
-PyObject *b2py_model_weights(PyObject *self, PyObject *ignored);
+PyObject *b2py_model_weights(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_weight_names(PyObject *self, PyObject *ignored);
 PyObject *b2py_model_save_packed(PyObject *self, PyObject *args);
 PyObject *b2py_model_dtype(PyObject *self, void *closure);
 PyObject *b2py_model_dtypes(PyObject *self, void *closure);
