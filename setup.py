@@ -23,7 +23,11 @@ ISA_FLAGS = {
     "csrc/ops/cpu/kernels_avx2.c": AVX2,
     "csrc/ops/cpu/kernels_avx512.c": AVX512,
     "csrc/ops/cpu/quads_avx2.c": AVX2,
+    "csrc/ops/cpu/quad_tiles_avx2.c": AVX2,
+    "csrc/ops/cpu/quad_tiles_avx512.c": AVX512,
+    "csrc/ops/cpu/quad_tiles_vnni.c": [*AVX512, "-mavx512vnni"],
     "csrc/ops/cpu/quads_vnni.c": [*AVX512, "-mavx512vnni"],
+    "csrc/ops/cpu/pairs_bf16.c": AVX512,
 }
 # A public SONAME would be shared with whatever else in the process uses OpenBLAS. The new name is as long as the old
 # one, so that it can be written over it.

@@ -16,6 +16,7 @@ from blip2c import kernels
 from blip2c._core import UnsupportedError
 from blip2c.config import core_config
 from blip2c.inputs import (
+    DecoderRows,
     PackedRows,
     check_embeds,
     check_ids,
@@ -23,8 +24,10 @@ from blip2c.inputs import (
     check_mask,
     check_pixels,
     check_positions,
+    decoder_rows,
     pack,
     pack_embeds,
+    shift_right,
     to_numpy,
 )
 from blip2c.outputs import Like, ModelOutput
@@ -72,14 +75,6 @@ class Prompt(NamedTuple):
     rows: PackedRows
     embeds: F32 | None
     ids: NDArray[np.int64] | None
-
-
-class Decoder(NamedTuple):
-    """The decoder's rows of an encoder-decoder."""
-
-    ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    mask: NDArray[np.uint8] | None
 
 
 class Labels(NamedTuple):
@@ -185,6 +180,10 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         return int(self._core_config["text"].get("max_position_embeddings", NO_POSITIONS))
 
     @property
+    def _vocabulary(self) -> int:
+        return int(self._core_config["text"]["vocab_size"])
+
+    @property
     def _queries(self) -> int:
         return int(self._core_config["num_query_tokens"])
 
@@ -192,7 +191,7 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
     def _image_token(self) -> int | None:
         # As it is now: scripts that bring old checkpoints up to date set it after loading.
         token = self.config.image_token_index
-        vocabulary = int(self._core_config["text"]["vocab_size"])
+        vocabulary = self._vocabulary
         if token is None:
             return None
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
@@ -216,7 +215,7 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
                     )
 
     def _ids(self, value: Any, name: str = "input_ids") -> NDArray[np.int64]:
-        return check_ids(value, int(self._core_config["text"]["vocab_size"]), name)
+        return check_ids(value, self._vocabulary, name)
 
     def _rows(self, input_ids: Any, attention_mask: Any, pictures: int) -> PackedRows:
         ids = self._ids(input_ids)
@@ -254,7 +253,7 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         places: NDArray[np.bool_] = (embeds == own).all(axis=-1) | (embeds == rounded).all(axis=-1)
         return places
 
-    def _decoder(self, ids: Any, mask: Any, labels: Labels | None, batch: int) -> Decoder | None:
+    def _decoder(self, ids: Any, mask: Any, labels: Labels | None, batch: int) -> DecoderRows | None:
         """The decoder's rows: as given, or the labels moved one to the right (T5's _shift_right)."""
         if not self.config.is_encoder_decoder:
             if ids is not None or mask is not None:
@@ -263,31 +262,19 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         if ids is None:
             if labels is None:
                 raise ValueError("decoder_input_ids or labels must be given: the language model is an encoder-decoder")
-            ids = self._shift_right(labels)
-        ids = self._ids(ids, "decoder_input_ids")
-        if ids.shape[0] != batch:
-            raise ValueError(f"decoder_input_ids has {ids.shape[0]} rows, input_ids has {batch}")
-        seen = None if mask is None else check_mask(mask, ids.shape, "decoder_attention_mask", "decoder_input_ids")
-        return Decoder(
-            ids.astype(np.int32).reshape(-1),
-            np.arange(batch + 1, dtype=np.int64) * ids.shape[1],
-            None if seen is None or seen.all() else np.ascontiguousarray(seen.reshape(-1)),
-        )
-
-    def _shift_right(self, labels: Labels) -> NDArray[np.int64]:
-        start, pad = self.config.text_config.get("decoder_start_token_id"), self.config.text_config.get("pad_token_id")
-        if start is None or pad is None:
-            raise ValueError("labels: the text config needs decoder_start_token_id and pad_token_id to shift them")
-        shifted = np.empty_like(labels.ids)
-        shifted[:, 0], shifted[:, 1:] = start, labels.ids[:, :-1]
-        return np.where(shifted == labels.ignore_index, pad, shifted)
+            text = self.config.text_config
+            start, pad = text.get("decoder_start_token_id"), text.get("pad_token_id")
+            if start is None or pad is None:
+                raise ValueError("labels: the text config needs decoder_start_token_id and pad_token_id to shift them")
+            ids = shift_right(labels.ids, int(start), int(pad), labels.ignore_index)
+        return decoder_rows(ids, mask, batch, self._vocabulary)
 
     def _labels(self, value: Any, options: dict[str, Any]) -> Labels | None:
         """Takes the loss's own options out of `options`."""
         ignore, items = options.pop("ignore_index", -100), options.pop("num_items_in_batch", None)
         if value is None:
             return None
-        ids = check_labels(value, int(self._core_config["text"]["vocab_size"]), int(ignore))
+        ids = check_labels(value, self._vocabulary, int(ignore))
         return Labels(ids, int(ignore), None if items is None else float(to_numpy(items)))
 
     # -- the language model --------------------------------------------------------------------------------------
@@ -295,7 +282,7 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
     def _language(
         self,
         prompt: Prompt,
-        decoder: Decoder | None,
+        decoder: DecoderRows | None,
         like: Like,
         wishes: Wishes,
         labels: Labels | None = None,
@@ -304,7 +291,7 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         """The language model's output as transformers' class of it gives it, and its logits [B, T, V] in float32."""
         rows = prompt.rows
         check_positions(rows, self._positions)
-        beside = () if decoder is None else (decoder.ids, decoder.offsets, decoder.mask)
+        beside = {} if decoder is None else decoder_arguments(decoder)
         out = self._core.forward(
             prompt.embeds,
             rows.ids,
@@ -312,7 +299,7 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
             rows.mask,
             wishes.hidden_states is not False,
             wishes.attentions,
-            *beside,
+            **beside,
         )
         batch = len(rows.offsets) - 1
         logits: F32 = out["logits"].reshape(batch, -1, out["logits"].shape[-1])
@@ -401,6 +388,11 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         """The output, or a tuple where return_dict or else the config says so."""
         as_dict = self.config.get("return_dict", True) if return_dict is None else return_dict
         return result if as_dict is None or as_dict else result.to_tuple()
+
+
+def decoder_arguments(rows: DecoderRows) -> dict[str, Any]:
+    """As the C part takes them."""
+    return {"decoder_ids": rows.ids, "decoder_offsets": rows.offsets, "decoder_mask": rows.mask}
 
 
 def kept(logits: F32, keep: Any) -> F32:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c.forward import F32, Blip2WithLanguageModel, Prompt
+from blip2c.forward import F32, Blip2WithLanguageModel, Prompt, decoder_arguments
 from blip2c.generation import core_options
-from blip2c.inputs import check_positions
+from blip2c.inputs import DecoderRows, begin_decoder, check_positions
 from blip2c.outputs import Like, ModelOutput
 
 
@@ -119,10 +119,13 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
     ) -> Any:
         """Ids [B * num_return_sequences, T + new] int64: the prompt with its image tokens, then what was generated.
 
+        Of encoder-decoders (T5) the decoder's ids: decoder_start_token_id, or decoder_input_ids where they are given
+        (with decoder_attention_mask), then what was generated; it is these that lengths count and penalties see.
         pixel_values, mm_encoder_outputs, interpolate_pos_encoding and inputs_embeds: as in forward(). With
         inputs_embeds and no input_ids the result is the new tokens alone, and rules see no prompt. Without either the
-        prompt is the image tokens and bos. Options: see `blip2c.generation.GenerationConfig`. Rows that end early are filled with the
-        pad id. In checkpoints without an image token the result has no ids for the picture, but max_length counts it.
+        prompt is the image tokens and bos. Options: see `blip2c.generation.GenerationConfig`. Rows that end early are
+        filled with the pad id. In checkpoints without an image token the result has no ids for the picture, but
+        max_length counts it.
 
         Raises ValueError for inputs that do not fit (placeholders, sizes, masks, ids, positions), NumericError for
         pixels that are not finite, UnsupportedError for options that are not computed here.
@@ -136,17 +139,36 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             prompt, generate_kwargs, Like(_first(pixel_values, input_ids, inputs_embeds), self._dtype)
         )
 
-    def _generate(self, prompt: Prompt, generate_kwargs: Mapping[str, Any], like: Like) -> Any:
+    def _generate(self, prompt: Prompt, generate_kwargs: dict[str, Any], like: Like) -> Any:
         """From rows to sequences."""
-        rows, length = prompt.rows, int(prompt.rows.offsets[1])
+        rows, prompts, rule_ids = prompt.rows, prompt.ids, prompt.rows.rule_ids
+        length, decoder = int(rows.offsets[1]), {}
+        if self.config.is_encoder_decoder:
+            begun = self._begin_decoder(generate_kwargs, len(rows.offsets) - 1)
+            length, prompts, rule_ids = begun.shown.shape[1], begun.shown, begun.ids
+            decoder = decoder_arguments(begun)
         options = self._options(generate_kwargs, [length])
         check_positions(rows, self._positions, new_tokens(options, length))
-        out = self._core.generate(prompt.embeds, rows.ids, rows.offsets, rows.mask, rows.rule_ids, options)
+        out = self._core.generate(prompt.embeds, rows.ids, rows.offsets, rows.mask, rule_ids, options, **decoder)
         sequences = np.asarray(out["ids"], np.int64)
-        if prompt.ids is not None:
-            prompts = np.repeat(prompt.ids, sequences.shape[0] // prompt.ids.shape[0], axis=0)
+        if prompts is not None:
+            prompts = np.repeat(prompts, sequences.shape[0] // prompts.shape[0], axis=0)
             sequences = np.concatenate([prompts, sequences], axis=1)
         return like.ids(sequences)
+
+    def _begin_decoder(self, generate_kwargs: dict[str, Any], rows: int) -> DecoderRows:
+        """The decoder's rows before the first new token; takes what says so out of generate()'s arguments."""
+        ids, mask = generate_kwargs.pop("decoder_input_ids", None), generate_kwargs.pop("decoder_attention_mask", None)
+        given = generate_kwargs.get("generation_config")
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            for value in (
+                generate_kwargs.get(name),
+                getattr(given, name, None),
+                getattr(self.language_model.generation_config, name, None),
+            ):
+                if value is not None:
+                    return begin_decoder(ids, mask, value, rows, self._vocabulary)
+        raise ValueError("decoder_start_token_id or bos_token_id must be given: the text config has neither")
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -217,7 +239,7 @@ class Blip2Model(Blip2WithLanguageModel):
     def get_qformer_features(
         self, pixel_values: Any, interpolate_pos_encoding: bool | None = False, **ignored: Any
     ) -> Any:
-        """The Q-Former's last hidden state [B, Q, D_q]; what else a processor's batch holds is left out with a warning."""
+        """The Q-Former's last hidden state [B, Q, D_q]; a warning names what is left out."""
         self._check_config()
         if ignored:
             warnings.warn(f"get_qformer_features does not use {', '.join(sorted(ignored))}", stacklevel=2)

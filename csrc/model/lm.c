@@ -7,6 +7,7 @@ static const struct {
     const b2_lm_class *class_;
 } models[] = {
     {"opt", &b2_opt_class},
+    {"t5", &b2_t5_class},
     {"llama", &b2_llama_class},
     {"mistral", &b2_llama_class},
     {"qwen2", &b2_llama_class},

@@ -104,6 +104,7 @@ struct b2_lm {
 const b2_lm_class *b2_lm_class_of(const char *model_type);
 
 extern const b2_lm_class b2_opt_class;
+extern const b2_lm_class b2_t5_class;
 extern const b2_lm_class b2_llama_class;
 
 #endif

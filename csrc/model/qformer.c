@@ -143,8 +143,8 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_qformer_config *c, int
 }
 
 /* x = LN(x + dense(attention(x . Wq, source . Wk, source . Wv))): self-attention when source is x itself. */
-static int attend(b2_ctx *ctx, const b2_qformer_config *c, const b2_qformer_attention *a, buffers *w, b2_tensor source,
-                  int64_t source_tokens, const b2_stage_rows *rows, b2_err *err)
+static int attend(b2_ctx *ctx, const b2_qformer_config *c, const char *stage, int i, const b2_qformer_attention *a,
+                  buffers *w, b2_tensor source, int64_t source_tokens, const b2_stage_rows *rows, b2_err *err)
 {
     b2_tensor k = b2_tensor_of(w->k, source.rows, c->hidden_size), v = b2_tensor_of(w->v, source.rows, c->hidden_size);
     int64_t queries = b2_item_rows(ctx, c->num_query_tokens);
@@ -157,21 +157,24 @@ static int attend(b2_ctx *ctx, const b2_qformer_config *c, const b2_qformer_atte
         b2_linear(ctx, v, source, &a->value_weight, &v_opts, err) < 0)
         return -1;
     b2_attention_args args = b2_stage_attention(rows, w->h, w->q, k, v, c->num_attention_heads);
-    if (b2_attention(ctx, &args, err) < 0 || b2_linear(ctx, w->x, w->h, &a->dense_weight, &dense, err) < 0)
+    if (b2_stage_attend(ctx, stage, i, &args, err) < 0 ||
+        b2_linear(ctx, w->x, w->h, &a->dense_weight, &dense, err) < 0)
         return -1;
     return b2_layer_norm(ctx, w->x, w->x, &a->norm_weight, &a->norm_bias, c->layer_norm_eps, err);
 }
 
 static int self_attention(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_layer *layer, buffers *w, b2_err *err)
 {
-    return attend(ctx, &m->config, &layer->self_attention, w, w->x, m->config.num_query_tokens, &w->over_queries, err);
+    return attend(ctx, &m->config, "qformer", (int)(layer - m->layers), &layer->self_attention, w, w->x,
+                  m->config.num_query_tokens, &w->over_queries, err);
 }
 
 /* The queries look at the picture: keys and values are computed from its embeddings once per picture. */
 static int cross_attention(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_layer *layer, buffers *w,
                            b2_tensor image, b2_err *err)
 {
-    return attend(ctx, &m->config, &layer->cross_attention, w, image, w->image_tokens, &w->over_image, err);
+    return attend(ctx, &m->config, "qformer_cross", (int)(layer - m->layers), &layer->cross_attention, w, image,
+                  w->image_tokens, &w->over_image, err);
 }
 
 static int feed_forward(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_layer *layer, buffers *w, b2_err *err)

@@ -262,12 +262,14 @@ static PyObject *run_generate(PyObject *self, const b2_blip2 *model, const b2_ro
 
 static PyObject *model_generate(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"image_features", "ids", "offsets", "mask", "rule_ids", "options", NULL};
+    static char *names[] = {"image_features", "ids", "offsets", "mask", "rule_ids", "options", "decoder_ids",
+                            "decoder_offsets", "decoder_mask", NULL};
     const b2_blip2 *model = b2py_loaded_model(self);
     b2py_row_objects o = {0};
     PyObject *rules, *options;
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO", names, &o.features, &o.ids, &o.offsets, &o.mask,
-                                               &rules, &options))
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|OOO", names, &o.features, &o.ids, &o.offsets,
+                                               &o.mask, &rules, &options, &o.decoder_ids, &o.decoder_offsets,
+                                               &o.decoder_mask))
         return NULL;
     b2py_rows arrays;
     b2_rows_in in;
@@ -278,10 +280,11 @@ static PyObject *model_generate(PyObject *self, PyObject *args, PyObject *kwargs
     PyArrayObject *rule_ids = NULL;
     if (b2py_read_rows(&arrays, &in, model, &o) == 0 &&
         (rule_ids = b2py_array(rules, "rule_ids", NPY_INT32, 1))) {
+        npy_intp counted = PyArray_DIM(arrays.decoder_ids ? arrays.decoder_ids : arrays.ids, 0);
         if (b2py_parse_options(options, &opts, &storage, &err) < 0)
             b2py_raise(state_of(self), &err);
-        else if (PyArray_DIM(rule_ids, 0) != PyArray_DIM(arrays.ids, 0))
-            PyErr_Format(PyExc_ValueError, "rule_ids: expected %zd entries, found %zd", PyArray_DIM(arrays.ids, 0),
+        else if (PyArray_DIM(rule_ids, 0) != counted)
+            PyErr_Format(PyExc_ValueError, "rule_ids: expected %zd entries, found %zd", counted,
                          PyArray_DIM(rule_ids, 0));
         else
             result = run_generate(self, model, &in, PyArray_DATA(rule_ids), &opts);

@@ -151,15 +151,26 @@ static b2_tap *recorder_tap(recorder *r)
     return r->hidden_count + r->attention_count > 0 ? &r->tap : NULL;
 }
 
+/* Puts the arrays under their keys. A stage that did not report all of them is a fault here, not somebody's numbers. */
+static int put_tracks(const track *tracks, int count, PyObject *result)
+{
+    for (int i = 0; i < count; i++) {
+        for (int a = 0; a < tracks[i].count; a++)
+            if (tracks[i].filled[a] != tracks[i].size) {
+                PyErr_Format(PyExc_RuntimeError, "%s: layer %d was not reported", tracks[i].key, a * tracks[i].stride);
+                return -1;
+            }
+        if (PyDict_SetItemString(result, tracks[i].key, tracks[i].arrays) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 static int recorder_result(const recorder *r, PyObject *result)
 {
-    for (int i = 0; i < r->hidden_count; i++)
-        if (PyDict_SetItemString(result, r->hidden[i].key, r->hidden[i].arrays) < 0)
-            return -1;
-    for (int i = 0; i < r->attention_count; i++)
-        if (PyDict_SetItemString(result, r->attention[i].key, r->attention[i].arrays) < 0)
-            return -1;
-    return 0;
+    return put_tracks(r->hidden, r->hidden_count, result) < 0
+               ? -1
+               : put_tracks(r->attention, r->attention_count, result);
 }
 
 /* ---- pictures ---- */

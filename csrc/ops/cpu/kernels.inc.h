@@ -15,6 +15,7 @@ const b2_cpu_kernels B2_KERNELS = {
     .tile_panels = TILE_PANELS,
     .pack_rows = pack_rows,
     .widen_rows = widen_rows,
+    .widen_pairs = widen_pairs,
     .tile = tile,
     .tile_from = tile_from,
     .stream = stream,
