@@ -90,7 +90,8 @@ class Model:
     these are the encoder's rows; the decoder's stand in decoder_*.
 
     {"logits": [N, V]}; when asked, lists "hidden_states" ([N, D_lm], the last after the final norm) and "attentions"
-    [B, H, T, T] (rows of one length); of an encoder-decoder "decoder_hidden_states", "encoder_hidden_states",
+    [B, H, T, T] (rows of one length); of an encoder-decoder "encoder_last_hidden_state" always, then
+    "decoder_hidden_states", "encoder_hidden_states",
     "decoder_attentions" [B, H, Td, Td], "cross_attentions" [B, H, Td, T], "encoder_attentions" [B, H, T, T]."""
     def project(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[N, Dq] -> [N, D_lm]: language_projection alone."""

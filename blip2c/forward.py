@@ -312,6 +312,7 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         def weights(key: str) -> tuple[Any, ...] | None:
             return tuple(like.floats(a) for a in out[key]) if key in out else None
 
+        width = int(self.config.text_config.hidden_size)
         if decoder is None:
             logits = kept(logits, logits_to_keep)
             result = ModelOutput(
@@ -324,7 +325,6 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
             return result, logits
         if logits_to_keep not in (None, 0):
             raise UnsupportedError("logits_to_keep: encoder-decoders give the logits of every decoder token")
-        encoder = states("encoder_hidden_states")
         result = ModelOutput(
             loss=None if labels is None else like.number(labels.loss(logits, shift=False)),
             logits=like.floats(logits),
@@ -332,8 +332,8 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
             decoder_hidden_states=states("decoder_hidden_states"),
             decoder_attentions=weights("decoder_attentions"),
             cross_attentions=weights("cross_attentions"),
-            encoder_last_hidden_state=None if encoder is None else encoder[-1],
-            encoder_hidden_states=encoder,
+            encoder_last_hidden_state=like.floats(out["encoder_last_hidden_state"][0].reshape(batch, -1, width)),
+            encoder_hidden_states=states("encoder_hidden_states"),
             encoder_attentions=weights("encoder_attentions"),
         )
         return result, logits

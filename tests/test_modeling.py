@@ -454,16 +454,6 @@ def test_inputs_that_do_not_fit_are_refused_and_the_model_goes_on(model: Any, in
     assert np.array_equal(model.generate(pixels, ids, max_new_tokens=3), before)
 
 
-@pytest.mark.parametrize("option", ["labels", "output_attentions", "output_hidden_states", "decoder_input_ids"])
-def test_forward_refuses_options_by_name(model: Any, inputs: Any, option: str) -> None:
-    with pytest.raises(UnsupportedError, match=option):
-        model(*inputs, **{option: np.ones(3, bool) if option == "labels" else True})
-    with pytest.raises(TypeError, match="no_such"):
-        model(*inputs, no_such=1)
-    with pytest.raises(ValueError, match="input_ids must be given"):
-        model(inputs[0])
-
-
 def test_threads_share_a_model(model: Any, inputs: Any) -> None:
     pixels, ids = inputs
     want = model.generate(pixels, ids, max_new_tokens=8)
