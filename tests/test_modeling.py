@@ -409,8 +409,12 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
         "wide mask": ({**full, "attention_mask": np.ones((3, 99))}, ValueError, r"\(3, 99\)"),
         "mask of twos": ({**full, "attention_mask": np.full_like(ids, 2)}, ValueError, "zeros and ones"),
         "mask of nothing": ({**full, "attention_mask": np.zeros_like(ids)}, ValueError, "row 0"),
-        "embeddings": ({**full, "inputs_embeds": pixels}, UnsupportedError, "inputs_embeds"),
-        "interpolation": ({**full, "interpolate_pos_encoding": True}, UnsupportedError, "interpolate_pos_encoding"),
+        "embeddings": ({**full, "inputs_embeds": pixels}, ValueError, "inputs_embeds must be"),
+        "tiny": (
+            {**full, "pixel_values": pixels[..., :13], "interpolate_pos_encoding": True},
+            ValueError,
+            "28x13, expected",
+        ),
         "typo": ({**full, "max_new_token": 3}, ValueError, "max_new_token"),
         "sampling": ({**full, "do_sample": True}, UnsupportedError, "do_sample"),
         "too many new": ({**full, "max_new_tokens": 999}, ValueError, "999.*160 positions"),
@@ -438,7 +442,7 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
 KINDS = ["no placeholders", "one placeholder too many", "ids of another batch", "small pictures", "wide pictures",
          "one channel", "three axes", "bytes", "no pictures", "empty batch", "empty ids", "flat ids", "floats for ids",
          "negative id", "large id", "wide mask", "mask of twos", "mask of nothing", "nan", "infinity", "long prompt",
-         "embeddings", "interpolation", "typo", "sampling", "too many new"]  # fmt: skip
+         "embeddings", "tiny", "typo", "sampling", "too many new"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

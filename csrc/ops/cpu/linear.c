@@ -4,7 +4,7 @@
  * fused multiply-adds over ascending k, so the choice never shows in the result:
  *   stream  few rows (one register tile): every weight is read once, straight from its panel;
  *   tiles   more rows: x is packed once for all threads; each tile of work widens a pair of panels into a block that stays
- *           in the cache and runs register tiles over them, KC steps of k at a time. Partial sums are stored and
+ *           in the cache and runs register tiles over them, KC (PAIR_KC) steps of k at a time. Partial sums are stored and
  *           reloaded exactly;
  *   rows    as tiles, for weights in B2_ROWS: the panels are made on the way;
  *   pairs   as tiles, for weights in B2_PAIRS met by PAIR_ROWS rows or more, where the processor multiplies bfloat16: x
@@ -19,6 +19,7 @@
 
 enum {
     KC = 256,               /* steps of k per block */
+    PAIR_KC = 512,          /* the same of bfloat16 pairs: half as large, and nothing is widened */
     CHUNK_PANELS = 8,       /* most panels per tile of work */
     CHUNK_ROWS = 280,       /* most rows per tile of work */
     GROUP_ROWS = 1120,      /* rows packed at a time */
@@ -39,6 +40,7 @@ typedef struct linear_job {
     b2_epilogue epilogue;      /* residual is that of the present group */
     const char *packed;        /* x as row blocks [k][rows of the block], one after another: fp32, or bfloat16 pairs
                                 * [ceil(k/2)][rows of the block][2] */
+    int64_t kc;                /* steps of k per block */
     int64_t blocks;            /* row blocks of the group */
     int64_t blocks_per_chunk;
     int64_t row_chunks;
@@ -188,7 +190,7 @@ static const char *block_after(const linear_job *job, const chunk *chunk, int64_
 {
     if (panel + job->kernels->tile_panels < chunk->panel_end)
         return block_at(job->w, panel + job->kernels->tile_panels, k0);
-    return block_at(job->w, chunk->panel, k0 + KC < job->w->k ? k0 + KC : k0);
+    return block_at(job->w, chunk->panel, k0 + job->kc < job->w->k ? k0 + job->kc : k0);
 }
 
 /* The first row block of a chunk brings the panels in: widened into the buffers, or (fp32) left where they lie. */
@@ -266,8 +268,8 @@ static void chunk_tile(void *argument, int64_t index, int worker)
                    .panel_end = min64(job->panels, panel + job->panels_per_chunk),
                    .widened = scratch,
                    .tiles = scratch + widened_floats()};
-    for (int64_t k0 = 0; k0 < job->w->k; k0 += KC)
-        run_block_of_k(job, &chunk, k0, min64(KC, job->w->k - k0));
+    for (int64_t k0 = 0; k0 < job->w->k; k0 += job->kc)
+        run_block_of_k(job, &chunk, k0, min64(job->kc, job->w->k - k0));
     b2_slot_release(&job->slots, scratch);
 }
 
@@ -328,6 +330,7 @@ static int run_own(b2_ctx *ctx, linear_job *job, const b2_linear_opts *opts, b2_
     int streams = x.rows <= job->kernels->tile_rows && job->w->layout != B2_ROWS;
     if (job->w->layout == B2_PAIRS && x.rows >= PAIR_ROWS)
         job->pairs = b2_cpu_pairs_of(ctx);
+    job->kc = job->pairs ? PAIR_KC : KC;
     float *buffer = NULL;
     if (x.rows > 1 && !(buffer = b2_arena_take(ctx->scratch, (size_t)(group * x.cols), sizeof(float), err)))
         return -1;
