@@ -416,7 +416,7 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
             "28x13, expected",
         ),
         "typo": ({**full, "max_new_token": 3}, ValueError, "max_new_token"),
-        "sampling": ({**full, "do_sample": True}, UnsupportedError, "do_sample"),
+        "cold": ({**full, "do_sample": True, "temperature": 0.0}, ValueError, "temperature"),
         "too many new": ({**full, "max_new_tokens": 999}, ValueError, "999.*160 positions"),
     }
     if kind in cases:
@@ -442,7 +442,7 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
 KINDS = ["no placeholders", "one placeholder too many", "ids of another batch", "small pictures", "wide pictures",
          "one channel", "three axes", "bytes", "no pictures", "empty batch", "empty ids", "flat ids", "floats for ids",
          "negative id", "large id", "wide mask", "mask of twos", "mask of nothing", "nan", "infinity", "long prompt",
-         "embeddings", "tiny", "typo", "sampling", "too many new"]  # fmt: skip
+         "embeddings", "tiny", "typo", "cold", "too many new"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -452,7 +452,7 @@ def test_inputs_that_do_not_fit_are_refused_and_the_model_goes_on(model: Any, in
     arguments, error, message = wrong(kind, pixels, ids)
     with pytest.raises(error, match=message):
         model.generate(**{"max_new_tokens": 3, **arguments})
-    if kind not in ("typo", "sampling", "too many new"):
+    if kind not in ("typo", "cold", "too many new"):
         with pytest.raises(error, match=message):
             model(**arguments)
     assert np.array_equal(model.generate(pixels, ids, max_new_tokens=3), before)
