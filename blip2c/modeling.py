@@ -17,6 +17,7 @@ from blip2c.forward import F32, Blip2WithLanguageModel, PackedTexts, Prompt, dec
 from blip2c.generation import core_options
 from blip2c.inputs import DecoderRows, begin_decoder, check_positions
 from blip2c.outputs import Like, ModelOutput
+from blip2c.pretrained import generation_options
 
 
 class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
@@ -142,6 +143,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
 
     def _generate(self, prompt: Prompt, generate_kwargs: dict[str, Any], like: Like) -> Any:
         """From rows to sequences."""
+        self._check_text_options()
         rows, prompts, rule_ids = prompt.rows, prompt.ids, prompt.rows.rule_ids
         length, decoder = int(rows.offsets[1]), {}
         if self.config.is_encoder_decoder:
@@ -156,6 +158,15 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             prompts = np.repeat(prompts, sequences.shape[0] // prompts.shape[0], axis=0)
             sequences = np.concatenate([prompts, sequences], axis=1)
         return like.ids(sequences)
+
+    def _check_text_options(self) -> None:
+        """text_config was read when the model was loaded: an edit of generate()'s options there is refused."""
+        for name, value in generation_options(self.config.text_config).items():
+            if value != self._text_options[name]:
+                raise ValueError(
+                    f"config.text_config.{name} was {self._text_options[name]!r} when the model was loaded and is"
+                    f" {value!r} now: pass {name} to generate(), or set language_model.generation_config.{name}"
+                )
 
     def _begin_decoder(self, generate_kwargs: dict[str, Any], rows: int) -> DecoderRows:
         """The decoder's rows before the first new token; takes what says so out of generate()'s arguments."""
