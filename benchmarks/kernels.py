@@ -2,18 +2,12 @@
 
     python benchmarks/kernels.py [--threads 2] [--rounds 7] [--only fc1,decode]
 
-<<<<<<< HEAD
 Ceilings: multiply-adds in registers (the instruction set in use), int8 products in registers, and reading 512 MB of
 memory. Weights of int8 and int4 are measured against the second, all others against the first ("pairs": bfloat16
-arithmetic, where the processor has it). Peers: torch's float32 and bfloat16 linear, and OpenBLAS as blip2c calls it for
-mapped float32 weights. Weights are rotated over at least 320 MB where few
-rows make memory the limit. Engines take turns within each round; the medians of all calls are printed.
-=======
-Ceilings: multiply-adds in registers (the instruction set in use), and reading 512 MB of memory. Peers: torch's float32
-and bfloat16 linear, and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated over at least
-320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take turns within
-each round; the medians of all calls are printed.
->>>>>>> main
+arithmetic, where the processor has it). Peers: torch's float32 and bfloat16 linear (its threads spin after their work:
+run it with OMP_WAIT_POLICY=passive), and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated
+over at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take
+turns within each round; the medians of all calls are printed.
 
 Other work on the machine shows in every figure: ratios between engines of one run mean more than rates.
 """
@@ -95,13 +89,9 @@ def own(x: np.ndarray, weights: list[object], item_rows: int = 0) -> Callable[[]
     return lambda: _core._time_linear(x, weights, item_rows)
 
 
-<<<<<<< HEAD
-def torch_linear(x: np.ndarray, weights: list[np.ndarray], dtype: torch.dtype) -> Callable[[], list[float]]:
-=======
 def torch_linear(
     x: np.ndarray, weights: list[np.ndarray], dtype: torch.dtype = torch.float32
 ) -> Callable[[], list[float]]:
->>>>>>> main
     tensors, row = [torch.from_numpy(w).to(dtype) for w in weights], torch.from_numpy(x).to(dtype)
 
     def run() -> list[float]:
@@ -121,21 +111,6 @@ def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[
     x = rng.standard_normal((shape.rows, shape.inner)).astype(F32)
     elements = shape.out * shape.inner
 
-<<<<<<< HEAD
-    def copies(size: float) -> int:
-        return 1 + int(ROTATED_BYTES // (elements * size)) if shape.rows < 8 else 1
-
-    w = rng.standard_normal((shape.out, shape.inner), dtype=F32)
-    plain = [w.copy() for _ in range(copies(4))]
-    found = {}
-    for dtype, size in (("int4", 0.5625), ("int8", 1), ("float16", 2), ("bfloat16", 2), ("float32", 4)):
-        packed = [kernels.PackedWeight(w, dtype)._capsule for _ in range(copies(size))]
-        found[f"blip2c {dtype}"] = own(x, packed), elements * size
-    pairs = [kernels.PackedWeight(w, "bfloat16", pairs=True)._capsule for _ in range(copies(2))]
-    found["blip2c pairs"] = own(x, pairs), elements * 2
-    found["torch bfloat16"] = torch_linear(x, plain[: copies(2)], torch.bfloat16), elements * 2
-    found["torch float32"] = torch_linear(x, plain, torch.float32), elements * 4
-=======
     def copies(size: float, rotated: float = ROTATED_BYTES) -> int:
         return 1 + int(rotated // (elements * size)) if shape.rows < 16 else 1
 
@@ -148,7 +123,6 @@ def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[
         found[f"blip2c {name}"] = own(x, packed), elements * size
     found["torch float32"] = torch_linear(x, plain), elements * 4
     found["torch bfloat16"] = torch_linear(x, plain, torch.bfloat16), elements * 2
->>>>>>> main
     found["OpenBLAS float32"] = own(x, plain, shape.rows), elements * 4
     return found
 
