@@ -17,6 +17,9 @@ def set_num_threads(n: int, /) -> None: ...
 def _allocation_count() -> int: ...
 def _fail_allocation_after(countdown: int, /) -> None: ...
 
+PackedTexts = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8] | None]
+"""ids [N], offsets [B + 1] (text b is ids[offsets[b]:offsets[b+1]]), mask [N] (0: a pad) or None."""
+
 PACKED_VERSION: str
 """Of the layout of packed files."""
 
@@ -55,11 +58,14 @@ class Model:
     """Bytes of all weights as held."""
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
-    def read(self, image_embeds: NDArray[np.float32]) -> NDArray[np.float32]: ...
-    """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone."""
-    def encode(self, pixel_values: NDArray[np.float32], interpolate: bool = False) -> NDArray[np.float32]: ...
+    def read(self, image_embeds: NDArray[np.float32], text: PackedTexts | None = None) -> NDArray[np.float32]: ...
+    """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone. text: what the Q-Former
+    reads beside each picture, where it reads one (InstructBLIP)."""
+    def encode(
+        self, pixel_values: NDArray[np.float32], interpolate: bool = False, text: PackedTexts | None = None
+    ) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection. interpolate: pictures of any size,
-    [B, 3, height, width] of at least a patch, through interpolated positions."""
+    [B, 3, height, width] of at least a patch, through interpolated positions. text: as in read()."""
     def encode_stages(
         self,
         pixel_values: NDArray[np.float32] | None = None,
@@ -68,11 +74,14 @@ class Model:
         interpolate: bool = False,
         image_embeds: NDArray[np.float32] | None = None,
         qformer: bool = True,
+        text: PackedTexts | None = None,
     ) -> dict[str, Any]: ...
     """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
     "image_features": [B, Q, D_lm]}; when asked, lists "vision_hidden_states", "qformer_hidden_states" (layers + 1) and
     "vision_attentions" [B, H, T, T], "qformer_attentions" [B, H, Q, Q], "qformer_cross_attentions" [B, H, Q, T].
-    image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone."""
+    image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone. text: as in
+    read(); those of one length N can be watched as well: "qformer_text_hidden_states" and "qformer_text_attentions"
+    [B, H, N, Q + N], and the queries' attentions are [B, H, Q, Q + N]."""
     def forward(
         self,
         image_features: NDArray[np.float32] | None,
