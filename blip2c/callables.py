@@ -82,7 +82,7 @@ class Hooks:
         self._ended: NDArray[np.bool_] | None = None
         self.logits: list[Scores] = []
         self.scores: list[Scores] = []
-        self._streamer = call["streamer"]
+        self._streamer = _checked_streamer(call)
         self._criteria = _listed("stopping_criteria", call["stopping_criteria"])
         self._stops = self._stop_functions()
         self._steps = self._processors(unconditional)
@@ -385,6 +385,17 @@ def _upstream_name(item: Any, module: str) -> str:
     """The class's name if it is one of transformers' own in generation/<module>.py, else ""."""
     kind = type(item)
     return kind.__name__ if kind.__module__ == f"transformers.generation.{module}" else ""
+
+
+def _checked_streamer(call: Call) -> Any:
+    streamer = call["streamer"]
+    if streamer is None:
+        return None
+    if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
+        raise TypeError(f"streamer: expected put() and end(), found {type(streamer).__name__}")
+    if call.core["num_beams"] > 1:
+        raise ValueError("`streamer` cannot be used with beam search (yet!). Make sure that `num_beams` is set to 1.")
+    return streamer
 
 
 def _warn_of_replaced(processor: Any, rule: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from blip2c import options as check
 from blip2c._core import UnsupportedError
 
-__all__ = ["Call", "GenerationConfig", "core_options", "resolve"]
+__all__ = ["Call", "GenerationConfig", "core_options", "for_search_alone", "resolve"]
 
 FILE_NAME = "generation_config.json"
 
@@ -273,8 +273,12 @@ def core_options(
     *,
     max_positions: int | None = None,
 ) -> dict[str, Any]:
-    """`resolve(...).core`, for callers without Python between the steps: what needs that is refused by name."""
-    call = resolve(config, kwargs, prompt_lengths, max_positions=max_positions)
+    """`for_search_alone(resolve(...))`: what the C part is to do for a call without Python between the steps."""
+    return for_search_alone(resolve(config, kwargs, prompt_lengths, max_positions=max_positions))
+
+
+def for_search_alone(call: Call) -> dict[str, Any]:
+    """`call.core`; UnsupportedError naming what needs Python between the steps."""
     for name in IN_MODELS_ONLY:
         value = call[name]
         if value is not None and value is not False and not (isinstance(value, list) and not value):

@@ -5,18 +5,22 @@ Source: transformers 5.23, generation/utils.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blip2c.images import is_torch
 from blip2c.inputs import to_numpy
-from blip2c.outputs import ModelOutput
+from blip2c.outputs import Like, ModelOutput
+
+if TYPE_CHECKING:
+    from blip2c.callables import Hooks
+    from blip2c.generation import Call
 
 __all__ = [
     "GenerateBeamDecoderOnlyOutput", "GenerateBeamEncoderDecoderOutput", "GenerateDecoderOnlyOutput",
-    "GenerateEncoderDecoderOutput", "compute_transition_scores",
+    "GenerateEncoderDecoderOutput", "compute_transition_scores", "generated",
 ]  # fmt: skip
 
 
@@ -43,6 +47,35 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
 
 class GenerateBeamEncoderDecoderOutput(ModelOutput):
     """As GenerateBeamDecoderOnlyOutput; sequences are decoder ids, and attentions and states come by part."""
+
+
+def generated(
+    call: Call, out: dict[str, Any], prompts: NDArray[np.int64], hooks: Hooks, like: Like, *, is_encoder_decoder: bool
+) -> Any:
+    """What generate() returns: ids [B * num_return_sequences, T + new], or an output that holds them.
+
+    out: the C part's result. prompts [B, T]: the ids in front of the new ones.
+    """
+    rows = np.repeat(prompts, out["ids"].shape[0] // prompts.shape[0], axis=0)
+    sequences = like.ids(np.concatenate([rows, np.asarray(out["ids"], np.int64)], axis=1))
+    if call["return_dict_in_generate"] is not True:
+        return sequences
+    entries: dict[str, Any] = {
+        "scores": _steps(hooks.scores, call["output_scores"], like),
+        "logits": _steps(hooks.logits, call["output_logits"], like),
+        "past_key_values": None,
+    }
+    if call.core["num_beams"] == 1:
+        kind = GenerateEncoderDecoderOutput if is_encoder_decoder else GenerateDecoderOnlyOutput
+        return kind(sequences=sequences, **entries)
+    beam = GenerateBeamEncoderDecoderOutput if is_encoder_decoder else GenerateBeamDecoderOnlyOutput
+    scores = like.floats(out["scores"], keep=True) if call["output_scores"] is True else None
+    indices = like.ids(out["beam_indices"])
+    return beam(sequences=sequences, sequences_scores=scores, **entries, beam_indices=indices)
+
+
+def _steps(arrays: list[NDArray[np.float32]], is_wanted: Any, like: Like) -> Any:
+    return tuple(like.floats(array, keep=True) for array in arrays) if is_wanted is True else None
 
 
 def compute_transition_scores(

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c.generation import core_options
+from blip2c.callables import Hooks
+from blip2c.generation import Call, for_search_alone, resolve
+from blip2c.generation_outputs import compute_transition_scores, generated
 from blip2c.inputs import (
     DecoderRows,
     PackedRows,
@@ -162,19 +164,37 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         pixels = self._pixels(pixel_values)
         ids = self._start_ids(pixels.shape[0]) if input_ids is None else self._ids(input_ids)
         rows = self._rows(ids, attention_mask, pixels.shape[0])
-        length, prompts, rule_ids = int(rows.offsets[1]), ids, rows.rule_ids
+        length, prompts, rule_ids, mask = int(rows.offsets[1]), ids, rows.rule_ids, rows.mask
         decoder: dict[str, Any] = {}
         if self.config.is_encoder_decoder:
             begun = self._begin_decoder(generate_kwargs, pixels.shape[0])
-            length, prompts, rule_ids = begun.shown.shape[1], begun.shown, begun.ids
+            length, prompts, rule_ids, mask = begun.shown.shape[1], begun.shown, begun.ids, begun.mask
             decoder = _decoder_arguments(begun)
-        options = self._options(generate_kwargs, [length])
-        check_positions(rows, self._positions, new_tokens(options, length))
+        call = self._call(generate_kwargs, [length])
+        check_positions(rows, self._positions, new_tokens(call.core, length))
+        like = Like(pixel_values, self._dtype)
+        hooks = Hooks(
+            call,
+            prompts,
+            rule_ids=rule_ids.reshape(len(prompts), length),
+            vocabulary=self._vocabulary,
+            skip=None if mask is None else np.argmax(mask.reshape(len(prompts), length), axis=1),
+            tensors=like.torch is not None,
+            unconditional=None if self.config.is_encoder_decoder else self._without_picture,
+        )
         features = self._core.encode(pixels)
-        out = self._core.generate(features, rows.ids, rows.offsets, rows.mask, rule_ids, options, **decoder)
-        prompts = np.repeat(prompts, out["ids"].shape[0] // prompts.shape[0], axis=0)
-        sequences = np.concatenate([prompts, np.asarray(out["ids"], np.int64)], axis=1)
-        return Like(pixel_values, self._dtype).ids(sequences)
+        hooks.begin()
+        out = self._core.generate(
+            features, rows.ids, rows.offsets, rows.mask, rule_ids, call.core, hooks=hooks.functions, **decoder
+        )
+        hooks.end()
+        return generated(call, out, prompts, hooks, like, is_encoder_decoder=bool(decoder))
+
+    def compute_transition_scores(
+        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+    ) -> Any:
+        """See blip2c.generation_outputs.compute_transition_scores."""
+        return compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -230,14 +250,26 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         image = [] if self._image_token is None else [self._image_token] * int(self._core_config["num_query_tokens"])
         return np.tile(np.array([[*image, bos]], np.int64), (batch, 1))
 
-    def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
-        """generate()'s options as the C part takes them, over the language model's defaults; lengths of prompts."""
-        return core_options(
+    def _call(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> Call:
+        """What generate() is asked for, over the language model's defaults; lengths of prompts."""
+        return resolve(
             self.language_model.generation_config,
             generate_kwargs,
             lengths,
             max_positions=self.config.text_config.get("max_position_embeddings"),
         )
+
+    def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
+        """The same for callers without Python between the steps (see blip2c.generation.core_options)."""
+        return for_search_alone(self._call(generate_kwargs, lengths))
+
+    def _without_picture(self, ids: NDArray[np.int64], mask: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits [n, V] of the last of ids [n, t] by the language model alone; mask [n, t]."""
+        offsets = np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1]
+        flat = ids.astype(np.int32).reshape(-1)
+        logits = self._core.forward(None, flat, offsets, mask.reshape(-1))["logits"]
+        last: NDArray[np.float32] = np.asarray(logits)[offsets[1:] - 1]
+        return last
 
     @staticmethod
     def _stage_outputs(stages: Mapping[str, Any], like: Like) -> tuple[ModelOutput, ModelOutput]:
