@@ -412,7 +412,7 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
         "embeddings": ({**full, "inputs_embeds": pixels}, UnsupportedError, "inputs_embeds"),
         "interpolation": ({**full, "interpolate_pos_encoding": True}, UnsupportedError, "interpolate_pos_encoding"),
         "typo": ({**full, "max_new_token": 3}, ValueError, "max_new_token"),
-        "sampling": ({**full, "do_sample": True}, UnsupportedError, "do_sample"),
+        "assistance": ({**full, "assistant_model": 1}, UnsupportedError, "assistant_model"),
         "too many new": ({**full, "max_new_tokens": 999}, ValueError, "999.*160 positions"),
     }
     if kind in cases:
@@ -438,7 +438,7 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
 KINDS = ["no placeholders", "one placeholder too many", "ids of another batch", "small pictures", "wide pictures",
          "one channel", "three axes", "bytes", "no pictures", "empty batch", "empty ids", "flat ids", "floats for ids",
          "negative id", "large id", "wide mask", "mask of twos", "mask of nothing", "nan", "infinity", "long prompt",
-         "embeddings", "interpolation", "typo", "sampling", "too many new"]  # fmt: skip
+         "embeddings", "interpolation", "typo", "assistance", "too many new"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
