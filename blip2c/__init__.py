@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
-    from blip2c.modeling import Blip2ForConditionalGeneration
+    from blip2c.modeling import Blip2ForConditionalGeneration, Blip2Model
     from blip2c.packed import quantize
     from blip2c.processing import AutoProcessor, Blip2Processor
     from blip2c.tokenizer import Blip2Tokenizer
@@ -40,6 +40,7 @@ _LAZY = {
     "BatchFeature": "batch",
     "Blip2Config": "config",
     "Blip2ForConditionalGeneration": "modeling",
+    "Blip2Model": "modeling",
     "Blip2Processor": "processing",
     "Blip2QFormerConfig": "config",
     "Blip2Tokenizer": "tokenizer",
@@ -62,6 +63,7 @@ __all__ = [
     "BatchFeature",
     "Blip2Config",
     "Blip2ForConditionalGeneration",
+    "Blip2Model",
     "Blip2Processor",
     "Blip2QFormerConfig",
     "Blip2Tokenizer",

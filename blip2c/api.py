@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c._core import NumericError
+from blip2c.forward import decoder_arguments
 from blip2c.images import is_picture, is_torch, load_image
 from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, repeat_decoder
-from blip2c.modeling import Blip2ForConditionalGeneration, decoder_arguments, new_tokens
+from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
 from blip2c.processing import Blip2Processor
 
 QUESTION = "Question: {} Answer:"

@@ -28,6 +28,7 @@ __all__ = [
     "beam_search",
     "copy_rows",
     "cross_attention",
+    "cross_entropy",
     "decode_attention",
     "distance_bias",
     "embedding",
@@ -195,6 +196,12 @@ def gelu(x: F32) -> F32:
 def log_softmax(x: F32) -> F32:
     """x - max - log(sum(exp(x - max))) over the last axis, as torch.log_softmax. x [..., V] float32."""
     return _core._log_softmax(x)
+
+
+def cross_entropy(logits: F32, targets: NDArray[np.int64], ignore_index: int = -100) -> F32:
+    """-log softmax(logits)[target] of each row, 0 where the target is ignore_index, as torch's cross_entropy with
+    reduction="none". logits [N, V], targets [N]; IndexError for another target outside 0..V-1."""
+    return _core._cross_entropy(logits, targets, ignore_index)
 
 
 def top_k(x: F32, k: int) -> tuple[F32, NDArray[np.int32]]:

@@ -78,14 +78,6 @@ def check_device(device: Any) -> None:
             raise UnsupportedError(f"device {place!r}: this version of blip2c computes on the CPU only")
 
 
-class LanguageModel:
-    """What of `model.language_model` scripts look at: its config and the generation defaults that really count."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.generation_config = GenerationConfig.from_model_config(config)
-
-
 class Blip2PreTrainedModel:
     """What every model here is: immutable weights in the C part, its config, and the calls scripts make on a module.
 
@@ -114,8 +106,9 @@ class Blip2PreTrainedModel:
         self._lock = threading.Lock()
         self.training = False
         self.name_or_path = ""
-        self.language_model = LanguageModel(config.text_config)
         self.generation_config = GenerationConfig.from_model_config(config.text_config)
+        # What generate() takes its defaults from: language_model.generation_config.
+        self._generation_defaults = GenerationConfig.from_model_config(config.text_config)
         if self._core.unexpected:
             names = sorted(self._core.unexpected)
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -347,7 +340,7 @@ class Blip2PreTrainedModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)  # weights are immutable, so they are shared
         memo[id(self)] = twin
-        for name in ("config", "generation_config", "language_model"):
+        for name in ("config", "generation_config", "_generation_defaults"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 

@@ -11,6 +11,7 @@
 #include "model/t5.h"
 #include "ops/cpu/common.h"
 #include "ops/weights.h"
+#include "train/cross_entropy.h"
 
 static const char weight_capsule[] = "blip2c.weight";
 
@@ -511,6 +512,30 @@ static PyObject *log_softmax(PyObject *module, PyObject *object)
     return (PyObject *)out;
 }
 
+static PyObject *cross_entropy(PyObject *module, PyObject *args)
+{
+    PyObject *logits_object, *targets_object;
+    long long ignore_index;
+    if (!PyArg_ParseTuple(args, "OOL", &logits_object, &targets_object, &ignore_index))
+        return NULL;
+    PyArrayObject *logits = b2py_array(logits_object, "logits", NPY_FLOAT32, 2), *losses = NULL;
+    PyArrayObject *targets = logits ? b2py_array(targets_object, "targets", NPY_INT64, 1) : NULL;
+    npy_intp rows = logits ? PyArray_DIM(logits, 0) : 0;
+    if (targets && PyArray_DIM(targets, 0) != rows)
+        PyErr_Format(PyExc_ValueError, "targets: expected %zd, found %zd", rows, PyArray_DIM(targets, 0));
+    else if (targets)
+        losses = poisoned(1, &rows);
+    kernel_call k;
+    if (losses && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(losses);
+    else if (losses && kernel_end(&k, module, b2_cross_entropy(&k.ctx, PyArray_DATA(losses), view_of(logits),
+                                                               PyArray_DATA(targets), ignore_index, &k.err)) < 0)
+        Py_CLEAR(losses);
+    Py_XDECREF(logits);
+    Py_XDECREF(targets);
+    return (PyObject *)losses;
+}
+
 static PyObject *top_k(PyObject *module, PyObject *args)
 {
     PyObject *object;
@@ -864,6 +889,7 @@ static PyMethodDef kernel_methods[] = {
     {"_rope", rope, METH_VARARGS, "_rope(x, positions, inv_freq, head_dim, scaling) -> array"},
     {"_activation", activation, METH_VARARGS, "_activation(x, activation) -> array"},
     {"_log_softmax", log_softmax, METH_O, "_log_softmax(x) -> array"},
+    {"_cross_entropy", cross_entropy, METH_VARARGS, "_cross_entropy(logits, targets, ignore_index) -> losses"},
     {"_top_k", top_k, METH_VARARGS, "_top_k(x, k) -> (values, ids)"},
     {"_first_bad_row", first_bad_row, METH_O, "_first_bad_row(x) -> int"},
     {"_embedding", embedding, METH_VARARGS, "_embedding(table, ids, added_to) -> array"},
