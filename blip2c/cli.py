@@ -126,13 +126,17 @@ def say(message: str) -> None:
     print(f"blip2c: {message}", file=sys.stderr, flush=True)
 
 
+class _Say(logging.Handler):
+    """What the library logs (what took long, and what for) as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(_one_line(record.getMessage()))
+
+
 def _log_to_stderr() -> None:
-    """What takes long, and warnings, as lines of ours."""
     logger = logging.getLogger("blip2c")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("blip2c: %(message)s"))
-        logger.addHandler(handler)
+    if not any(isinstance(handler, _Say) for handler in logger.handlers):
+        logger.addHandler(_Say())
         logger.setLevel(logging.INFO)
 
 

@@ -226,7 +226,7 @@ int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_format format, b2_po
     packed.dtype = format.dtype;
     packed.layout = format.layout;
     packed.group = format.dtype == B2_I8 ? round_up(src->k, 32) : format.dtype == B2_I4 ? 32 : 0;
-    char *block = b2_alloc(b2_weight_parts_of(&packed).bytes, 1, name, err);
+    char *block = b2_alloc_huge(b2_weight_parts_of(&packed).bytes, 1, name, err);
     if (!block)
         return -1;
     clear_ends(block, &packed);
