@@ -4,6 +4,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "core/cpu.h"
 #include "core/memory.h"
 #include "ops/half.h"
 #include "ops/quantise.h"
@@ -50,7 +51,7 @@ static int64_t from_f32(void *dst, b2_dtype dtype, const float *src, int64_t cou
     return overflows;
 }
 
-int64_t b2_convert(void *dst, b2_dtype dst_dtype, const void *src, b2_dtype src_dtype, int64_t count)
+B2_CLONES int64_t b2_convert(void *dst, b2_dtype dst_dtype, const void *src, b2_dtype src_dtype, int64_t count)
 {
     enum { BLOCK = 256 };
     float block[BLOCK];
