@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c.callables import Hooks
-from blip2c.forward import F32, Blip2WithLanguageModel, Prompt, decoder_arguments
+from blip2c.forward import F32, Blip2WithLanguageModel, PackedTexts, Prompt, decoder_arguments
 from blip2c.generation import Call, for_search_alone, resolve
 from blip2c.generation_outputs import compute_transition_scores, generated
 from blip2c.inputs import DecoderRows, begin_decoder, check_positions
@@ -59,12 +59,12 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         Raises as generate() does (upstream: Blip2ForConditionalGeneration.forward).
         """
         self._check_config()
-        wishes = self._wishes(options)
+        wishes, texts = self._wishes(options), self._texts(options)
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("expected one of pixel_values and mm_encoder_outputs, found both")
         like = Like(_first(pixel_values, input_ids, inputs_embeds), self._dtype)
         pictures = (
-            self._pictures(pixel_values, interpolate_pos_encoding, wishes, like)
+            self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, texts)
             if mm_encoder_outputs is None
             else self._given_pictures(mm_encoder_outputs)
         )
@@ -95,10 +95,10 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         where asked for.
         """
         self._check_config()
-        wishes = self._wishes(options)
+        wishes, texts = self._wishes(options), self._texts(options)
         _refuse_rest("get_image_features", options)
         like = Like(pixel_values, self._dtype)
-        pictures = self._pictures(pixel_values, interpolate_pos_encoding, wishes, like)
+        pictures = self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, texts)
         result = ModelOutput(
             last_hidden_state=pictures.vision.last_hidden_state,
             pooler_output=like.floats(pictures.features),
@@ -133,7 +133,8 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         pixels that are not finite, UnsupportedError for options that are not computed here.
         """
         self._check_config()
-        features = self._features(pixel_values, interpolate_pos_encoding, mm_encoder_outputs)
+        texts = self._texts(generate_kwargs)
+        features = self._features(pixel_values, interpolate_pos_encoding, mm_encoder_outputs, texts)
         if input_ids is None and inputs_embeds is None:
             input_ids = self._start_ids(features.shape[0])
         prompt = self._prompt(features, input_ids, inputs_embeds, attention_mask)
@@ -198,10 +199,12 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _features(self, pixel_values: Any, interpolate: Any, outputs: Mapping[str, Any] | None) -> F32:
+    def _features(
+        self, pixel_values: Any, interpolate: Any, outputs: Mapping[str, Any] | None, texts: PackedTexts | None
+    ) -> F32:
         """The pictures as the language model reads them, [B, Q, D_lm], from pixels or precomputed."""
         if outputs is None:
-            return self._core.encode(self._pixels(pixel_values, bool(interpolate)), bool(interpolate))
+            return self._core.encode(self._pixels(pixel_values, bool(interpolate)), bool(interpolate), texts)
         if pixel_values is not None:
             raise ValueError("expected one of pixel_values and mm_encoder_outputs, found both")
         return self._given_pictures(outputs).features
@@ -246,7 +249,7 @@ class Blip2Model(Blip2WithLanguageModel):
         self._check_config()
         wishes, like = self._wishes(options), Like(pixel_values, self._dtype)
         result = self._forward(
-            self._pictures(pixel_values, interpolate_pos_encoding, wishes, like),
+            self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, None),
             like,
             wishes,
             input_ids=input_ids,
@@ -274,7 +277,8 @@ class Blip2Model(Blip2WithLanguageModel):
         if ignored:
             warnings.warn(f"get_qformer_features does not use {', '.join(sorted(ignored))}", stacklevel=2)
         like = Like(pixel_values, self._dtype)
-        return self._pictures(pixel_values, interpolate_pos_encoding, self._wishes({}), like).qformer.last_hidden_state
+        pictures = self._pictures(pixel_values, interpolate_pos_encoding, self._wishes({}), like, None)
+        return pictures.qformer.last_hidden_state
 
     def get_text_features(
         self,

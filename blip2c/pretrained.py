@@ -87,6 +87,7 @@ class Blip2PreTrainedModel:
     """
 
     main_input_name = "pixel_values"
+    config_class: type[Blip2Config] = Blip2Config
 
     def __init__(self, config: Blip2Config, files: list[str], *, dtype: Dtype = "auto", cache: Any = None) -> None:
         """config: checked here. files: safetensors paths. dtype: see blip2c.dtypes. cache: see blip2c.cache."""
@@ -152,11 +153,11 @@ class Blip2PreTrainedModel:
         requested = read_dtype(torch_dtype if dtype is None else dtype)
         folder = resolve(pretrained_model_name_or_path, **hub)
         if config is None:
-            config = Blip2Config.from_pretrained(folder)
-        elif not isinstance(config, Blip2Config):  # transformers' own
+            config = cls.config_class.from_pretrained(folder)
+        elif not isinstance(config, cls.config_class):  # transformers' own
             if not hasattr(config, "to_dict"):
-                raise TypeError(f"config must be a Blip2Config, found {type(config).__name__}")
-            config = Blip2Config.from_dict(config.to_dict())
+                raise TypeError(f"config must be a {cls.config_class.__name__}, found {type(config).__name__}")
+            config = cls.config_class.from_dict(config.to_dict())
         core_config(config)  # refuse what can not be computed before looking for its weights
         model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested, cache=cache)
         model.name_or_path = str(pretrained_model_name_or_path)
