@@ -19,6 +19,7 @@ from blip2c.generation import Call, for_search_alone, resolve
 from blip2c.generation_outputs import compute_transition_scores, generated
 from blip2c.inputs import DecoderRows, begin_decoder, check_positions
 from blip2c.outputs import Like, ModelOutput
+from blip2c.pretrained import generation_options
 
 
 class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
@@ -144,6 +145,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
 
     def _generate(self, prompt: Prompt, generate_kwargs: dict[str, Any], like: Like) -> Any:
         """From rows to sequences."""
+        self._check_text_options()
         rows, prompts, rule_ids, mask = prompt.rows, prompt.ids, prompt.rows.rule_ids, prompt.rows.mask
         batch, length, decoder = len(rows.offsets) - 1, int(rows.offsets[1]), {}
         if self.config.is_encoder_decoder:
@@ -182,6 +184,15 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         logits = self._core.forward(None, flat, offsets, mask.reshape(-1))["logits"]
         last: NDArray[np.float32] = np.asarray(logits)[offsets[1:] - 1]
         return last
+
+    def _check_text_options(self) -> None:
+        """text_config was read when the model was loaded: an edit of generate()'s options there is refused."""
+        for name, value in generation_options(self.config.text_config).items():
+            if value != self._text_options[name]:
+                raise ValueError(
+                    f"config.text_config.{name} was {self._text_options[name]!r} when the model was loaded and is"
+                    f" {value!r} now: pass {name} to generate(), or set language_model.generation_config.{name}"
+                )
 
     def _begin_decoder(self, generate_kwargs: dict[str, Any], rows: int) -> DecoderRows:
         """The decoder's rows before the first new token; takes what says so out of generate()'s arguments."""

@@ -27,7 +27,7 @@ from blip2c.cache import open_model
 from blip2c.checkpoint import PACKED_WEIGHTS, read_json, resolve_files
 from blip2c.config import Blip2Config, core_config
 from blip2c.dtypes import QUANTISED, Dtype, read_dtype, warn_of_missing_instructions
-from blip2c.generation import GenerationConfig
+from blip2c.generation import METADATA, NAMES, GenerationConfig
 from blip2c.packed import check_packed, refuse_other_weights, write_packed
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def refuse_options(where: str, options: Mapping[str, Any], known: Mapping[str, t
             raise UnsupportedError(f"{where}: option {name}={shown} is not supported by this version of blip2c")
 
 
+def generation_options(text_config: Any) -> dict[str, Any]:
+    """Options of generate() that stand in a language model's configuration."""
+    return {name: text_config.get(name) for name in NAMES if name not in METADATA}
+
+
 def check_device(device: Any) -> None:
     """Accepts what means the CPU ("cpu", "auto", {"": "cpu"}, torch.device("cpu")); else UnsupportedError."""
     places = set(device.values()) if isinstance(device, Mapping) else {device}
@@ -112,6 +117,7 @@ class Blip2PreTrainedModel:
         self.generation_config = GenerationConfig.from_model_config(config.text_config)
         # What generate() takes its defaults from: language_model.generation_config.
         self._generation_defaults = GenerationConfig.from_model_config(config.text_config)
+        self._text_options = generation_options(config.text_config)
         if self._core.unexpected:
             names = sorted(self._core.unexpected)
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
