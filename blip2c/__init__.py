@@ -22,8 +22,9 @@ from blip2c._core import (
 
 if TYPE_CHECKING:
     from blip2c import kernels
-    from blip2c.api import Caption, Captioner, Captions, load, sample_path
+    from blip2c.api import Captioner, load, sample_path
     from blip2c.batch import BatchFeature
+    from blip2c.captions import Caption, Captions
     from blip2c.config import (
         Blip2Config,
         Blip2QFormerConfig,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from blip2c.modeling import Blip2ForConditionalGeneration, Blip2Model
     from blip2c.packed import quantize
     from blip2c.processing import AutoProcessor, Blip2Processor, InstructBlipProcessor
+    from blip2c.states import Chat, State
     from blip2c.tokenizer import Blip2Tokenizer
 
 __version__ = "0.1.0"
@@ -55,9 +57,10 @@ _LAZY = {
     "Blip2Tokenizer": "tokenizer",
     "Blip2VisionConfig": "config",
     "BlipImageProcessor": "image_processing",
-    "Caption": "api",
+    "Caption": "captions",
     "Captioner": "api",
-    "Captions": "api",
+    "Captions": "captions",
+    "Chat": "states",
     "GenerationConfig": "generation",
     "InstructBlipConfig": "config",
     "InstructBlipForConditionalGeneration": "instructblip",
@@ -66,6 +69,7 @@ _LAZY = {
     "InstructBlipVisionConfig": "config",
     "OPTConfig": "config",
     "PictureError": "images",
+    "State": "states",
     "load": "api",
     "load_image": "images",
     "quantize": "packed",
@@ -86,6 +90,7 @@ __all__ = [
     "Caption",
     "Captioner",
     "Captions",
+    "Chat",
     "CheckpointError",
     "GenerationConfig",
     "InstructBlipConfig",
@@ -96,6 +101,7 @@ __all__ = [
     "NumericError",
     "OPTConfig",
     "PictureError",
+    "State",
     "UnsupportedError",
     "cpu_info",
     "get_num_threads",

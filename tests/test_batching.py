@@ -129,7 +129,9 @@ def test_streamed_items_get_what_each_gets_alone(small: Small, mode: str, pads: 
     expected = [rows(small.alone(prompt, key, options)) for key, prompt in enumerate(prompts)]
     assert len({str(row) for row in expected}) > 7
     for places, hesitate in ((3, 0), (5, 4)):
-        results, order, counters = stream(small, [as_item(p, key=k) for k, p in enumerate(prompts)], options, places, hesitate)
+        results, order, counters = stream(
+            small, [as_item(p, key=k) for k, p in enumerate(prompts)], options, places, hesitate
+        )
         assert [rows(result) for result in results] == expected
         assert sorted(order) == list(range(14))
         assert order != list(range(14))
@@ -370,7 +372,9 @@ def test_streams_that_go_wrong_are_named(opt: Small) -> None:
     with pytest.raises(ValueError, match="mask: expected"):
         run(following=lambda wait: (picture, ids, ids, np.ones(2, np.uint8), None, None, 0))
     with pytest.raises(IndexError, match="row 0: token id 60 is outside the vocabulary"):
-        run(following=lambda wait: (picture, np.append(ids, np.int32(60)), np.append(ids, ids[:1]), None, None, None, 0))
+        run(
+            following=lambda wait: (picture, np.append(ids, np.int32(60)), np.append(ids, ids[:1]), None, None, None, 0)
+        )
     with pytest.raises(ValueError, match="decoder_ids: the language model has no encoder"):
         run(following=lambda wait: (picture, ids, ids[:1], None, None, ids[-1:], 0))
     with pytest.raises(ValueError, match=r"prompt 0: \d+ ids and 12 new tokens, there is room for 3 and 12"):
