@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from blip2c import kernels
     from blip2c.api import Caption, Captioner, Captions, load, sample_path
     from blip2c.batch import BatchFeature
-    from blip2c.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+    from blip2c.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, T5Config
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
@@ -52,6 +52,7 @@ _LAZY = {
     "GenerationConfig": "generation",
     "OPTConfig": "config",
     "PictureError": "images",
+    "T5Config": "config",
     "load": "api",
     "load_image": "images",
     "quantize": "packed",
@@ -77,6 +78,7 @@ __all__ = [
     "NumericError",
     "OPTConfig",
     "PictureError",
+    "T5Config",
     "UnsupportedError",
     "cpu_info",
     "get_num_threads",
