@@ -261,7 +261,9 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
             return None
         if ids is None:
             if labels is None:
-                raise ValueError("decoder_input_ids or labels must be given: the language model is an encoder-decoder")
+                raise ValueError(
+                    "decoder_input_ids must be given, or labels to make them of: this is an encoder-decoder"
+                )
             text = self.config.text_config
             start, pad = text.get("decoder_start_token_id"), text.get("pad_token_id")
             if start is None or pad is None:

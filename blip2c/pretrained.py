@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ LOADING_OPTIONS: dict[str, tuple[Any, ...]] = {
     "gguf_file": (None,),
     "adapter_kwargs": (None,),
 }
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 FILE_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 
@@ -169,6 +171,8 @@ class Blip2PreTrainedModel:
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write config.json, generation_config.json and model.safetensors, which transformers loads.
 
+        Shards of an earlier checkpoint in the folder are removed.
+
         Of a quantised model: its packed weights as they are (model.blip2c.safetensors), which blip2c loads;
         transformers says that it does not know this quantisation. What rounding took away can not be saved: for plain
         weights save the model that it was made from.
@@ -183,10 +187,24 @@ class Blip2PreTrainedModel:
             write_packed(self._core, folder / PACKED_WEIGHTS, self._core_config)
             values["quantization_config"] = {"quant_method": "blip2c", **self.dtypes}
         else:
+            if (folder / PACKED_WEIGHTS).exists():
+                raise FileExistsError(f"{folder}: holds {PACKED_WEIGHTS}: one folder, one model")
             self._write_weights(folder / "model.safetensors")
+            self._remove_shards(folder)
             values["dtype"] = self._dtype
         type(self.config).from_dict(values).save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
+
+    def _remove_shards(self, folder: Path) -> None:
+        """Takes away the shards of an earlier, larger checkpoint, as transformers does: two models in one folder."""
+        stale = [folder / "model.safetensors.index.json"]
+        stale += [file for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)]
+        for file in stale:
+            file.unlink(missing_ok=True)
+        # A later .half() reads again: what is gone is now in the file that was just written.
+        with self._lock:
+            if any(not Path(file).exists() for file in self._files):
+                self._files = [str(folder / "model.safetensors")]
 
     def _write_weights(self, path: Path) -> None:
         weights = {name: _stored_as(array, self._dtype) for name, array in self._core.weights().items()}
@@ -309,12 +327,37 @@ class Blip2PreTrainedModel:
             raise UnsupportedError("requires_grad_(True): this version of blip2c does not train")
         return self
 
-    def parameters(self, recurse: bool = True) -> Any:
-        """Raises UnsupportedError: weights are packed in the C part. See `dtype`, `device`, `num_parameters`."""
-        raise UnsupportedError(
-            "parameters(): the weights live packed in the C part; use .dtype, .device, .num_parameters() or"
-            " .save_pretrained(folder)"
-        )
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """(name, weight) of every weight, made when it is asked for: copies in the model's dtype, which nothing reads.
+
+        Tensors where torch is loaded, else read-only float32 arrays (float16 where they are held so). Quantised weights
+        come widened. A tied head is left out, as in torch. UnsupportedError for recurse=False.
+        """
+        if not recurse:
+            raise UnsupportedError("named_parameters(recurse=False): weights are given for the whole model only")
+        torch = sys.modules.get("torch")
+        for name in self._core.weight_names():
+            array = self._core.weights(name)[name]
+            if array.dtype == np.uint16:  # bfloat16 bits
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            # As transformers, which keeps the Q-Former in float32 under float16.
+            keep = self._dtype == "float16" and name.startswith(("qformer.", "query_tokens"))
+            array.flags.writeable = torch is not None
+            yield (
+                f"{prefix}.{name}" if prefix else name,
+                array if torch is None else torch.from_numpy(array).to(torch.float32 if keep else self.dtype),
+            )
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """The weights of named_parameters(), one by one: next(model.parameters()) is cheap, a list of all is not."""
+        for _, weight in self.named_parameters(recurse=recurse):
+            yield weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """All weights of named_parameters() at once: as much memory again as the model's dtype needs for them."""
+        return dict(self.named_parameters())
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the weights are, a tied head counted once."""

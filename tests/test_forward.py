@@ -304,7 +304,7 @@ def test_options_refused_by_name(family: Family, inputs: dict[str, Any]) -> None
     assert family.model(**inputs, use_cache=True).language_model_outputs.past_key_values is None
     pixels, ids = inputs["pixel_values"], inputs["input_ids"]
     if family.has_decoder:
-        with pytest.raises(ValueError, match="decoder_input_ids or labels"):
+        with pytest.raises(ValueError, match="decoder_input_ids must be given, or labels"):
             family.model(pixels, ids)
     else:
         with pytest.raises(ValueError, match="no decoder of its own"):
