@@ -3,8 +3,9 @@
     python benchmarks/kernels.py [--threads 2] [--rounds 7] [--only fc1,decode]
 
 Ceilings: multiply-adds in registers (the instruction set in use), and reading 512 MB of memory. Peers: torch's float32
-linear, and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated over at least 320 MB where few
-rows make memory the limit. Engines take turns within each round; the medians of all calls are printed.
+and bfloat16 linear, and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated over at least
+320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take turns within
+each round; the medians of all calls are printed.
 
 Other work on the machine shows in every figure: ratios between engines of one run mean more than rates.
 """
@@ -24,6 +25,16 @@ from blip2c import _core, kernels
 
 F32 = np.float32
 ROTATED_BYTES = 320e6
+ROTATED_BYTES_ROUNDED = 100e6
+# Name, dtype, whether bfloat16 pairs are meant, bytes of an element with its share of the scales.
+FORMATS = [
+    ("float32", "float32", False, 4.0),
+    ("float16", "float16", False, 2.0),
+    ("bfloat16", "bfloat16", False, 2.0),
+    ("bfloat16 pairs", "bfloat16", True, 2.0),
+    ("int8", "int8", False, 1.0),
+    ("int4", "int4", False, 0.5625),
+]
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,10 @@ def own(x: np.ndarray, weights: list[object], item_rows: int = 0) -> Callable[[]
     return lambda: _core._time_linear(x, weights, item_rows)
 
 
-def torch_linear(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[float]]:
-    tensors, row = [torch.from_numpy(w) for w in weights], torch.from_numpy(x)
+def torch_linear(
+    x: np.ndarray, weights: list[np.ndarray], dtype: torch.dtype = torch.float32
+) -> Callable[[], list[float]]:
+    tensors, row = [torch.from_numpy(w).to(dtype) for w in weights], torch.from_numpy(x).to(dtype)
 
     def run() -> list[float]:
         times = []
@@ -85,21 +98,23 @@ def torch_linear(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[
     return run
 
 
-def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[[], list[float]], int]]:
+def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[[], list[float]], float]]:
     """Name: (what runs it over all its weights once and returns seconds, bytes of one weight)."""
     x = rng.standard_normal((shape.rows, shape.inner)).astype(F32)
     elements = shape.out * shape.inner
 
-    def copies(size: int) -> int:
-        return 1 + int(ROTATED_BYTES // (elements * size)) if shape.rows < 8 else 1
+    def copies(size: float, rotated: float = ROTATED_BYTES) -> int:
+        return 1 + int(rotated // (elements * size)) if shape.rows < 16 else 1
 
     w = rng.standard_normal((shape.out, shape.inner), dtype=F32)
     plain = [w.copy() for _ in range(copies(4))]
-    found = {}
-    for dtype, size in (("float16", 2), ("bfloat16", 2), ("float32", 4)):
-        packed = [kernels.PackedWeight(w, dtype)._capsule for _ in range(copies(size))]
-        found[f"blip2c {dtype}"] = own(x, packed), elements * size
+    found: dict[str, tuple[Callable[[], list[float]], float]] = {}
+    for name, dtype, pairs, size in FORMATS:
+        count = copies(size, ROTATED_BYTES_ROUNDED if dtype.startswith("int") else ROTATED_BYTES)
+        packed = [kernels.PackedWeight(w, dtype, pairs)._capsule for _ in range(count)]
+        found[f"blip2c {name}"] = own(x, packed), elements * size
     found["torch float32"] = torch_linear(x, plain), elements * 4
+    found["torch bfloat16"] = torch_linear(x, plain, torch.bfloat16), elements * 2
     found["OpenBLAS float32"] = own(x, plain, shape.rows), elements * 4
     return found
 
@@ -117,7 +132,7 @@ def measure(shape: Shape, rounds: int, peak: float, read: float) -> None:
     for name, (_, size) in running.items():
         t = statistics.median(times[name])
         print(
-            f"  {name:18} {t * 1e3:8.3f} ms  {shape.flops / t / 1e9:5.0f} GF/s ({shape.flops / t / peak:4.0%})"
+            f"  {name:21} {t * 1e3:8.3f} ms  {shape.flops / t / 1e9:5.0f} GF/s ({shape.flops / t / peak:4.0%})"
             f"  {size / t / 1e9:5.1f} GB/s ({size / t / read:4.0%})  {reference / t:5.2f} x torch"
         )
 

@@ -24,13 +24,23 @@ if TYPE_CHECKING:
     from blip2c import kernels
     from blip2c.api import Caption, Captioner, Captions, load, sample_path
     from blip2c.batch import BatchFeature
-    from blip2c.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig, T5Config
+    from blip2c.config import (
+        Blip2Config,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        InstructBlipConfig,
+        InstructBlipQFormerConfig,
+        InstructBlipVisionConfig,
+        OPTConfig,
+        T5Config,
+    )
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
+    from blip2c.instructblip import InstructBlipForConditionalGeneration
     from blip2c.modeling import Blip2ForConditionalGeneration, Blip2Model
     from blip2c.packed import quantize
-    from blip2c.processing import AutoProcessor, Blip2Processor
+    from blip2c.processing import AutoProcessor, Blip2Processor, InstructBlipProcessor
     from blip2c.tokenizer import Blip2Tokenizer
 
 __version__ = "0.1.0"
@@ -50,6 +60,11 @@ _LAZY = {
     "Captioner": "api",
     "Captions": "api",
     "GenerationConfig": "generation",
+    "InstructBlipConfig": "config",
+    "InstructBlipForConditionalGeneration": "instructblip",
+    "InstructBlipProcessor": "processing",
+    "InstructBlipQFormerConfig": "config",
+    "InstructBlipVisionConfig": "config",
     "OPTConfig": "config",
     "PictureError": "images",
     "T5Config": "config",
@@ -75,6 +90,11 @@ __all__ = [
     "Captions",
     "CheckpointError",
     "GenerationConfig",
+    "InstructBlipConfig",
+    "InstructBlipForConditionalGeneration",
+    "InstructBlipProcessor",
+    "InstructBlipQFormerConfig",
+    "InstructBlipVisionConfig",
     "NumericError",
     "OPTConfig",
     "PictureError",

@@ -304,6 +304,7 @@ def _attention(
     head_dim: int,
     scale: float,
     window: int,
+    weights: bool,
     /,
 ) -> NDArray[np.float32]: ...
 def _fma_peak() -> float: ...

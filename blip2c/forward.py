@@ -35,6 +35,7 @@ from blip2c.parts import LanguageModel, LanguageProjection, QFormer, TokenEmbedd
 from blip2c.pretrained import Blip2PreTrainedModel, refuse_options
 
 F32 = NDArray[np.float32]
+PackedTexts = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8] | None]
 NO_POSITIONS = 2**31 - 1
 # What transformers' language models take besides; the values ask for nothing but what happens here anyway.
 LANGUAGE_OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -104,6 +105,9 @@ class Labels(NamedTuple):
 class Blip2WithLanguageModel(Blip2PreTrainedModel):
     """The common part of Blip2ForConditionalGeneration and Blip2Model."""
 
+    # Under float16 transformers leaves this class's Q-Former as it is.
+    _qformer_stays_float32 = True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """See forward()."""
         return self.forward(*args, **kwargs)
@@ -145,16 +149,27 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
 
     # -- pictures ------------------------------------------------------------------------------------------------
 
-    def _pictures(self, pixel_values: Any, interpolate: Any, wishes: Wishes, like: Like) -> Pictures:
+    def _texts(self, options: dict[str, Any]) -> PackedTexts | None:
+        """What the Q-Former reads beside the pictures, taken out of `options`; None where it reads nothing."""
+        return None
+
+    def _pictures(
+        self, pixel_values: Any, interpolate: Any, wishes: Wishes, like: Like, texts: PackedTexts | None
+    ) -> Pictures:
         """Pixels through vision encoder, Q-Former and projection."""
         stages = self._core.encode_stages(
             self._pixels(pixel_values, bool(interpolate)),
-            hidden_states=wishes.hidden_states is not False,
+            hidden_states=wishes.hidden_states is not False or texts is not None,
             attentions=wishes.attentions,
             interpolate=bool(interpolate),
+            text=texts,
         )
+        if texts is not None:
+            join_text(stages, wishes)
         return Pictures(
-            stages["image_features"], vision_output(stages, like, wishes), qformer_output(stages, like, wishes)
+            stages["image_features"],
+            vision_output(stages, like, wishes),
+            qformer_output(stages, like, wishes, self._qformer_stays_float32),
         )
 
     def _given_pictures(self, outputs: Any) -> Pictures:
@@ -422,12 +437,24 @@ def vision_output(stages: Mapping[str, Any], like: Like, wishes: Wishes) -> Mode
     )
 
 
-def qformer_output(stages: Mapping[str, Any], like: Like, wishes: Wishes) -> ModelOutput:
+def join_text(stages: dict[str, Any], wishes: Wishes) -> None:
+    """What the C part gives for a Q-Former's queries and text apart becomes one, queries first, as upstream has it."""
+    queries, text = stages.pop("qformer_hidden_states"), stages.pop("qformer_text_hidden_states")
+    stages["qformer"] = np.concatenate([stages["qformer"], text[-1]], axis=1)
+    if wishes.hidden_states is False:
+        stages.pop("vision_hidden_states", None)
+    else:
+        stages["qformer_hidden_states"] = [np.concatenate(pair, axis=1) for pair in zip(queries, text, strict=True)]
+    if "qformer_attentions" in stages:
+        pairs = zip(stages["qformer_attentions"], stages.pop("qformer_text_attentions"), strict=True)
+        stages["qformer_attentions"] = [np.concatenate(pair, axis=2) for pair in pairs]
+
+
+def qformer_output(stages: Mapping[str, Any], like: Like, wishes: Wishes, stays_float32: bool = True) -> ModelOutput:
     """BaseModelOutputWithPoolingAndCrossAttentions of the Q-Former."""
 
-    # transformers keeps the Q-Former in float32 under float16.
     def floats(array: F32) -> Any:
-        return like.floats(array, keep=like.dtype == "float16")
+        return like.floats(array, keep=stays_float32 and like.dtype == "float16")
 
     def many(key: str) -> tuple[Any, ...] | None:
         return tuple(floats(a) for a in stages[key]) if key in stages else None

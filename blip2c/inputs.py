@@ -128,16 +128,16 @@ def check_ids(value: Any, vocabulary: int, name: str = "input_ids") -> NDArray[n
 
 
 def check_mask(
-    value: Any, shape: tuple[int, ...], name: str = "attention_mask", ids: str = "input_ids"
+    value: Any, shape: tuple[int, ...], name: str = "attention_mask", ids: str = "input_ids", empty: bool = False
 ) -> NDArray[np.uint8]:
-    """attention_mask [B, T] of zeros and ones. Raises ValueError."""
+    """attention_mask [B, T] of zeros and ones, not all zeros in a row unless `empty`. Raises ValueError."""
     mask = to_numpy(value)
     if mask.shape != shape:
         raise ValueError(f"{name} has shape {mask.shape}, {ids} has {shape}")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"{name} must hold zeros and ones only")
     mask = mask.astype(np.uint8)
-    if not mask.any(axis=1).all():
+    if not empty and not mask.any(axis=1).all():
         raise ValueError(f"{name} is all zeros in row {int(np.argmin(mask.any(axis=1)))}")
     return mask
 
@@ -278,6 +278,12 @@ def pack_ragged(rows: list[list[int]], image_token: int | None, queries: int) ->
     rules = np.concatenate([np.array([rule] * queries + row, np.int32) for row in rows])
     lengths = [0] + [queries + len(row) for row in rows]
     return PackedRows(ids, np.cumsum(np.array(lengths, np.int64)), None, rules)
+
+
+def pack_texts(rows: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64], None]:
+    """Texts of unequal length for a Q-Former: ids, offsets, no mask."""
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+    return np.array([i for row in rows for i in row], np.int32), offsets, None
 
 
 def check_positions(rows: PackedRows, positions: int, new_tokens: int = 0) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c.forward import F32, Blip2WithLanguageModel, Prompt, decoder_arguments
+from blip2c.forward import F32, Blip2WithLanguageModel, PackedTexts, Prompt, decoder_arguments
 from blip2c.generation import core_options
 from blip2c.inputs import DecoderRows, begin_decoder, check_positions
 from blip2c.outputs import Like, ModelOutput
+from blip2c.pretrained import generation_options
 
 
 class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
@@ -57,12 +58,12 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         Raises as generate() does (upstream: Blip2ForConditionalGeneration.forward).
         """
         self._check_config()
-        wishes = self._wishes(options)
+        wishes, texts = self._wishes(options), self._texts(options)
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("expected one of pixel_values and mm_encoder_outputs, found both")
         like = Like(_first(pixel_values, input_ids, inputs_embeds), self._dtype)
         pictures = (
-            self._pictures(pixel_values, interpolate_pos_encoding, wishes, like)
+            self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, texts)
             if mm_encoder_outputs is None
             else self._given_pictures(mm_encoder_outputs)
         )
@@ -93,10 +94,10 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         where asked for.
         """
         self._check_config()
-        wishes = self._wishes(options)
+        wishes, texts = self._wishes(options), self._texts(options)
         _refuse_rest("get_image_features", options)
         like = Like(pixel_values, self._dtype)
-        pictures = self._pictures(pixel_values, interpolate_pos_encoding, wishes, like)
+        pictures = self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, texts)
         result = ModelOutput(
             last_hidden_state=pictures.vision.last_hidden_state,
             pooler_output=like.floats(pictures.features),
@@ -131,7 +132,8 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         pixels that are not finite, UnsupportedError for options that are not computed here.
         """
         self._check_config()
-        features = self._features(pixel_values, interpolate_pos_encoding, mm_encoder_outputs)
+        texts = self._texts(generate_kwargs)
+        features = self._features(pixel_values, interpolate_pos_encoding, mm_encoder_outputs, texts)
         if input_ids is None and inputs_embeds is None:
             input_ids = self._start_ids(features.shape[0])
         prompt = self._prompt(features, input_ids, inputs_embeds, attention_mask)
@@ -141,6 +143,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
 
     def _generate(self, prompt: Prompt, generate_kwargs: dict[str, Any], like: Like) -> Any:
         """From rows to sequences."""
+        self._check_text_options()
         rows, prompts, rule_ids = prompt.rows, prompt.ids, prompt.rows.rule_ids
         length, decoder = int(rows.offsets[1]), {}
         if self.config.is_encoder_decoder:
@@ -155,6 +158,15 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             prompts = np.repeat(prompts, sequences.shape[0] // prompts.shape[0], axis=0)
             sequences = np.concatenate([prompts, sequences], axis=1)
         return like.ids(sequences)
+
+    def _check_text_options(self) -> None:
+        """text_config was read when the model was loaded: an edit of generate()'s options there is refused."""
+        for name, value in generation_options(self.config.text_config).items():
+            if value != self._text_options[name]:
+                raise ValueError(
+                    f"config.text_config.{name} was {self._text_options[name]!r} when the model was loaded and is"
+                    f" {value!r} now: pass {name} to generate(), or set language_model.generation_config.{name}"
+                )
 
     def _begin_decoder(self, generate_kwargs: dict[str, Any], rows: int) -> DecoderRows:
         """The decoder's rows before the first new token; takes what says so out of generate()'s arguments."""
@@ -172,10 +184,12 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _features(self, pixel_values: Any, interpolate: Any, outputs: Mapping[str, Any] | None) -> F32:
+    def _features(
+        self, pixel_values: Any, interpolate: Any, outputs: Mapping[str, Any] | None, texts: PackedTexts | None
+    ) -> F32:
         """The pictures as the language model reads them, [B, Q, D_lm], from pixels or precomputed."""
         if outputs is None:
-            return self._core.encode(self._pixels(pixel_values, bool(interpolate)), bool(interpolate))
+            return self._core.encode(self._pixels(pixel_values, bool(interpolate)), bool(interpolate), texts)
         if pixel_values is not None:
             raise ValueError("expected one of pixel_values and mm_encoder_outputs, found both")
         return self._given_pictures(outputs).features
@@ -216,7 +230,7 @@ class Blip2Model(Blip2WithLanguageModel):
         self._check_config()
         wishes, like = self._wishes(options), Like(pixel_values, self._dtype)
         result = self._forward(
-            self._pictures(pixel_values, interpolate_pos_encoding, wishes, like),
+            self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, None),
             like,
             wishes,
             input_ids=input_ids,
@@ -244,7 +258,8 @@ class Blip2Model(Blip2WithLanguageModel):
         if ignored:
             warnings.warn(f"get_qformer_features does not use {', '.join(sorted(ignored))}", stacklevel=2)
         like = Like(pixel_values, self._dtype)
-        return self._pictures(pixel_values, interpolate_pos_encoding, self._wishes({}), like).qformer.last_hidden_state
+        pictures = self._pictures(pixel_values, interpolate_pos_encoding, self._wishes({}), like, None)
+        return pictures.qformer.last_hidden_state
 
     def get_text_features(
         self,

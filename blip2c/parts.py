@@ -213,3 +213,26 @@ class LanguageModel(Part):
         prompt = model._prompt(None, input_ids, inputs_embeds, attention_mask)
         decoder = model._decoder(decoder_input_ids, decoder_attention_mask, targets, len(prompt.rows.offsets) - 1)
         return model._finished(model._language(prompt, decoder, like, wishes, targets, keep)[0], return_dict)
+
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        attention_mask: Any = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """The language model's own generate(): of ids [B, T] with the prompt in front, of embeddings new tokens alone.
+
+        Options and errors as Blip2ForConditionalGeneration.generate(); UnsupportedError in a Blip2Model.
+        """
+        model = self._model
+        begin = getattr(model, "_generate", None)
+        if begin is None:
+            raise UnsupportedError(f"{type(model).__name__} does not generate: load Blip2ForConditionalGeneration")
+        ids = inputs if input_ids is None else input_ids
+        if ids is None and inputs_embeds is None:
+            raise ValueError("language_model.generate: expected input_ids or inputs_embeds")
+        prompt = model._prompt(None, ids, inputs_embeds, attention_mask)
+        return begin(prompt, generate_kwargs, Like(ids if inputs_embeds is None else inputs_embeds, model._dtype))

@@ -27,7 +27,7 @@ from blip2c.cache import open_model
 from blip2c.checkpoint import PACKED_WEIGHTS, read_json, resolve_files
 from blip2c.config import Blip2Config, core_config
 from blip2c.dtypes import QUANTISED, Dtype, read_dtype, warn_of_missing_instructions
-from blip2c.generation import GenerationConfig
+from blip2c.generation import METADATA, NAMES, GenerationConfig
 from blip2c.packed import check_packed, refuse_other_weights, write_packed
 
 if TYPE_CHECKING:
@@ -71,6 +71,11 @@ def refuse_options(where: str, options: Mapping[str, Any], known: Mapping[str, t
             raise UnsupportedError(f"{where}: option {name}={shown} is not supported by this version of blip2c")
 
 
+def generation_options(text_config: Any) -> dict[str, Any]:
+    """Options of generate() that stand in a language model's configuration."""
+    return {name: text_config.get(name) for name in NAMES if name not in METADATA}
+
+
 def check_device(device: Any) -> None:
     """Accepts what means the CPU ("cpu", "auto", {"": "cpu"}, torch.device("cpu")); else UnsupportedError."""
     places = set(device.values()) if isinstance(device, Mapping) else {device}
@@ -87,6 +92,7 @@ class Blip2PreTrainedModel:
     """
 
     main_input_name = "pixel_values"
+    config_class: type[Blip2Config] = Blip2Config
 
     def __init__(self, config: Blip2Config, files: list[str], *, dtype: Dtype = "auto", cache: Any = None) -> None:
         """config: checked here. files: safetensors paths. dtype: see blip2c.dtypes. cache: see blip2c.cache."""
@@ -111,6 +117,7 @@ class Blip2PreTrainedModel:
         self.generation_config = GenerationConfig.from_model_config(config.text_config)
         # What generate() takes its defaults from: language_model.generation_config.
         self._generation_defaults = GenerationConfig.from_model_config(config.text_config)
+        self._text_options = generation_options(config.text_config)
         if self._core.unexpected:
             names = sorted(self._core.unexpected)
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -152,11 +159,11 @@ class Blip2PreTrainedModel:
         requested = read_dtype(torch_dtype if dtype is None else dtype)
         folder = resolve(pretrained_model_name_or_path, **hub)
         if config is None:
-            config = Blip2Config.from_pretrained(folder)
-        elif not isinstance(config, Blip2Config):  # transformers' own
+            config = cls.config_class.from_pretrained(folder)
+        elif not isinstance(config, cls.config_class):  # transformers' own
             if not hasattr(config, "to_dict"):
-                raise TypeError(f"config must be a Blip2Config, found {type(config).__name__}")
-            config = Blip2Config.from_dict(config.to_dict())
+                raise TypeError(f"config must be a {cls.config_class.__name__}, found {type(config).__name__}")
+            config = cls.config_class.from_dict(config.to_dict())
         core_config(config)  # refuse what can not be computed before looking for its weights
         model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested, cache=cache)
         model.name_or_path = str(pretrained_model_name_or_path)

@@ -273,6 +273,34 @@ def test_a_config_without_an_image_token(name: str, tmp_path: Any) -> None:
     assert torch.equal(model(pixels, inputs_embeds=embeds, **more).logits, model(pixels, text, **more).logits)
 
 
+def test_the_language_model_generates_alone(family: Family, inputs: dict[str, Any]) -> None:
+    """As scripts do that put the picture's features in front themselves."""
+    embeds = family.reference.get_input_embeddings()(inputs["input_ids"]).detach() + 0.1
+    mask = torch.ones_like(inputs["input_ids"])
+    options = {"max_new_tokens": 5, "num_beams": 2}
+    want = family.reference.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+    found = family.model.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+    assert torch.equal(found, want)
+    want = family.reference.language_model.generate(inputs["input_ids"], attention_mask=mask, **options)
+    assert torch.equal(family.model.language_model.generate(inputs["input_ids"], attention_mask=mask, **options), want)
+    with pytest.raises(ValueError, match="expected input_ids or inputs_embeds"):
+        family.model.language_model.generate()
+    with pytest.raises(UnsupportedError, match="Blip2Model does not generate"):
+        family.base.language_model.generate(inputs_embeds=embeds)
+
+
+def test_options_of_generate_in_the_text_config(family: Family, inputs: dict[str, Any]) -> None:
+    text, pixels = family.model.config.text_config, inputs["pixel_values"]
+    before = family.model.generate(pixels, inputs["input_ids"], max_new_tokens=3)
+    text.num_beams = 4
+    try:
+        with pytest.raises(ValueError, match=r"text_config.num_beams was None .* pass num_beams to generate"):
+            family.model.generate(pixels, inputs["input_ids"], max_new_tokens=3)
+    finally:
+        del text.num_beams
+    assert torch.equal(family.model.generate(pixels, inputs["input_ids"], max_new_tokens=3), before)
+
+
 def test_labels_that_do_not_fit(family: Family, inputs: dict[str, Any]) -> None:
     labels = labels_for(family, inputs["input_ids"].shape[1])
     wrong = labels.clone()

@@ -250,12 +250,15 @@ static int check_text(const text_input *in, int64_t pictures)
 {
     const int64_t *offsets = PyArray_DATA(in->offsets);
     npy_intp tokens = PyArray_DIM(in->ids, 0), rows = PyArray_DIM(in->offsets, 0) - 1;
-    int fits = rows == pictures && offsets[0] == 0 && offsets[rows] == tokens;
+    if (rows != pictures) {
+        PyErr_Format(PyExc_ValueError, "text: %zd texts for %lld pictures", (Py_ssize_t)rows, (long long)pictures);
+        return -1;
+    }
+    int fits = offsets[0] == 0 && offsets[rows] == tokens;
     for (npy_intp b = 0; fits && b < rows; b++)
         fits = offsets[b] <= offsets[b + 1];
     if (!fits) {
-        PyErr_Format(PyExc_ValueError, "text: expected offsets of %lld texts that run from 0 to %zd", (long long)pictures,
-                     (Py_ssize_t)tokens);
+        PyErr_Format(PyExc_ValueError, "text: expected offsets that run from 0 to %zd", (Py_ssize_t)tokens);
         return -1;
     }
     if (in->mask && PyArray_DIM(in->mask, 0) != tokens) {
