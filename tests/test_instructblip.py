@@ -13,6 +13,7 @@ from PIL import Image
 
 import blip2c
 from blip2c import UnsupportedError
+from blip2c.cli import describe
 from helpers import CORPUS, prompt_ids, random_checkpoint, random_pixels, reference_model
 
 TOLERANCE = 1e-4
@@ -236,3 +237,17 @@ def test_friendly_calls_read_the_question_twice(folder: Path) -> None:
         expected = reference.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
         assert answer.ids == expected[: len(answer.ids)].tolist()
     assert len({tuple(answer.ids) for answer in flat}) >= 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_copies_and_info(folder: Path, tmp_path: Path) -> None:
+    """blip2c.quantize() keeps the kind of model and the second tokenizer; `blip2c info` describes it."""
+    packed = blip2c.load(blip2c.quantize(folder, tmp_path / "int8"))
+    assert isinstance(packed.model, blip2c.InstructBlipForConditionalGeneration)
+    direct = blip2c.load(folder, dtype="int8", cache=False)
+    answers = [friendly.ask(picture(1), "what is this?", max_new_tokens=8).ids for friendly in (packed, direct)]
+    assert answers[0] == answers[1]
+    facts = describe(str(folder))["model"]
+    assert facts["text"]["model_type"] == "llama"
+    assert facts["qformer"]["reads_text"] is True
+    assert "inv_freq" not in facts["text"]
