@@ -1,7 +1,8 @@
 """Tokens of generate() against transformers: greedy and beam search over random checkpoints, pictures and options.
 
 Two right programs may differ where two candidates are nearly tied in float32. Such a mismatch is excused only if a
-float64 run of transformers shows a margin under 1e-5 between candidates, and is counted apart.
+float64 run of transformers gives the tokens found here, or shows a margin under 1e-5 between candidates, and is counted
+apart.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Tally:
     cases: int = 0
     equal: int = 0
     excused: int = 0
+    refused: int = 0
     wrong: list[str] = field(default_factory=list)
     outputs: set[bytes] = field(default_factory=set)
     pictures_tried: int = 0
@@ -203,9 +205,11 @@ def beam_margin(model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> 
     return smallest[0]
 
 
-def excused(folder: Path, inputs: dict[str, Any], options: dict[str, Any]) -> bool:
+def excused(folder: Path, inputs: dict[str, Any], options: dict[str, Any], ours: np.ndarray) -> bool:
     model = reference_model(folder, torch.float64)
     inputs = {**inputs, "pixel_values": inputs["pixel_values"].astype(np.float64)}
+    if same(ours, reference_tokens(model, inputs, options)):  # it is float32 upstream that went astray
+        return True
     if options.get("num_beams", 1) > 1:
         return beam_margin(model, inputs, options) < MARGIN
     margins = Margins(1)
@@ -225,12 +229,19 @@ def one_case(rng: np.random.Generator, pair: tuple[Any, Any, Path], tally: Tally
     if reference.config.text_config.is_encoder_decoder:  # what is counted is the decoder's
         prompt = 1
     options = random_options(rng, reference.config, prompt)
-    ours, theirs = model.generate(**inputs, **options), reference_tokens(reference, inputs, options)
     tally.cases += 1
+    try:
+        ours = model.generate(**inputs, **options)
+    except ValueError as error:
+        if "every token is forbidden" not in str(error):
+            raise
+        tally.refused += 1  # upstream goes on with whatever stands first
+        return
+    theirs = reference_tokens(reference, inputs, options)
     tally.outputs.add(ours.tobytes())
     if same(ours, theirs):
         tally.equal += 1
-    elif excused(folder, inputs, options):
+    elif excused(folder, inputs, options, ours):
         tally.excused += 1
     else:
         tally.wrong.append(f"{folder.name} {options}\n ours   {ours.tolist()}\n theirs {theirs.tolist()}")
@@ -262,11 +273,14 @@ def judge(tally: Tally, record: Any) -> None:
     record("equal", tally.equal)
     record("excused", tally.excused)
     record("distinct_outputs", len(tally.outputs))
-    counts = f"{tally.equal} equal, {tally.excused} excused, {len(tally.outputs)} distinct outputs"
+    counts = (
+        f"{tally.equal} equal, {tally.excused} excused, {tally.refused} refused, {len(tally.outputs)} distinct outputs"
+    )
     print(f"\n{tally.cases} option sets: {counts}")
     print(f"pictures mattered in {tally.pictures_mattered} of {tally.pictures_tried}; options {dict(tally.options)}")
     assert not tally.wrong, "\n".join(tally.wrong[:5])
     assert tally.excused <= tally.cases // 100
+    assert tally.refused <= tally.cases // 100
     assert len(tally.outputs) >= 0.9 * tally.cases
     assert tally.pictures_mattered >= 0.8 * tally.pictures_tried  # a forced token does not look at them
     # One that seldom matters must have been tried often enough; some are there to change nothing.
