@@ -119,8 +119,9 @@ def random_options(rng: np.random.Generator, config: Any, prompt: int) -> dict[s
             options[name] = draw()
     if beams == 1 and rng.random() < 0.1:  # nothing is left to draw, through all that sampling does
         options |= {"do_sample": True, "top_k": 1, "temperature": float(rng.uniform(0.3, 2.0)), "top_p": 0.9}
-    if "forced_eos_token_id" in options or "forced_bos_token_id" in options:
+    if "forced_eos_token_id" in options or "forced_bos_token_id" in options:  # nothing might be left
         options.pop("suppress_tokens", None)
+        options.pop("begin_suppress_tokens", None)
     if "remove_invalid_values" in options:  # multiples of the largest number are Inf, and then NaN
         options.pop("exponential_decay_length_penalty", None)
     return options
