@@ -1,8 +1,7 @@
 """Tokens of generate() against transformers: greedy and beam search over random checkpoints, pictures and options.
 
 Two right programs may differ where two candidates are nearly tied in float32. Such a mismatch is excused only if a
-float64 run of transformers gives the tokens found here, or shows a margin under 1e-5 between candidates, and is counted
-apart.
+float64 run of transformers shows a margin between candidates that float32 can not tell, and is counted apart.
 """
 
 from __future__ import annotations
@@ -121,8 +120,9 @@ def random_options(rng: np.random.Generator, config: Any, prompt: int) -> dict[s
             options[name] = draw()
     if beams == 1 and rng.random() < 0.1:  # nothing is left to draw, through all that sampling does
         options |= {"do_sample": True, "top_k": 1, "temperature": float(rng.uniform(0.3, 2.0)), "top_p": 0.9}
-    if "forced_eos_token_id" in options or "forced_bos_token_id" in options:
+    if "forced_eos_token_id" in options or "forced_bos_token_id" in options:  # nothing might be left
         options.pop("suppress_tokens", None)
+        options.pop("begin_suppress_tokens", None)
     if "remove_invalid_values" in options:  # multiples of the largest number are Inf, and then NaN
         options.pop("exponential_decay_length_penalty", None)
     return options
@@ -205,17 +205,27 @@ def beam_margin(model: Any, inputs: dict[str, Any], options: dict[str, Any]) -> 
     return smallest[0]
 
 
-def excused(folder: Path, inputs: dict[str, Any], options: dict[str, Any], ours: np.ndarray) -> bool:
+def first_logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        found = model.generate(
+            **torch_inputs(inputs), max_new_tokens=1, return_dict_in_generate=True, output_logits=True
+        )
+    result: torch.Tensor = found.logits[0].double()
+    return result
+
+
+def excused(folder: Path, inputs: dict[str, Any], options: dict[str, Any]) -> bool:
+    """Is a margin smaller than float32 can tell: 1e-5, or, where a model magnifies errors, four times transformers'?"""
     model = reference_model(folder, torch.float64)
-    inputs = {**inputs, "pixel_values": inputs["pixel_values"].astype(np.float64)}
-    if same(ours, reference_tokens(model, inputs, options)):  # it is float32 upstream that went astray
-        return True
+    wide = {**inputs, "pixel_values": inputs["pixel_values"].astype(np.float64)}
+    error = (first_logits(reference_model(folder), inputs) - first_logits(model, wide)).abs().max()
+    margin = max(MARGIN, 4 * float(error))
     if options.get("num_beams", 1) > 1:
-        return beam_margin(model, inputs, options) < MARGIN
+        return beam_margin(model, wide, options) < margin
     margins = Margins(1)
     with torch.no_grad():
-        model.generate(**torch_inputs(inputs), **options, logits_processor=[margins])
-    return margins.smallest < MARGIN
+        model.generate(**torch_inputs(wide), **options, logits_processor=[margins])
+    return margins.smallest < margin
 
 
 def same(ours: np.ndarray, theirs: np.ndarray) -> bool:
@@ -241,7 +251,7 @@ def one_case(rng: np.random.Generator, pair: tuple[Any, Any, Path], tally: Tally
     tally.outputs.add(ours.tobytes())
     if same(ours, theirs):
         tally.equal += 1
-    elif excused(folder, inputs, options, ours):
+    elif excused(folder, inputs, options):
         tally.excused += 1
     else:
         tally.wrong.append(f"{folder.name} {options}\n ours   {ours.tolist()}\n theirs {theirs.tolist()}")
