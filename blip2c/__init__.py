@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         InstructBlipQFormerConfig,
         InstructBlipVisionConfig,
         OPTConfig,
+        T5Config,
     )
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
@@ -70,6 +71,7 @@ _LAZY = {
     "OPTConfig": "config",
     "PictureError": "images",
     "State": "states",
+    "T5Config": "config",
     "load": "api",
     "load_image": "images",
     "quantize": "packed",
@@ -102,6 +104,7 @@ __all__ = [
     "OPTConfig",
     "PictureError",
     "State",
+    "T5Config",
     "UnsupportedError",
     "cpu_info",
     "get_num_threads",

@@ -150,8 +150,8 @@ class Model:
 
     next(wait) gives (image_features float32 [places, D_lm] | None, ids int32 [n], rule_ids int32, mask uint8 [n] |
     None, prefix | None, decoder_ids int32 | None, key int: see generate()), or None where there is none yet (only if
-    not wait: then something runs); StopIteration ends. done(index, result) has each item when it is finished, counted from 0 as
-    they came; result has "ids", "lengths" and "scores" of its num_return_sequences rows. places: how many run
+    not wait: then something runs); StopIteration ends. done(index, result) has each item when it is finished, counted
+    from 0 as they came; result has "ids", "lengths" and "scores" of its num_return_sequences rows. places: how many run
     together. longest: tokens of the longest prompt, its prefix included (longest_decoder: of decoder_ids). masked:
     whether prompts may have masks. Returns the counters of generate(); the batch was full where items_advanced ==
     steps * places."""
