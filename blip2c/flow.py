@@ -259,12 +259,14 @@ class Flow:
 
     def _decode(self) -> None:
         lengths = [len(ids) for ids in self._ids.values() if not isinstance(ids, Exception)]
+        if not lengths:
+            return
         self.counters = self._prompts.model._core.generate_stream(
             self._next,
             self._done,
             self._plan.options,
             self._places,
-            self._prompts.queries + max(lengths, default=1),
+            self._prompts.queries + max(lengths),
             0 if self._plan.decoder is None else len(self._plan.decoder.ids),
         )
 
