@@ -17,18 +17,14 @@ ROOT = Path(__file__).parent
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 
 # One source per kernel; these files include it once for each instruction set.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 ISA_FLAGS = {
-    "csrc/ops/cpu/kernels_avx2.c": ["-mavx2", "-mfma", "-mf16c"],
-    "csrc/ops/cpu/kernels_avx512.c": [
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mprefer-vector-width=512",
-    ],
+    "csrc/ops/cpu/kernels_avx2.c": AVX2,
+    "csrc/ops/cpu/kernels_avx512.c": AVX512,
+    "csrc/ops/cpu/quads_avx2.c": AVX2,
+    "csrc/ops/cpu/quads_vnni.c": [*AVX512, "-mavx512vnni"],
+    "csrc/ops/cpu/pairs_bf16.c": AVX512,
 }
 # A public SONAME would be shared with whatever else in the process uses OpenBLAS. The new name is as long as the old
 # one, so that it can be written over it.

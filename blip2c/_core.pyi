@@ -20,29 +20,52 @@ def _fail_allocation_after(countdown: int, /) -> None: ...
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
-    paths: the safetensors files. config: see blip2c.config.core_config(). dtype: "auto" (as stored), "float32",
-    "float16" or "bfloat16": how the matrices are held; arithmetic is fp32 always.
+    paths: the safetensors files. config: see blip2c.config.core_config(). dtype: how the matrices are held, "auto" (as
+    stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for "vision", "qformer",
+    "language" (one that is missing: "auto"). docs/DTYPES.md says what each computes.
     """
 
-    def __init__(self, paths: Sequence[str], config: Mapping[str, Any], dtype: str = "auto") -> None: ...
+    def __init__(
+        self, paths: Sequence[str], config: Mapping[str, Any], dtype: str | dict[str, str] = "auto"
+    ) -> None: ...
     @property
     def unexpected(self) -> list[str]: ...
     """Names in the files that this architecture does not have."""
     @property
     def dtype(self) -> str: ...
-    """How most of the language model's matrices are held: "float32", "float16" or "bfloat16"."""
+    """How most of the weights are held: "float32", "float16", "bfloat16", "int8" or "int4"."""
+    @property
+    def dtypes(self) -> dict[str, str]: ...
+    """The same for each part: {"vision": "int8", "qformer": "float16", "language": "int4"}."""
+    @property
+    def policies(self) -> str: ...
+    """What was asked for, or what the packed file was made for: "vision=int8,qformer=half,language=int4"."""
+    @property
+    def parameters(self) -> int: ...
+    """Elements of all weights, a tied head counted once."""
     @property
     def nbytes(self) -> int: ...
     """Bytes of all weights as held."""
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
     def read(self, image_embeds: NDArray[np.float32]) -> NDArray[np.float32]: ...
-    """[B, T, Dv], what vision() gives -> [B, Q, D_lm]: Q-Former and projection alone."""
-    def encode(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
-    """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection."""
-    def encode_stages(self, pixel_values: NDArray[np.float32], hidden_states: bool = False) -> dict[str, Any]: ...
+    """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone."""
+    def encode(self, pixel_values: NDArray[np.float32], interpolate: bool = False) -> NDArray[np.float32]: ...
+    """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection. interpolate: pictures of any size,
+    [B, 3, height, width] of at least a patch, through interpolated positions."""
+    def encode_stages(
+        self,
+        pixel_values: NDArray[np.float32] | None = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+        interpolate: bool = False,
+        image_embeds: NDArray[np.float32] | None = None,
+        qformer: bool = True,
+    ) -> dict[str, Any]: ...
     """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
-    "image_features": [B, Q, D_lm]} and, when asked, "vision_hidden_states" and "qformer_hidden_states": lists."""
+    "image_features": [B, Q, D_lm]}; when asked, lists "vision_hidden_states", "qformer_hidden_states" (layers + 1) and
+    "vision_attentions" [B, H, T, T], "qformer_attentions" [B, H, Q, Q], "qformer_cross_attentions" [B, H, Q, T].
+    image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone."""
     def forward(
         self,
         image_features: NDArray[np.float32] | None,
@@ -50,10 +73,22 @@ class Model:
         offsets: NDArray[np.int64],
         mask: NDArray[np.uint8] | None = None,
         hidden_states: bool = False,
+        attentions: bool = False,
+        decoder_ids: NDArray[np.int32] | None = None,
+        decoder_offsets: NDArray[np.int64] | None = None,
+        decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
     """Packed rows: ids [N], row b is ids[offsets[b]:offsets[b+1]], mask [N] (0: a pad). An id -1 takes its row's next
-    image feature (image_features [B, Q, D_lm]; a row must hold exactly Q of them, or none if it is None).
-    {"logits": [N, V], "hidden_states": list of [N, D_lm] when asked}."""
+    embedding of image_features [B, P, D_lm]; a row must hold exactly P of them, none if it is None. Encoder-decoders:
+    these are the encoder's rows; the decoder's stand in decoder_*.
+
+    {"logits": [N, V]}; when asked, lists "hidden_states" ([N, D_lm], the last after the final norm) and "attentions"
+    [B, H, T, T] (rows of one length); of an encoder-decoder "decoder_hidden_states", "encoder_hidden_states",
+    "decoder_attentions" [B, H, Td, Td], "cross_attentions" [B, H, Td, T], "encoder_attentions" [B, H, T, T]."""
+    def project(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    """[N, Dq] -> [N, D_lm]: language_projection alone."""
+    def embed(self, ids: NDArray[np.int32]) -> NDArray[np.float32]: ...
+    """[N] -> [N, D_lm]: the language model's token embeddings."""
     def generate(
         self,
         image_features: NDArray[np.float32],
@@ -68,7 +103,10 @@ class Model:
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
     def weights(self) -> dict[str, NDArray[Any]]: ...
-    """Every weight by its checkpoint name, unpacked: float32, float16, or uint16 holding bfloat16 bits."""
+    """Every weight by its checkpoint name, unpacked: float32 (also where it is quantised), float16, or uint16 holding
+    bfloat16 bits."""
+    def save_packed(self, path: str | os.PathLike[str], metadata: dict[str, str], /) -> None: ...
+    """All weights as they are held into one file, which Model() maps; docs/FORMATS.md has the form."""
 
 class SafetensorsFile:
     """A validated safetensors file, mapped."""
@@ -103,8 +141,27 @@ def search(
 step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a list of n int64 arrays.
 {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
 
+RULES: tuple[str, ...]
+
+"""What stands between logits and the choice of a token, in order, by the names of the options."""
+
+def apply_rules(
+    scores: NDArray[np.float32],
+    ids: NDArray[np.int32],
+    prompt_length: int,
+    skip: NDArray[np.int64] | None,
+    options: Mapping[str, Any],
+    first: str,
+    end: str | None,
+    /,
+) -> NDArray[np.float32]: ...
+
+"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V]. ids [n, t]: prompt_length ids of
+the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the repetition penalty does not see."""
+
 # kernels: see blip2c.kernels
-def _pack_weight(weight: NDArray[Any], dtype: str | None, /) -> Any: ...
+def _pack_weight(weight: NDArray[Any], dtype: str | None, pairs: bool, /) -> Any: ...
+def _weight_parts(capsule: Any, /) -> tuple[str, int, NDArray[np.uint8], NDArray[Any], NDArray[np.float32]]: ...
 def _unpack_weight(capsule: Any, /) -> NDArray[Any]: ...
 def _convert(x: NDArray[Any], dtype: str, /) -> tuple[NDArray[Any], int]: ...
 def _linear(
@@ -119,6 +176,16 @@ def _linear(
 def _time_linear(x: NDArray[np.float32], weights: list[Any], item_rows: int, /) -> list[float]: ...
 def _layer_norm(
     x: NDArray[np.float32], weight: NDArray[np.float32] | None, bias: NDArray[np.float32] | None, eps: float, /
+) -> NDArray[np.float32]: ...
+def _rms_norm(x: NDArray[np.float32], weight: NDArray[np.float32], eps: float, /) -> NDArray[np.float32]: ...
+def _gate(gate: NDArray[np.float32], up: NDArray[np.float32], activation: int, /) -> NDArray[np.float32]: ...
+def _rope(
+    x: NDArray[np.float32],
+    positions: NDArray[np.int32],
+    inv_freq: NDArray[np.float32],
+    head_dim: int,
+    scaling: float,
+    /,
 ) -> NDArray[np.float32]: ...
 def _activation(x: NDArray[np.float32], activation: int, /) -> NDArray[np.float32]: ...
 def _log_softmax(x: NDArray[np.float32], /) -> NDArray[np.float32]: ...
@@ -147,11 +214,13 @@ def _attention(
     suffix_slots: NDArray[np.int32] | None,
     suffix_lens: NDArray[np.int32] | None,
     key_mask: NDArray[np.uint8] | None,
+    distance_bias: NDArray[np.float32] | None,
     causal: bool,
     heads: int,
     kv_heads: int,
     head_dim: int,
     scale: float,
+    window: int,
     /,
 ) -> NDArray[np.float32]: ...
 def _fma_peak() -> float: ...

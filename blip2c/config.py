@@ -11,11 +11,13 @@ import inspect
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from blip2c._core import CheckpointError, UnsupportedError
 from blip2c.checkpoint import read_json
+from blip2c.rope import rope, standard_parameters
 
 # Names of transformers' ACT2FN that the kernels compute, and what the C part calls them.
 ACTIVATIONS = {
@@ -190,6 +192,144 @@ class OPTConfig(PretrainedConfig):
             self.word_embed_proj_dim = self.hidden_size
 
 
+class T5Config(PretrainedConfig):
+    """The T5 and Flan-T5 language model (transformers: T5Config).
+
+    dense_act_fn and is_gated_act are read off feed_forward_proj ("gated-gelu" means gelu_new), scale_decoder_outputs
+    off tie_word_embeddings, unless the file says them; afterwards tie_word_embeddings is True always, and the head is
+    the file's own where it differs from the embedding.
+    """
+
+    model_type = "t5"
+    is_encoder_decoder: ClassVar[bool] = True
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    }
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int | None = None
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    initializer_factor: float = 1.0
+    feed_forward_proj: str = "relu"
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    decoder_start_token_id: int | None = None
+    classifier_dropout: float = 0.0
+
+    def __init__(self, **values: Any) -> None:
+        tied = values.pop("tie_word_embeddings", None)
+        values.pop("is_encoder_decoder", None)
+        super().__init__(**values)
+        if self.num_decoder_layers is None:
+            self.num_decoder_layers = self.num_layers
+        parts = str(self.feed_forward_proj).split("-")
+        act = "gelu_new" if self.feed_forward_proj == "gated-gelu" else parts[-1]
+        self.dense_act_fn = values.get("dense_act_fn", act)
+        self.is_gated_act = values.get("is_gated_act", parts[0] == "gated")
+        self.scale_decoder_outputs = values.get("scale_decoder_outputs", tied is not False)
+        self.tie_word_embeddings = True
+
+
+class LlamaConfig(PretrainedConfig):
+    """A LLaMA or Vicuna language model (transformers: LlamaConfig).
+
+    rope_parameters hold what files of before transformers 5 call rope_theta and rope_scaling.
+    """
+
+    model_type = "llama"
+    is_encoder_decoder: ClassVar[bool] = False
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pretraining_tp: int | None = 1
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    head_dim: int | None = None
+
+    def __init__(self, **values: Any) -> None:
+        parameters = standard_parameters(
+            values, values.get("max_position_embeddings", self._defaults()["max_position_embeddings"])
+        )
+        super().__init__(**values)
+        self.rope_parameters = parameters
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and isinstance(self.hidden_size, int) and isinstance(self.num_attention_heads, int):
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+
+
+class MistralConfig(LlamaConfig):
+    """A Mistral language model (transformers: MistralConfig): every layer looks back over sliding_window tokens."""
+
+    model_type = "mistral"
+    intermediate_size: int = 14336
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 4096 * 32
+    sliding_window: int | None = 4096
+
+
+class Qwen2Config(LlamaConfig):
+    """A Qwen2 language model (transformers: Qwen2Config).
+
+    Layers from max_window_layers on have a sliding window where use_sliding_window is set; layer_types overrules it.
+    """
+
+    model_type = "qwen2"
+    vocab_size: int = 151936
+    intermediate_size: int = 22016
+    num_key_value_heads: int | None = 32
+    max_position_embeddings: int = 32768
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = 28
+    layer_types: list[str] | None = None
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        if not self.use_sliding_window:
+            self.sliding_window = None
+        if self.layer_types is None:
+            first = self.num_hidden_layers if self.sliding_window is None else self.max_window_layers
+            self.layer_types = [
+                "sliding_attention" if layer >= first else "full_attention" for layer in range(self.num_hidden_layers)
+            ]
+
+
+class Qwen3Config(Qwen2Config):
+    """A Qwen3 language model (transformers: Qwen3Config): queries and keys are normed, head by head."""
+
+    model_type = "qwen3"
+    head_dim: int | None = 128
+
+
 class UnknownTextConfig(PretrainedConfig):
     """A language model of a kind that blip2c does not compute: its values are kept, loading it is refused."""
 
@@ -198,7 +338,9 @@ class UnknownTextConfig(PretrainedConfig):
         object.__setattr__(self, "model_type", model_type)
 
 
-TEXT_CONFIGS: dict[str, type[PretrainedConfig]] = {"opt": OPTConfig}
+TEXT_CONFIGS: dict[str, type[PretrainedConfig]] = {
+    kind.model_type: kind for kind in (OPTConfig, T5Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
+}
 
 
 def _part(kind: type[PretrainedConfig], name: str, values: Any) -> PretrainedConfig:
@@ -222,7 +364,7 @@ class Blip2Config(PretrainedConfig):
     """A whole BLIP-2: `vision_config`, `qformer_config`, `text_config` and what joins them (transformers: Blip2Config).
 
     image_token_index (also image_token_id) is None in checkpoints of before transformers 4.46. The text part is an
-    OPTConfig, or holds the file's values unread where its model_type is another one.
+    config of TEXT_CONFIGS, or holds the file's values unread where its model_type is another one.
     """
 
     model_type = "blip-2"
@@ -428,7 +570,105 @@ def _opt_core(config: Any) -> dict[str, Any]:
     }
 
 
-TEXT_CORES = {"opt": _opt_core}
+def _text_integer(config: Any, name: str, high: int, low: int = 1) -> int:
+    return _integer(f"text_config.{name}", config.get(name), low, high)
+
+
+def _t5_core(config: Any) -> dict[str, Any]:
+    size = partial(_text_integer, config)
+    proj = config.feed_forward_proj
+    parts = proj.split("-") if isinstance(proj, str) else []
+    if not parts or len(parts) > 2 or (len(parts) == 2 and parts[0] != "gated"):
+        raise CheckpointError(
+            "config.json: text_config.feed_forward_proj must be the name of an activation, or 'gated-' and one,"
+            f" found {proj!r}"
+        )
+    buckets = size("relative_attention_num_buckets", MAX_DIMENSION, 4)
+    return {
+        "model_type": "t5",
+        "hidden_size": size("d_model", MAX_DIMENSION),
+        "num_hidden_layers": size("num_layers", MAX_LAYERS),
+        "num_decoder_layers": size("num_decoder_layers", MAX_LAYERS),
+        "num_attention_heads": size("num_heads", 1024),
+        "d_kv": size("d_kv", MAX_DIMENSION),
+        "d_ff": size("d_ff", 4 * MAX_DIMENSION),
+        "vocab_size": size("vocab_size", MAX_VOCABULARY),
+        "relative_attention_num_buckets": buckets,
+        # At or below the half of the buckets that count single tokens, the logarithm that spaces the others fails.
+        "relative_attention_max_distance": size("relative_attention_max_distance", MAX_DIMENSION, buckets // 2 + 1),
+        "layer_norm_epsilon": _epsilon("text_config.layer_norm_epsilon", config.layer_norm_epsilon),
+        "dense_act_fn": _activation("text_config.dense_act_fn", config.dense_act_fn),
+        "is_gated_act": _flag("text_config.is_gated_act", config.is_gated_act),
+        "scale_decoder_outputs": _flag("text_config.scale_decoder_outputs", config.scale_decoder_outputs),
+        "tie_word_embeddings": _flag("text_config.tie_word_embeddings", config.tie_word_embeddings),
+    }
+
+
+def _windows(config: Any, layers: int) -> tuple[int, list[int]]:
+    """(sliding window or 0, for each layer whether it has it)."""
+    window = config.get("sliding_window")
+    window = 0 if window is None else _integer("text_config.sliding_window", window, 1, 1 << 30)
+    if config.model_type == "llama":
+        return 0, [0] * layers
+    if config.model_type == "mistral":
+        return window, [int(window > 0)] * layers
+    types = config.layer_types
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or not all(kind in known for kind in types):
+        raise CheckpointError(
+            f"config.json: text_config.layer_types must name one of {known} for each of {layers} layers,"
+            f" found {types!r}"
+        )
+    slides = [int(kind == "sliding_attention") for kind in types]
+    if any(slides) and not window:
+        raise CheckpointError("config.json: text_config.layer_types has sliding layers, but there is no sliding_window")
+    return window, slides
+
+
+def _llama_core(config: Any) -> dict[str, Any]:
+    kind = config.model_type
+    size = partial(_text_integer, config)
+    heads, layers = size("num_attention_heads", 1024), size("num_hidden_layers", MAX_LAYERS)
+    key_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", 1024)
+    if heads % key_heads:
+        raise CheckpointError(
+            f"config.json: text_config.num_attention_heads {heads} is not a multiple of num_key_value_heads {key_heads}"
+        )
+    window, slides = _windows(config, layers)
+    found = rope(config.rope_parameters, head_dim, size("max_position_embeddings", MAX_VOCABULARY))
+    # Mistral's and Qwen2's products have the biases they have, whatever the file says.
+    biased = _flag("text_config.attention_bias", config.attention_bias) if kind in ("llama", "qwen3") else False
+    return {
+        "model_type": kind,
+        "hidden_size": size("hidden_size", MAX_DIMENSION),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "head_dim": head_dim,
+        "intermediate_size": size("intermediate_size", 4 * MAX_DIMENSION),
+        "vocab_size": size("vocab_size", MAX_VOCABULARY),
+        "rms_norm_eps": _epsilon("text_config.rms_norm_eps", config.rms_norm_eps),
+        "hidden_act": _activation("text_config.hidden_act", config.hidden_act),
+        "qkv_bias": biased or kind == "qwen2",
+        "o_bias": biased,
+        "mlp_bias": kind == "llama" and _flag("text_config.mlp_bias", config.mlp_bias),
+        "qk_norm": kind == "qwen3",
+        "sliding_window": window,
+        "slides": slides,
+        "inv_freq": found.frequencies.tolist(),
+        "rope_scaling": found.scaling,
+        "tie_word_embeddings": _flag("text_config.tie_word_embeddings", config.tie_word_embeddings),
+    }
+
+
+TEXT_CORES = {
+    "opt": _opt_core,
+    "t5": _t5_core,
+    "llama": _llama_core,
+    "mistral": _llama_core,
+    "qwen2": _llama_core,
+    "qwen3": _llama_core,
+}
 
 
 def core_config(config: Blip2Config) -> dict[str, Any]:

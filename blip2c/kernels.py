@@ -1,7 +1,8 @@
 """The kernels one by one, on NumPy arrays: to look at, to teach with, to test.
 
-Arithmetic is float32. Weights may be stored in float32, float16 or bfloat16 (NumPy has no bfloat16: its bits travel as
-uint16). A result does not depend on the number of threads, nor on what else is in the batch.
+Arithmetic is float32. Weights may be stored in float32, float16, bfloat16 (NumPy has no bfloat16: its bits travel as
+uint16), int8 or int4 (see PackedWeight). A result does not depend on the number of threads, nor on what else is in the
+batch.
 
 Errors, everywhere: ``TypeError`` for something that is no array or has another dtype (nothing is converted silently),
 ``ValueError`` for shapes and names, ``IndexError`` for ids outside their table. Arrays need not be contiguous or
@@ -30,6 +31,7 @@ __all__ = [
     "decode_attention",
     "embedding",
     "first_bad_row",
+    "gate",
     "gelu",
     "greedy_search",
     "layer_norm",
@@ -37,6 +39,8 @@ __all__ = [
     "log_softmax",
     "packed_attention",
     "patches",
+    "rms_norm",
+    "rope",
     "top_k",
 ]
 
@@ -69,19 +73,42 @@ def _expect(name: str, found: Any, expected: Any) -> None:
 
 
 class PackedWeight:
-    """A weight matrix [Dout, Din] in the layout that the kernels read: [ceil(Dout / 16)][Din][16].
+    """A weight matrix [Dout, Din] in the layout that the kernels read: panels of 16 output channels.
 
     weight: float32, float16, or uint16 holding bfloat16 bits. dtype: "float32", "float16" or "bfloat16" to store it so
-    (rounded to nearest even; ``NumericError`` where a value is too large for float16), None: as it is.
+    (rounded to nearest even; ``NumericError`` where a value is too large for float16), "int8" or "int4" to round it to
+    integers with scales (``NumericError`` where a value is not finite), None: as it is. pairs: a bfloat16 weight that
+    asks for bfloat16 arithmetic where many rows meet it and the processor has it.
+
+    Rounded weights are column_scales[j] * scale * q[i][j]. A column scale is the size of a column (its root mean
+    square), so that all columns are rounded alike. int8: one scale per output channel, |q| <= 127. int4: a float16
+    scale per output channel and 32 input channels, -8 <= q <= 7, found by least squares.
     """
 
-    def __init__(self, weight: NDArray[Any], dtype: str | None = None) -> None:
-        self._capsule = _core._pack_weight(weight, dtype)
+    def __init__(self, weight: NDArray[Any], dtype: str | None = None, pairs: bool = False) -> None:
+        self._capsule = _core._pack_weight(weight, dtype, pairs)
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
 
     def unpack(self) -> NDArray[Any]:
-        """[Dout, Din] as stored: float32, float16, or uint16 holding bfloat16 bits."""
+        """[Dout, Din] as stored: float32 (rounded weights too), float16, or uint16 holding bfloat16 bits."""
         return _core._unpack_weight(self._capsule)
+
+    def integers(self) -> tuple[NDArray[np.int8], F32, F32]:
+        """Of a rounded weight: q [Dout, Din] int8, scales [Dout, groups], column_scales [Din] float32.
+
+        int8 has one group, int4 a group for every 32 input channels. ValueError for a weight that is not rounded.
+        """
+        dtype, group, data, scales, columns = _core._weight_parts(self._capsule)
+        n, k = self.shape
+        panels, padded = -(-n // 16), -(-k // 32) * 32
+        if dtype == "int8":
+            q = data.astype(np.int16).reshape(panels, padded // 4, 16, 4) - 128
+        else:
+            halves = data.reshape(panels, padded // 8, 1, 16, 4)
+            q = np.concatenate([halves & 15, halves >> 4], axis=2).astype(np.int16).reshape(panels, -1, 16, 4) - 8
+        rows = q.transpose(0, 2, 1, 3).reshape(panels * 16, padded)
+        each = scales.reshape(panels, -(-k // group), 16).transpose(0, 2, 1).reshape(panels * 16, -1)
+        return rows[:n, :k].astype(np.int8), each[:n].astype(np.float32), columns
 
     def __repr__(self) -> str:
         return f"PackedWeight(shape={self.shape})"
@@ -134,6 +161,22 @@ def layer_norm(x: F32, weight: F32 | None = None, bias: F32 | None = None, eps: 
     return _core._layer_norm(x, weight, bias, eps)
 
 
+def rms_norm(x: F32, weight: F32, eps: float = 1e-6) -> F32:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, as T5LayerNorm (Zhang and Sennrich 2019).
+
+    x [..., D] float32; weight [D]. No mean is taken away and nothing is added. Returns [..., D].
+    """
+    return _core._rms_norm(x, weight, eps)
+
+
+def gate(gate: F32, up: F32, activation: str = "gelu_tanh") -> F32:
+    """act(gate) * up, element by element: the gated feed-forward of T5 v1.1 and LLaMA (Shazeer 2020).
+
+    gate, up [..., F] float32 of the same shape; activation one of ACTIVATIONS. Returns [..., F].
+    """
+    return _core._gate(gate, up, _activation_index(activation))
+
+
 def activation(x: F32, name: str = "gelu") -> F32:
     """An activation of ACTIVATIONS on every element of x (float32, any shape).
 
@@ -177,8 +220,18 @@ def embedding(table: NDArray[Any] | PackedWeight, ids: NDArray[np.int32], added_
     return _core._embedding(table._capsule if isinstance(table, PackedWeight) else table, ids, added_to)
 
 
+def rope(x: F32, positions: NDArray[np.int32], inv_freq: F32, head_dim: int, scaling: float = 1.0) -> F32:
+    """Rotary position embeddings (Su et al. 2021, with the halves of transformers' rotate_half).
+
+    x [N, heads * head_dim] float32, positions [N] int32 (a negative one counts as 0), inv_freq [R / 2] float32, R <=
+    head_dim: in each head the elements j and j + R / 2 turn by positions[i] * inv_freq[j] and are multiplied by
+    `scaling`; those from R on stay. Returns an array like x.
+    """
+    return _core._rope(x, positions, inv_freq, head_dim, scaling)
+
+
 def patches(pixels: F32, patch: int) -> F32:
-    """Pictures [B, C, S, S] cut into flattened patches [B, (S // patch)^2, C * patch * patch].
+    """Pictures [B, C, height, width] cut into patches [B, height // patch * (width // patch), C * patch * patch].
 
     Times a convolution weight [D, C, P, P] seen as [D, C*P*P] this is Conv2d(stride=patch), as Blip2VisionEmbeddings.
     What is left over at the right and lower edge is dropped.
@@ -218,15 +271,20 @@ def packed_attention(
     suffix_slots: NDArray[np.int32] | None = None,
     suffix_lens: NDArray[np.int32] | None = None,
     key_mask: NDArray[np.uint8] | None = None,
+    distance_bias: F32 | None = None,
     causal: bool = False,
     scale: float | None = None,
+    window: int = 0,
 ) -> F32:
     """The attention of the C contract: rows of unequal length, packed, over two stretches of keys.
 
     q [N, H*Dh]: row b's queries are q[q_offsets[b]:q_offsets[b+1]] (q_offsets [B+1] int32). Its keys are
     k[prefix_starts[b]:][:prefix_lens[b]] followed by k_suffix[suffix_slots[b, s]] for s < suffix_lens[b]; values alike.
     key_mask [B, *] uint8 over the row's concatenated keys, 1: may be seen. causal: the row's queries are its last
-    positions. scale: default Dh^-0.5. A query that sees no key gets zeros. Returns [N, H*Dh].
+    positions. window: 0, or how many positions back a query sees, its own included. scale: default Dh^-0.5.
+    distance_bias [H, 2L - 1]: column clamp(j - i, 1 - L, L - 1) + L - 1 is added to the score of a key at place j of
+    the row's keys and a query at place i, masked keys counted too (T5). A query that sees no key gets zeros. Returns
+    [N, H*Dh].
     """
     kv_heads = heads if kv_heads is None else kv_heads
     q = _array(q, "q", np.float32, 2)
@@ -236,7 +294,7 @@ def packed_attention(
     scale = head_dim**-0.5 if scale is None and head_dim else scale
     return _core._attention(
         q, q_offsets, k, v, prefix_starts, prefix_lens, k_suffix, v_suffix, suffix_slots, suffix_lens, key_mask,
-        causal, heads, kv_heads, head_dim, scale or 0.0,
+        distance_bias, causal, heads, kv_heads, head_dim, scale or 0.0, window,
     )  # fmt: skip
 
 
@@ -259,12 +317,16 @@ def attention(
     causal: bool = False,
     key_mask: NDArray[Any] | None = None,
     scale: float | None = None,
+    distance_bias: F32 | None = None,
+    window: int = 0,
 ) -> F32:
-    """softmax(scale q k^T) v for each head (Vaswani et al. 2017, section 3.2.1).
+    """softmax(scale q k^T + bias) v for each head (Vaswani et al. 2017, section 3.2.1).
 
     q [B, Tq, H*Dh], k and v [B, Tk, Hkv*Dh] float32, head h in columns [h*Dh, (h+1)*Dh); key_mask [B, Tk] bool or
-    uint8, true where a key may be seen. causal: query i sees keys up to Tk - Tq + i (Tq <= Tk). A query that sees no
-    key gets zeros. Returns [B, Tq, H*Dh]. Query head h uses key head h * Hkv // H (grouped queries).
+    uint8, true where a key may be seen. causal: query i sees keys up to Tk - Tq + i (Tq <= Tk). window: if not 0,
+    query i sees no key before Tk - Tq + i + 1 - window (Mistral's sliding window). A query that sees no key gets zeros.
+    distance_bias [H, 2L - 1]: T5's relative position bias, see packed_attention; the queries are the row's last
+    positions. Returns [B, Tq, H*Dh]. Query head h uses key head h * Hkv // H (grouped queries).
     """
     q, k, v = _array(q, "q", np.float32, 3), _array(k, "k", np.float32, 3), _array(v, "v", np.float32, 3)
     _expect("k: batch", k.shape[0], q.shape[0])
@@ -280,8 +342,10 @@ def attention(
         heads=heads,
         kv_heads=kv_heads,
         key_mask=_mask_bytes(key_mask, (batch, keys)),
+        distance_bias=distance_bias,
         causal=causal,
         scale=scale,
+        window=window,
     )
     return out.reshape(q.shape)
 

@@ -1,9 +1,15 @@
-"""`ModelOutput`: what models return; entries by name, by attribute or, as a tuple's, by number."""
+"""`ModelOutput`, what models return: entries by name, by attribute or by number; `Like`: in whose type."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2c.images import is_torch
 
 
 class ModelOutput(dict[str, Any]):
@@ -42,3 +48,22 @@ class ModelOutput(dict[str, Any]):
 
 def _rebuild(entries: dict[str, Any], names: list[str]) -> ModelOutput:
     return ModelOutput(**{**dict.fromkeys(names), **entries})
+
+
+class Like:
+    """Gives results back as what came in: tensors for a tensor, arrays for anything else."""
+
+    def __init__(self, value: Any, dtype: str) -> None:
+        self.torch = sys.modules["torch"] if is_torch(value) else None
+        self.dtype = dtype
+
+    def floats(self, array: NDArray[np.float32], keep: bool = False) -> Any:
+        """float32 array; or a tensor of the model's dtype (float32 where `keep`)."""
+        if self.torch is None:
+            return array
+        tensor = self.torch.from_numpy(np.ascontiguousarray(array))
+        return tensor if keep or self.dtype == "float32" else tensor.to(getattr(self.torch, self.dtype))
+
+    def ids(self, array: NDArray[np.int64]) -> Any:
+        """int64 array or tensor."""
+        return array if self.torch is None else self.torch.from_numpy(array)

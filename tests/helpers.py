@@ -27,6 +27,27 @@ BOS, PAD, EOS = 2, 1, 2
 IMAGE_TOKEN = "<image>"
 
 
+_SIZES = {
+    "vocab_size": 320, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 160, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
+}  # fmt: skip
+_LLAMA = {**_SIZES, "intermediate_size": 36, "num_key_value_heads": 2}
+TEXTS: dict[str, dict[str, Any]] = {
+    "opt": {"model_type": "opt", **_SIZES, "ffn_dim": 36},
+    "llama": {"model_type": "llama", **_LLAMA},
+    "mistral": {"model_type": "mistral", **_LLAMA, "num_key_value_heads": 1, "sliding_window": 6},
+    "qwen2": {"model_type": "qwen2", **_LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", **_LLAMA, "head_dim": 12},
+    "t5": {
+        "model_type": "t5", "vocab_size": 320, "d_model": 20, "d_kv": 7, "num_heads": 3, "d_ff": 36, "num_layers": 2,
+        "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 12, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    },
+}  # fmt: skip
+"""Small language models of each family, by model_type."""
+
+
 def small_tokenizer(vocab_size: int = 320, image_token: bool = True) -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of OPT's kind: </s> (id 2) is put in front, <pad> is 1, the last id is <image>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -65,8 +86,12 @@ def random_config(
     num_query_tokens: int = 4,
     image_token: bool = True,
     tied: bool = True,
+    family: str = "opt",
 ) -> transformers.Blip2Config:
-    """A small Blip2Config over OPT; vision, qformer and text replace single keys. The image token is the last id."""
+    """A small Blip2Config over a language model of TEXTS; vision, qformer and text replace single keys.
+
+    The image token is the last id.
+    """
     vision_config = {
         "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14, **(vision or {}),
@@ -75,11 +100,7 @@ def random_config(
         "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 4, "num_attention_heads": 2,
         "vocab_size": 64, "max_position_embeddings": 32, **(qformer or {}),
     }  # fmt: skip
-    text_config = {
-        "model_type": "opt", "vocab_size": 320, "hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "ffn_dim": 36, "max_position_embeddings": 160, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD,
-        "tie_word_embeddings": tied, **(text or {}),
-    }  # fmt: skip
+    text_config = {**TEXTS[family], "tie_word_embeddings": tied, **(text or {})}
     return transformers.Blip2Config(
         vision_config=vision_config,
         qformer_config=qformer_config,
@@ -96,14 +117,14 @@ def randomize(model: torch.nn.Module, seed: int, gain: float = 1.3) -> None:
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("decoder.final_layer_norm.weight"):
+            if name.endswith(("decoder.final_layer_norm.weight", "language_model.model.norm.weight")):
                 # Signs at random: with a tied head the model would otherwise repeat its last token for ever.
                 value = noise
             elif "norm" in name.lower() and name.endswith("weight"):
                 value = 1.0 + 0.2 * noise
             elif name.endswith("bias"):
                 value = 0.2 * noise
-            elif name.endswith("query_tokens") or ("embed" in name and "patch" not in name):
+            elif name.endswith("query_tokens") or ("embed" in name and "patch" not in name) or "shared" in name:
                 value = 0.5 * noise
             else:
                 fan_in = int(np.prod(parameter.shape[1:])) if parameter.dim() > 1 else parameter.numel()
@@ -113,10 +134,16 @@ def randomize(model: torch.nn.Module, seed: int, gain: float = 1.3) -> None:
             parameter.copy_(value.to(parameter.dtype))
 
 
-def random_model(config: transformers.Blip2Config, seed: int = 0, gain: float = 1.3) -> Any:
-    """transformers' Blip2ForConditionalGeneration with every parameter random, float32, ready to compare with."""
+def random_model(config: transformers.Blip2Config, seed: int = 0, gain: float = 1.3, own_head: bool = False) -> Any:
+    """transformers' Blip2ForConditionalGeneration with every parameter random, float32, ready to compare with.
+
+    own_head: the head is not the embedding, whatever the config says (T5's always says it is).
+    """
     torch.manual_seed(seed)
     model = transformers.Blip2ForConditionalGeneration(config).eval().float()
+    if own_head:
+        head = model.language_model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.clone())
     randomize(model, seed, gain)
     return model
 
@@ -129,6 +156,7 @@ def random_checkpoint(
     tokenizer: bool = False,
     max_shard_size: str | None = None,
     gain: float = 1.3,
+    own_head: bool = False,
     **overrides: Any,
 ) -> Path:
     """Write a random checkpoint with transformers and return its folder.
@@ -138,7 +166,7 @@ def random_checkpoint(
     """
     path = Path(path)
     config = random_config(**overrides)
-    model = random_model(config, seed, gain).to(getattr(torch, dtype))
+    model = random_model(config, seed, gain, own_head).to(getattr(torch, dtype))
     # One dtype throughout, as the Hub's files have it: transformers alone would keep the Q-Former in float32.
     shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(path, **shards)

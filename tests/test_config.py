@@ -184,8 +184,8 @@ def test_wrong_values_are_refused_by_name(path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "name"),
     [
-        ("text_config.model_type", "t5", "'t5'"),
-        ("text_config.model_type", "llama", "'llama'"),
+        ("text_config.model_type", "mt5", "'mt5'"),
+        ("text_config.model_type", "gemma", "'gemma'"),
         ("text_config.model_type", "no_such_model", "'no_such_model'"),
         ("text_config.word_embed_proj_dim", 512, "word_embed_proj_dim 512"),
         ("text_config.activation_function", "tanh", "'tanh'"),

@@ -15,6 +15,7 @@ import blip2c
 from blip2c import _core
 from running import run_python, set_threads
 
+ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 IMPORT = "from blip2c import _core; print(_core.cpu_info()['isa'], _core.get_num_threads())"
 
 
@@ -27,7 +28,7 @@ def same_threads_afterwards():
 
 def test_cpu_info() -> None:
     info = _core.cpu_info()
-    assert info["isa"] in ("generic", "avx2", "avx512")
+    assert info["isa"] in ISAS
     assert info["processors"] == len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else True
     if os.path.exists("/proc/cpuinfo") and info["brand"]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -38,7 +39,7 @@ def test_cpu_info() -> None:
         assert info["brand"] in Path("/proc/cpuinfo").read_text()
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set_is_forced_or_refused(isa: str) -> None:
     result = run_python(IMPORT, BLIP2C_ISA=isa)
     if isa == "generic" or _core.cpu_info()[isa]:
@@ -51,7 +52,7 @@ def test_unknown_instruction_set() -> None:
     result = run_python(IMPORT, BLIP2C_ISA="sse9" * 100)
     assert result.returncode != 0
     assert "BLIP2C_ISA=sse9sse9" in result.stderr
-    assert "expected generic, avx2 or avx512" in result.stderr
+    assert "expected generic, avx2, avx512, avx512_vnni or avx512_bf16" in result.stderr
 
 
 def test_threads() -> None:

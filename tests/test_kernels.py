@@ -33,9 +33,12 @@ F32 = np.float32
 TOLERANCE = {
     "linear": 5e-7,
     "layer_norm": 1e-6,
+    "rms_norm": 5e-7,
+    "gate": 4e-7,
     "activation": 2.5e-7,
     "log_softmax": 3e-7,
     "attention": 1.5e-6,
+    "rope": 2e-7,
     "exact": 0.0,
 }
 # Rounding of the weight, to compare with the weight before it was packed.
@@ -132,6 +135,30 @@ def norm_case(m: int, d: int, affine: bool = True, eps: float = 1e-6) -> Case:
                 partial(kernels.layer_norm, eps=eps), reference, ("x",))  # fmt: skip
 
 
+def rms_norm_case(m: int, d: int, eps: float = 1e-6) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"x": normal(rng, m, d, scale=3.0) + F32(1.0), "weight": normal(rng, d)}
+
+    def reference(x, weight):
+        x = x.astype(np.float64)
+        y = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+        return y, np.abs(y) + 1e-30
+
+    return Case(f"rms_norm-{m}x{d}", "rms_norm", make, partial(kernels.rms_norm, eps=eps), reference, ("x",))
+
+
+def gate_case(name: str, m: int, n: int) -> Case:
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"gate": normal(rng, m, n, scale=4.0), "up": normal(rng, m, n)}
+
+    def reference(gate, up):
+        gate = gate.astype(np.float64)
+        return activate(gate, name) * up, np.maximum(1.0, np.abs(gate)) * np.abs(up) + 1e-30
+
+    return Case(f"gate-{name}-{m}x{n}", "gate", make, partial(kernels.gate, activation=name), reference,
+                ("gate", "up"))  # fmt: skip
+
+
 def activation_case(name: str, n: int) -> Case:
     def make(rng: np.random.Generator) -> dict[str, Any]:
         return {"x": np.concatenate([normal(rng, n, scale=4.0), np.linspace(-12, 12, n).astype(F32)])}
@@ -186,15 +213,16 @@ def embedding_case(v: int, d: int, n: int, dtype: str, packed: bool, add: bool) 
     return Case(name, "exact", make, run, reference, ("ids", "added_to") if add else ("ids",))
 
 
-def patches_case(b: int, c: int, s: int, p: int) -> Case:
+def patches_case(b: int, c: int, height: int, width: int, p: int) -> Case:
     def make(rng: np.random.Generator) -> dict[str, Any]:
-        return {"pixels": normal(rng, b, c, s, s)}
+        return {"pixels": normal(rng, b, c, height, width)}
 
     def reference(pixels):
         unfolded = torch.nn.functional.unfold(torch.from_numpy(pixels), p, stride=p)
         return unfolded.transpose(1, 2).double().numpy(), 1.0
 
-    return Case(f"patches-{b}x{c}x{s}-{p}", "exact", make, partial(kernels.patches, patch=p), reference, ("pixels",))
+    name = f"patches-{b}x{c}x{height}x{width}-{p}"
+    return Case(name, "exact", make, partial(kernels.patches, patch=p), reference, ("pixels",))
 
 
 def add_rows_case(m: int, n: int, d: int) -> Case:
@@ -207,7 +235,30 @@ def add_rows_case(m: int, n: int, d: int) -> Case:
     return Case(f"add_rows-{m}x{n}x{d}", "exact", make, kernels.add_rows, reference, ())
 
 
-def attention_64(q, k, v, heads, kv_heads, causal, scale, key_mask=None):
+def rope_case(n: int, heads: int, head_dim: int, rotary: int, scaling: float = 1.0) -> Case:
+    frequencies = (10000.0 ** -(np.arange(rotary // 2) / max(rotary // 2, 1))).astype(F32)
+
+    def make(rng: np.random.Generator) -> dict[str, Any]:
+        return {"x": normal(rng, n, heads * head_dim), "positions": rng.integers(0, 5000, n).astype(np.int32)}
+
+    def reference(x, positions):
+        # The angle is a float32 product, as in transformers; the rest in float64.
+        angle = np.tile((positions.astype(F32)[:, None] * frequencies).astype(np.float64), 2)[:, None]
+        x = x.astype(np.float64).reshape(n, heads, head_dim)
+        turned = x[..., :rotary]
+        half = np.concatenate([-turned[..., rotary // 2 :], turned[..., : rotary // 2]], -1)
+        value = (turned * np.cos(angle) + half * np.sin(angle)) * scaling
+        size = (np.abs(turned) + np.abs(half)) * scaling
+        whole = (np.concatenate([part, x[..., rotary:]], -1) for part in (value, size))
+        value, size = (part.reshape(n, -1) for part in whole)
+        return value, np.abs(size)
+
+    options = {"inv_freq": frequencies, "head_dim": head_dim, "scaling": scaling}
+    return Case(f"rope-{n}x{heads}x{head_dim}-{rotary}", "rope", make, partial(kernels.rope, **options), reference,
+                ("x", "positions"))  # fmt: skip
+
+
+def attention_64(q, k, v, heads, kv_heads, causal, scale, window=0, key_mask=None, distance_bias=None):
     """(output, output over |v|) in float64, heads one by one."""
     batch, queries, keys, width = *q.shape[:2], k.shape[1], q.shape[2] // heads
     q, k, v = (a.astype(np.float64) for a in (q, k, v))
@@ -215,10 +266,17 @@ def attention_64(q, k, v, heads, kv_heads, causal, scale, key_mask=None):
     seen = np.ones((batch, queries, keys), bool) if key_mask is None else key_mask[:, None, :].repeat(queries, 1) != 0
     if causal:
         seen &= np.arange(keys) <= np.arange(queries)[:, None] + keys - queries
+    if window:
+        seen &= np.arange(keys) > np.arange(queries)[:, None] + keys - queries - window
     for b, h in itertools.product(range(batch), range(heads)):
         mine = slice(h * width, (h + 1) * width)
         theirs = slice(h * kv_heads // heads * width, (h * kv_heads // heads + 1) * width)
-        scores = np.where(seen[b], scale * q[b, :, mine] @ k[b, :, theirs].T, -np.inf)
+        scores = scale * q[b, :, mine] @ k[b, :, theirs].T
+        if distance_bias is not None:
+            last = distance_bias.shape[1] // 2
+            distance = np.arange(keys) - (np.arange(queries)[:, None] + keys - queries)
+            scores = scores + distance_bias[h, np.clip(distance, -last, last) + last]
+        scores = np.where(seen[b], scores, -np.inf)
         some = seen[b].any(-1)
         p = np.exp(scores[some] - scores[some].max(-1, keepdims=True, initial=-np.inf))
         p /= p.sum(-1, keepdims=True)
@@ -227,7 +285,7 @@ def attention_64(q, k, v, heads, kv_heads, causal, scale, key_mask=None):
 
 
 def attention_case(b: int, tq: int, tk: int, heads: int, kv_heads: int, dh: int, causal: bool = False,
-                   masked: str = "") -> Case:  # fmt: skip
+                   masked: str = "", window: int = 0, distances: int = 0) -> Case:  # fmt: skip
     scale = 0.7 * dh**-0.5
 
     def make(rng: np.random.Generator) -> dict[str, Any]:
@@ -240,10 +298,14 @@ def attention_case(b: int, tq: int, tk: int, heads: int, kv_heads: int, dh: int,
             if masked == "all":
                 mask[0] = False
             arrays["key_mask"] = mask
+        if distances:
+            arrays["distance_bias"] = normal(rng, heads, 2 * distances - 1)
         return arrays
 
-    options = {"heads": heads, "kv_heads": kv_heads, "causal": causal, "scale": scale}
+    options = {"heads": heads, "kv_heads": kv_heads, "causal": causal, "scale": scale, "window": window}
     name = f"attention-{b}x{tq}x{tk}-{heads}of{kv_heads}x{dh}{'-causal' if causal else ''}-{masked}".rstrip("-")
+    name += f"-window{window}" if window else ""
+    name += f"-distances{distances}" if distances else ""
     return Case(name, "attention", make, partial(kernels.attention, **options), partial(attention_64, **options),
                 ("q", "k", "v", "key_mask") if masked else ("q", "k", "v"))  # fmt: skip
 
@@ -268,12 +330,15 @@ CASES = [
     linear_case(33, 520, 100, "float32", "none", "openblas", residual=False, item_rows=33),
     *(norm_case(m, d) for m, d in [(1, 1), (3, 7), (33, 192), (257, 1408)]),
     norm_case(5, 100, affine=False, eps=1e-12),
+    *(rms_norm_case(m, d) for m, d in [(1, 1), (3, 7), (33, 192), (40, 2049)]),
+    *(gate_case(name, 5, 37) for name in kernels.ACTIVATIONS),
+    gate_case("gelu_tanh", 60, 1000),
     *(activation_case(name, n) for name in kernels.ACTIVATIONS for n in (3, 5000)),
     *(log_softmax_case(m, v, s) for m, v, s in [(1, 1, 1.0), (5, 37, 10.0), (9, 50272, 3.0)]),
     *(top_k_case(m, v, k) for m, v, k in [(1, 1, 1), (9, 50, 50), (7, 5000, 10), (3, 33, 2)]),
     *(embedding_case(50, 37, 40, dtype, packed, packed) for dtype in STORAGE for packed in (False, True)),
     embedding_case(33, 16, 40, "float16", True, False),
-    *(patches_case(b, c, s, p) for b, c, s, p in [(1, 3, 28, 14), (2, 3, 31, 14), (3, 1, 7, 3)]),
+    *(patches_case(*c) for c in [(1, 3, 28, 28, 14), (2, 3, 31, 31, 14), (3, 1, 7, 7, 3), (2, 3, 20, 45, 14)]),
     add_rows_case(3, 5, 70),
     attention_case(1, 257, 257, 2, 2, 88),
     attention_case(2, 33, 33, 4, 4, 80, causal=True),
@@ -283,6 +348,16 @@ CASES = [
     attention_case(2, 5, 21, 3, 3, 1, masked="all"),
     attention_case(3, 1, 100, 6, 2, 33, causal=True),
     attention_case(2, 0, 4, 1, 1, 8),
+    attention_case(2, 45, 70, 4, 2, 20, causal=True, window=19),
+    attention_case(3, 33, 33, 2, 2, 8, causal=True, masked="some", window=3),
+    attention_case(3, 1, 100, 2, 1, 12, causal=True, window=40),
+    attention_case(2, 9, 30, 2, 2, 8, window=7),
+    rope_case(7, 3, 10, 10),
+    rope_case(40, 2, 200, 200, 1.25),
+    rope_case(5, 4, 24, 6),
+    attention_case(2, 33, 33, 3, 3, 20, distances=9),
+    attention_case(3, 21, 21, 4, 2, 9, causal=True, masked="some", distances=40),
+    attention_case(2, 1, 40, 2, 2, 64, causal=True, masked="left", distances=1),
 ]
 
 
@@ -542,6 +617,28 @@ def test_decoding_has_the_bits_of_the_whole_pass(heads: int, kv_heads: int, widt
     for first, end in [(0, 10), (10, 11), (11, 37)]:
         chunk = kernels.attention(q[:, first:end], k[:, :end], v[:, :end], heads, kv_heads, causal=True)
         assert same_bits(chunk, whole[:, first:end])
+    near = kernels.attention(q, k, v, heads, kv_heads, causal=True, window=21)
+    for first, end in [(0, 10), (10, 11), (11, 36), (36, 37)]:
+        chunk = kernels.attention(q[:, first:end], k[:, :end], v[:, :end], heads, kv_heads, causal=True, window=21)
+        assert same_bits(chunk, near[:, first:end])
+
+
+def test_distances_count_from_the_rows_own_last_position() -> None:
+    """A decoded token, its keys in slots, sees the distances of the whole pass: the same bits."""
+    rng = np.random.default_rng(15)
+    q, k, v = (normal(rng, 2, 25, 3 * 24) for _ in range(3))
+    bias = normal(rng, 3, 2 * 12 - 1)
+    whole = kernels.attention(q, k, v, 3, causal=True, distance_bias=bias)
+    for position in (4, 13, 24):
+        slots = rng.permutation(50).astype(np.int32).reshape(2, 25)[:, : position - 3]
+        k_slots, v_slots = np.full((50, 72), np.nan, F32), np.full((50, 72), np.nan, F32)
+        k_slots[slots], v_slots[slots] = k[:, 4 : position + 1], v[:, 4 : position + 1]
+        found = kernels.packed_attention(
+            np.ascontiguousarray(q[:, position]), np.arange(3, dtype=np.int32), k.reshape(50, 72), v.reshape(50, 72),
+            np.array([0, 25], np.int32), np.array([4, 4], np.int32), heads=3, k_suffix=k_slots, v_suffix=v_slots,
+            suffix_slots=slots, suffix_lens=np.full(2, position - 3, np.int32), distance_bias=bias, causal=True,
+        )  # fmt: skip
+        assert same_bits(found, whole[:, position])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -617,7 +714,7 @@ REFUSED = [
     (lambda: kernels.linear(X, W, np.ones(4, F32)), ValueError, r"bias: expected F32 \[3\], found F32 \[4"),
     (lambda: kernels.linear(X, W, residual=X), ValueError, r"residual: expected shape \[2, 3\], found \[2, 4\]"),
     (lambda: kernels.linear(X, W, activation="swish"), ValueError, "activation: expected one of .* found 'swish'"),
-    (lambda: kernels.linear(X, W, dtype="int8"), ValueError, "dtype: expected .* found int8"),
+    (lambda: kernels.linear(X, W, dtype="int3"), ValueError, "dtype: expected .* found int3"),
     (lambda: kernels.linear(X, W, method="magic"), ValueError, "method: .*'magic'"),
     (lambda: kernels.linear(X, W, method="openblas", item_rows=3), ValueError, "2 rows are no multiple of 3"),
     (lambda: kernels.linear(X, W.astype(np.float16), method="openblas"), TypeError, "weight: .*float16"),
@@ -625,14 +722,18 @@ REFUSED = [
     (lambda: kernels.linear(np.array(1.0, F32), W), ValueError, "x: expected at least 1 axis"),
     (lambda: kernels.PackedWeight(np.ones((0, 4), F32)), ValueError, "weight: .*elements"),
     (lambda: kernels.layer_norm(X, V), ValueError, r"gamma: expected F32 \[4\], found F32 \[3"),
+    (lambda: kernels.rms_norm(X, V), ValueError, r"gamma: expected F32 \[4\], found F32 \[3"),
+    (lambda: kernels.gate(X, W), ValueError, r"up: expected shape \[2, 4\], found \[3, 4\]"),
+    (lambda: kernels.gate(X, X, "swish"), ValueError, "activation: expected one of .* found 'swish'"),
+    (lambda: kernels.attention(T, T, T, 2, distance_bias=W), ValueError, r"distance_bias: expected shape \[2, an odd"),
+    (lambda: kernels.attention(T, T, T, 3, distance_bias=W), ValueError, r"distance_bias: .*found \[3, 4\]"),
     (lambda: kernels.top_k(X, 5), ValueError, "k = 5 of 4"),
     (lambda: kernels.top_k(X, 0), ValueError, "k = 0 of 4"),
     (lambda: kernels.embedding(W, np.array([1, 3], np.int32)), IndexError, "id 3 at position 1 .* 3 rows"),
     (lambda: kernels.embedding(W, np.array([-1], np.int32)), IndexError, "found -1"),
     (lambda: kernels.embedding(W, np.array([1]), X), TypeError, "ids: .*int32.*int64"),
     (lambda: kernels.embedding(W, np.array([1], np.int32), X), ValueError, "added_to: expected 1 rows, found 2"),
-    (lambda: kernels.patches(np.ones((1, 3, 8, 9), F32), 2), ValueError, "pixels: expected square"),
-    (lambda: kernels.patches(np.ones((1, 3, 8, 8), F32), 9), ValueError, "side 8, patch 9"),
+    (lambda: kernels.patches(np.ones((1, 3, 8, 8), F32), 9), ValueError, "8 x 8, patch 9"),
     (lambda: kernels.patches(np.ones((1, 3, 8, 8), F32), 0), ValueError, "patch 0"),
     (lambda: kernels.add_rows(X, W), ValueError, "2 rows are no multiple of 3"),
     (lambda: kernels.copy_rows(X, W, np.array([0, 2, 1], np.int32)), IndexError, "row 2 of out, which has 2"),
@@ -642,6 +743,10 @@ REFUSED = [
     (lambda: kernels.attention(T, T[:, :1], T[:, :1], 2, causal=True), ValueError, "2 queries, prefix 0 . 1"),
     (lambda: kernels.attention(T, T, T, 2, key_mask=np.ones((1, 3), bool)), ValueError, "key_mask: shape"),
     (lambda: kernels.attention(T, T, T[:, :1], 2), ValueError, "v: shape"),
+    (lambda: kernels.attention(T, T, T, 2, window=-1), ValueError, "window of -1 keys"),
+    (lambda: kernels.rope(X, np.zeros(2, np.int32), V, 4), ValueError, r"rope: 6 of 4 elements"),
+    (lambda: kernels.rope(X, np.zeros(2, np.int32), V[:1], 3), ValueError, r"rope: 2 of 3 .*\[2, 4\]"),
+    (lambda: kernels.rope(X, np.zeros(1, np.int32), V[:1], 2), ValueError, "positions: expected 2 rows, found 1"),
     (
         lambda: kernels.decode_attention(T[0], np.ones((2, 1, 6), F32), np.ones((2, 1, 6), F32), T[0], T[0],
                                          np.array([[0], [2]], np.int32), 2),

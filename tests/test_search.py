@@ -427,7 +427,7 @@ def test_wrong_prompts_are_named(prompts: Any, error: type[Exception], words: st
         ({"repetition_penalty": float("nan")}, "repetition_penalty: expected a number above 0"),
         ({"length_penalty": float("inf")}, "length_penalty: expected a finite number"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size: expected at least 0"),
-        ({"bad_words": [[3], []]}, "bad_words_ids: word 1 is empty"),
+        ({"bad_words": [[3], []]}, "bad_words_ids: sequence 1 is empty"),
         ({"bad_words": [[3, 9]]}, "bad_words_ids: id 9 is outside the vocabulary of 9"),
         ({"suppress_ids": [-1]}, "suppress_tokens: id -1 is outside the vocabulary of 9"),
         ({"eos_ids": list(range(9))}, "num_beams: beam search over 9 end tokens needs a vocabulary of at least 10"),

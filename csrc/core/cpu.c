@@ -6,7 +6,7 @@
 #include <cpuid.h>
 #endif
 
-static const char *const isa_names[] = {"generic", "avx2", "avx512"};
+static const char *const isa_names[B2_ISA_COUNT] = {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 
 const char *b2_isa_name(b2_isa isa)
 {
@@ -37,7 +37,7 @@ void b2_cpu_detect(b2_cpu *cpu)
     cpu->avx512 = cpu->avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     cpu->avx512_vnni = cpu->avx512 && __builtin_cpu_supports("avx512vnni");
-    cpu->avx512_bf16 = cpu->avx512 && __builtin_cpu_supports("avx512bf16");
+    cpu->avx512_bf16 = cpu->avx512_vnni && __builtin_cpu_supports("avx512bf16");
     read_brand(cpu->brand);
 }
 #else
@@ -49,18 +49,19 @@ void b2_cpu_detect(b2_cpu *cpu)
 
 static int has(const b2_cpu *cpu, b2_isa isa)
 {
-    if (isa == B2_ISA_AVX512)
-        return cpu->avx512;
-    return isa == B2_ISA_AVX2 ? cpu->avx2 : 1;
+    const int found[B2_ISA_COUNT] = {1, cpu->avx2, cpu->avx512, cpu->avx512_vnni, cpu->avx512_bf16};
+    return found[isa];
 }
 
 int b2_isa_choose(b2_isa *isa, const b2_cpu *cpu, const char *forced, b2_err *err)
 {
     if (!forced || !*forced) {
-        *isa = has(cpu, B2_ISA_AVX512) ? B2_ISA_AVX512 : has(cpu, B2_ISA_AVX2) ? B2_ISA_AVX2 : B2_ISA_GENERIC;
+        *isa = B2_ISA_COUNT - 1;
+        while (!has(cpu, *isa))
+            *isa = (b2_isa)(*isa - 1);
         return 0;
     }
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < B2_ISA_COUNT; i++) {
         if (strcmp(forced, isa_names[i]) != 0)
             continue;
         if (!has(cpu, (b2_isa)i))
@@ -69,5 +70,6 @@ int b2_isa_choose(b2_isa *isa, const b2_cpu *cpu, const char *forced, b2_err *er
         *isa = (b2_isa)i;
         return 0;
     }
-    return b2_fail(err, B2_E_VALUE, "BLIP2C_ISA=%.32s: expected generic, avx2 or avx512", forced);
+    return b2_fail(err, B2_E_VALUE, "BLIP2C_ISA=%.32s: expected generic, avx2, avx512, avx512_vnni or avx512_bf16",
+                   forced);
 }

@@ -78,7 +78,7 @@ typedef struct b2_weight {
      * weights are small because their activations are large lose nothing. */
     const float *column_scales; /* [k]; NULL: ones */
     const void *scales;         /* [ceil(n/16)][ceil(k/group)][16]: F32 for I8, F16 bits for I4; NULL: not quantised */
-    int64_t group;              /* input channels that share a scale: I8: k rounded up to 32, or a multiple of 32; I4: 32 */
+    int64_t group;              /* input channels that share a scale: I8: k rounded up to 32; I4: 32 */
     int owned;        /* 1: `data` was allocated for this weight; 0: `data` points into a mapped file */
     uint64_t version; /* changes with the values */
 } b2_weight;

@@ -51,7 +51,8 @@ typedef struct beams {
     slot *slots[2];     /* [B, num_beams] */
     int32_t *kept[2];   /* [B, num_beams, width] new tokens of the slots */
     float *scores;      /* [items * num_beams, V], packed in the order of `item` */
-    float *penalty;     /* [B*num_beams, longest + width] scratch of the rules */
+    int64_t stride;     /* bytes of one row's scratch */
+    char *scratch;      /* [B*num_beams, stride] of the rules */
     b2_scored *sorted;  /* [B, sortable] */
     float *merged;      /* [B, num_beams + K] */
     b2_scored *best;    /* [B, K] candidates: score, beam * V + token */
@@ -68,14 +69,14 @@ static int reserve_rows(beams *g, size_t rows, b2_err *err)
 {
     const b2_search *search = g->search;
     size_t vocabulary = (size_t)search->step->vocabulary;
-    size_t history = (size_t)(search->longest + g->width);
     g->broken = b2_alloc_zeroed(rows, sizeof *g->broken, "beam search flags", err);
     g->sums = b2_alloc(rows, sizeof *g->sums, "beam search sums", err);
     g->row = b2_alloc(rows, sizeof *g->row, "beam search rows", err);
     g->parent = b2_alloc(rows, sizeof *g->parent, "beam search parents", err);
     g->token = b2_alloc(rows, sizeof *g->token, "beam search tokens", err);
     g->scores = b2_alloc(rows, vocabulary * sizeof *g->scores, "beam search scores", err);
-    g->penalty = b2_alloc(rows, history * sizeof *g->penalty, "beam search scratch", err);
+    g->stride = b2_rules_scratch(search->opts, search->step->vocabulary, search->longest + g->width);
+    g->scratch = b2_alloc(rows, (size_t)g->stride, "beam search scratch", err);
     for (int i = 0; i < 2; i++) {
         g->said[i] = b2_alloc(rows, (size_t)g->width * sizeof *g->said[i], "running beams", err);
         g->kept[i] = b2_alloc(rows, (size_t)g->width * sizeof *g->kept[i], "ended beams", err);
@@ -83,7 +84,7 @@ static int reserve_rows(beams *g, size_t rows, b2_err *err)
         if (!g->said[i] || !g->kept[i] || !g->slots[i])
             return -1;
     }
-    return g->broken && g->sums && g->row && g->parent && g->token && g->scores && g->penalty ? 0 : -1;
+    return g->broken && g->sums && g->row && g->parent && g->token && g->scores && g->scratch ? 0 : -1;
 }
 
 static int reserve(beams *g, b2_err *err)
@@ -123,7 +124,7 @@ static void release(beams *g)
     b2_free(g->parent);
     b2_free(g->token);
     b2_free(g->scores);
-    b2_free(g->penalty);
+    b2_free(g->scratch);
     b2_free(g->sorted);
     b2_free(g->merged);
     b2_free(g->best);
@@ -149,13 +150,17 @@ static void score_row(beams *g, int64_t i, int64_t item, int64_t beam)
     const b2_search *search = g->search;
     int64_t vocabulary = search->step->vocabulary;
     float *scores = g->scores + i * vocabulary;
-    g->broken[i] = (uint8_t)b2_scores_broken(scores, vocabulary);
+    int broken = b2_scores_broken(scores, vocabulary);
+    g->broken[i] = broken && !search->opts->remove_invalid_values;
     if (g->broken[i])
         return;
-    b2_scores_log_softmax(scores, vocabulary);
+    if (broken) /* one NaN or +Inf makes the whole softmax NaN */
+        b2_scores_fill(scores, vocabulary, NAN);
+    else
+        b2_scores_log_softmax(scores, vocabulary);
     const int32_t *said = g->said[g->now] + (item * search->opts->num_beams + beam) * g->width;
     b2_history history = b2_search_history(search, item, said, g->step);
-    b2_rules_apply(scores, vocabulary, &history, search->opts, g->penalty + i * (search->longest + g->width));
+    b2_rules_apply(scores, vocabulary, &history, search->opts, g->scratch + i * g->stride);
 }
 
 static void score_prompt(void *argument, int64_t i, int worker)

@@ -48,32 +48,6 @@ static int check_lengths(const b2_generate_opts *opts, b2_err *err)
     return 0;
 }
 
-static int check_ids(const char *name, const int32_t *ids, int64_t count, int64_t vocabulary, b2_err *err)
-{
-    for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= vocabulary)
-            return b2_fail(err, B2_E_VALUE, "%s: id %d is outside the vocabulary of %lld tokens", name, (int)ids[i],
-                           (long long)vocabulary);
-    return 0;
-}
-
-static int check_rules(const b2_generate_opts *opts, int64_t vocabulary, b2_err *err)
-{
-    if (!(opts->repetition_penalty > 0.0f) || !isfinite(opts->repetition_penalty))
-        return b2_fail(err, B2_E_VALUE, "repetition_penalty: expected a number above 0, found %g",
-                       (double)opts->repetition_penalty);
-    if (opts->no_repeat_ngram_size < 0)
-        return b2_fail(err, B2_E_VALUE, "no_repeat_ngram_size: expected at least 0, found %d",
-                       opts->no_repeat_ngram_size);
-    for (int64_t w = 0; w < opts->bad_word_count; w++)
-        if (opts->bad_word_offsets[w + 1] <= opts->bad_word_offsets[w])
-            return b2_fail(err, B2_E_VALUE, "bad_words_ids: word %lld is empty", (long long)w);
-    int64_t bad_ids = opts->bad_word_count > 0 ? opts->bad_word_offsets[opts->bad_word_count] : 0;
-    if (check_ids("bad_words_ids", opts->bad_words, bad_ids, vocabulary, err) < 0)
-        return -1;
-    return check_ids("suppress_tokens", opts->suppress_ids, opts->suppress_count, vocabulary, err);
-}
-
 static int check_prompts(const b2_prompts *prompts, int64_t vocabulary, b2_err *err)
 {
     if (prompts->rows < 1)
@@ -108,9 +82,7 @@ static int set_limits(b2_search *search, b2_err *err)
     const b2_generate_opts *opts = search->opts;
     for (int64_t b = 0; b < prompts->rows; b++) {
         int64_t length = prompts->offsets[b + 1] - prompts->offsets[b];
-        int64_t limit = opts->max_new_tokens >= 0 ? opts->max_new_tokens : INT64_MAX;
-        if (opts->max_length >= 0 && opts->max_length - length < limit)
-            limit = opts->max_length - length;
+        int64_t limit = b2_rules_limit(opts, length);
         if (limit < 1)
             return b2_fail(err, B2_E_VALUE, "max_length: prompt %lld has %lld tokens already, max_length is %lld; "
                            "raise it or set max_new_tokens", (long long)b, (long long)length,
@@ -163,7 +135,7 @@ static int search_and_tighten(b2_search *search, b2_err *err)
 int b2_generate_check(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t vocabulary, b2_err *err)
 {
     if (check_prompts(prompts, vocabulary, err) < 0 || check_beams(opts, err) < 0 || check_lengths(opts, err) < 0 ||
-        check_rules(opts, vocabulary, err) < 0)
+        b2_rules_check(opts, vocabulary, err) < 0)
         return -1;
     return check_size(opts, vocabulary, err);
 }
@@ -174,6 +146,8 @@ int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_
     *out = (b2_generated){0};
     if (b2_generate_check(prompts, opts, step->vocabulary, err) < 0)
         return -1;
+    if (opts->hooks)
+        opts->hooks->vocabulary = step->vocabulary;
     b2_search search = {
         .prompts = prompts, .opts = opts, .step = step, .pool = pool, .cancel = cancel, .out = out};
     int status = search_and_tighten(&search, err);

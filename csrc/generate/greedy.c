@@ -14,7 +14,8 @@ typedef struct greedy {
     int32_t *token;   /* [B] what row[i] says next */
     uint8_t *broken;  /* [B] row[i] has NaN or +Inf logits */
     float *logits;    /* [B, V] */
-    float *scratch;   /* [B, longest + width] for the repetition penalty */
+    int64_t stride;   /* bytes of one row's scratch */
+    char *scratch;    /* [B, stride] of the rules */
 } greedy;
 
 static int reserve(greedy *g, b2_err *err)
@@ -25,8 +26,8 @@ static int reserve(greedy *g, b2_err *err)
     g->token = b2_alloc(rows, sizeof *g->token, "greedy search tokens", err);
     g->broken = b2_alloc(rows, sizeof *g->broken, "greedy search flags", err);
     g->logits = b2_alloc(rows, (size_t)search->step->vocabulary * sizeof *g->logits, "greedy search logits", err);
-    g->scratch =
-        b2_alloc(rows, (size_t)(search->longest + search->width) * sizeof *g->scratch, "greedy search scratch", err);
+    g->stride = b2_rules_scratch(search->opts, search->step->vocabulary, search->longest + search->width);
+    g->scratch = b2_alloc(rows, (size_t)g->stride, "greedy search scratch", err);
     return g->row && g->token && g->broken && g->logits && g->scratch ? 0 : -1;
 }
 
@@ -46,12 +47,12 @@ static void choose(void *argument, int64_t i, int worker)
     const b2_search *search = g->search;
     int64_t vocabulary = search->step->vocabulary;
     float *logits = g->logits + i * vocabulary;
-    g->broken[i] = (uint8_t)b2_scores_broken(logits, vocabulary);
+    g->broken[i] = !search->opts->remove_invalid_values && b2_scores_broken(logits, vocabulary);
     if (g->broken[i])
         return;
     int32_t row = g->row[i];
     b2_history history = b2_search_history(search, row, search->out->ids + row * search->width, g->step);
-    b2_rules_apply(logits, vocabulary, &history, search->opts, g->scratch + i * (search->longest + search->width));
+    b2_rules_apply(logits, vocabulary, &history, search->opts, g->scratch + i * g->stride);
     g->token[i] = (int32_t)b2_scores_argmax(logits, vocabulary);
 }
 

@@ -111,3 +111,9 @@ void b2_scores_add(float *scores, int64_t vocabulary, float addend)
     for (int64_t i = 0; i < vocabulary; i++)
         scores[i] += addend;
 }
+
+void b2_scores_fill(float *scores, int64_t vocabulary, float value)
+{
+    for (int64_t i = 0; i < vocabulary; i++)
+        scores[i] = value;
+}

@@ -14,6 +14,8 @@ int64_t b2_scores_argmax(const float *scores, int64_t vocabulary);
 /* In place: x_i - max - log(sum_j exp(x_j - max)), in fp32 as torch.log_softmax. */
 void b2_scores_log_softmax(float *scores, int64_t vocabulary);
 
+void b2_scores_fill(float *scores, int64_t vocabulary, float value);
+
 /* scores[i] += addend */
 void b2_scores_add(float *scores, int64_t vocabulary, float addend);
 

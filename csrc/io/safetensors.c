@@ -560,6 +560,22 @@ const b2_st_tensor *b2_st_find(const b2_st_file *file, const char *name)
     return NULL;
 }
 
+const char *b2_st_metadata(const b2_st_file *file, const char *key)
+{
+    int64_t low = 0, high = file->metadata_count;
+    while (low < high) {
+        int64_t middle = low + (high - low) / 2;
+        int order = strcmp(key, file->metadata[2 * middle]);
+        if (order == 0)
+            return file->metadata[2 * middle + 1];
+        if (order < 0)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return NULL;
+}
+
 void b2_st_want_pages(const b2_st_file *file, const b2_st_tensor *tensor)
 {
     enum { AHEAD = 64 << 20 };

@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "core/cancel.h"
 #include "core/error.h"
 
 enum { B2_ST_MAX_RANK = 8 };
@@ -56,6 +57,9 @@ void b2_st_close(b2_st_file *file);
 /* NULL when absent. Binary search. */
 const b2_st_tensor *b2_st_find(const b2_st_file *file, const char *name);
 
+/* The value of a key of __metadata__, or NULL. Binary search. */
+const char *b2_st_metadata(const b2_st_file *file, const char *key);
+
 /* Asks the system to read one tensor, and some of what follows it, ahead: packing touches sixteen rows at a time, in
  * which the system sees no order. */
 void b2_st_want_pages(const b2_st_file *file, const b2_st_tensor *tensor);
@@ -63,21 +67,24 @@ void b2_st_want_pages(const b2_st_file *file, const b2_st_tensor *tensor);
 /* Gives the pages of one tensor back to the system (they can be read again): after packing, memory holds one copy. */
 void b2_st_drop_pages(const b2_st_file *file, const b2_st_tensor *tensor);
 
-/* Writer. Tensors of larger elements come first, otherwise in the order given: with data that start at a multiple of 8,
- * each is then aligned. The file is written to `path`.tmp-<pid>-<n>, synced and renamed: on failure the old file is
+/* Writer. Tensors of larger elements come first, otherwise in the order given: with data that start at a multiple of 64,
+ * each is then aligned to its elements, and blocks of whole 64 bytes to that. The file is written to `path`.tmp-<pid>-<n>, synced and renamed: on failure the old file is
  * untouched and nothing is left beside it. A symbolic link is replaced, not followed.
- * `metadata` [2 * metadata_count] key, value. */
+ * `metadata` [2 * metadata_count] key, value. `cancel` may be NULL. */
 typedef struct b2_st_source {
     const char *name;
     b2_st_dtype dtype;
     int rank;
     int64_t shape[B2_ST_MAX_RANK];
+    /* Where the tensor's bytes lie: the first data_bytes of them, zeros follow. NULL: `fill` makes them. */
+    const void *data;
+    size_t data_bytes;
     /* Fills `out` with the tensor's bytes (row-major, little-endian). Not called for an empty tensor. */
     int (*fill)(void *owner, void *out, size_t bytes, b2_err *err);
     void *owner;
 } b2_st_source;
 
 int b2_st_write(const char *path, const b2_st_source *sources, int64_t count, const char *const *metadata,
-                int64_t metadata_count, b2_err *err);
+                int64_t metadata_count, b2_cancel *cancel, b2_err *err);
 
 #endif

@@ -1,7 +1,7 @@
-/* The writer: 8 bytes of header length, the header padded with spaces to a multiple of 8, the tensors. Everything goes to a
+/* The writer: 8 bytes of header length, the header padded with spaces so that the data begin at a multiple of 64, the tensors. Everything goes to a
  * new file beside the old one, which takes its place only when all of it is on the disk.
  *
- * Owns one buffer of the largest tensor's size while it writes; nothing afterwards. */
+ * Owns one buffer of the size of the largest tensor that is filled in while it writes; nothing afterwards. */
 #define _POSIX_C_SOURCE 200809L
 #include "io/safetensors.h"
 
@@ -15,7 +15,10 @@
 #include "core/memory.h"
 #include "io/json.h"
 
-enum { LENGTH_BYTES = 8, ALIGNMENT = 8, TEMPORARY_NAMES = 100 };
+enum { LENGTH_BYTES = 8, ALIGNMENT = 64, TEMPORARY_NAMES = 100 };
+/* Written between two looks at the cancel flag, and between two waits for the disk: otherwise gigabytes would pile up in
+ * memory, and the fsync at the end could not be interrupted. */
+enum { CHUNK = 4 << 20, SYNC_EVERY = 256 << 20 };
 
 /* Text that is counted first (out NULL) and then written. */
 typedef struct text {
@@ -32,9 +35,11 @@ typedef struct writer {
     int64_t *order;       /* [count] which source comes at which place; owned */
     size_t *bytes;        /* [count] of each source; owned */
     size_t data_bytes;
-    size_t largest;
+    size_t largest;       /* of those that are filled in */
     char *header;         /* [header_bytes] length, JSON and padding; owned */
     size_t header_bytes;
+    size_t unsynced;      /* bytes written since the last wait for the disk */
+    b2_cancel *cancel;
 } writer;
 
 static void put(text *t, const char *s, size_t bytes)
@@ -117,7 +122,7 @@ static void put_header(text *t, const writer *w)
         offset += w->bytes[source];
     }
     put(t, "}", 1);
-    while (t->used % ALIGNMENT != 0)
+    while ((LENGTH_BYTES + t->used) % ALIGNMENT != 0)
         put(t, " ", 1);
 }
 
@@ -146,7 +151,8 @@ static int plan(writer *w, b2_err *err)
         if (w->bytes[i] > (size_t)INT64_MAX - w->data_bytes)
             return b2_fail(err, B2_E_VALUE, "%s: the tensors pass 2^63 - 1 bytes", w->shown);
         w->data_bytes += w->bytes[i];
-        w->largest = w->bytes[i] > w->largest ? w->bytes[i] : w->largest;
+        if (!w->sources[i].data && w->bytes[i] > w->largest)
+            w->largest = w->bytes[i];
     }
     for (size_t size = 8; size > 0; size /= 2)
         for (int64_t i = 0; i < w->count; i++)
@@ -179,7 +185,7 @@ static int make_header(writer *w, b2_err *err)
     return 0;
 }
 
-static int write_all(const writer *w, int fd, const char *bytes, size_t left, b2_err *err)
+static int write_chunk(const writer *w, int fd, const char *bytes, size_t left, b2_err *err)
 {
     while (left > 0) {
         ssize_t written = write(fd, bytes, left);
@@ -193,26 +199,58 @@ static int write_all(const writer *w, int fd, const char *bytes, size_t left, b2
     return 0;
 }
 
-static int write_tensors(const writer *w, int fd, b2_err *err)
+static int write_all(writer *w, int fd, const char *bytes, size_t left, b2_err *err)
+{
+    while (left > 0) {
+        size_t count = left < CHUNK ? left : CHUNK;
+        if (b2_cancel_poll(w->cancel))
+            return b2_fail(err, B2_E_CANCEL, "%s: cancelled", w->shown);
+        if (write_chunk(w, fd, bytes, count, err) < 0)
+            return -1;
+        bytes += count;
+        left -= count;
+        w->unsynced += count;
+        if (w->unsynced >= SYNC_EVERY) {
+            if (fdatasync(fd) < 0)
+                return b2_fail_os(err, errno, "%s: fdatasync", w->shown);
+            w->unsynced = 0;
+        }
+    }
+    return 0;
+}
+
+static int write_zeros(writer *w, int fd, size_t count, b2_err *err)
+{
+    static const char zeros[ALIGNMENT];
+    for (; count > ALIGNMENT; count -= ALIGNMENT)
+        if (write_chunk(w, fd, zeros, ALIGNMENT, err) < 0)
+            return -1;
+    return write_chunk(w, fd, zeros, count, err);
+}
+
+static int write_tensor(writer *w, int fd, const b2_st_source *source, size_t bytes, char *buffer, b2_err *err)
+{
+    if (source->data) {
+        size_t given = source->data_bytes < bytes ? source->data_bytes : bytes;
+        return write_all(w, fd, source->data, given, err) < 0 ? -1 : write_zeros(w, fd, bytes - given, err);
+    }
+    return source->fill(source->owner, buffer, bytes, err) < 0 ? -1 : write_all(w, fd, buffer, bytes, err);
+}
+
+static int write_tensors(writer *w, int fd, b2_err *err)
 {
     int status = 0;
     char *buffer = b2_alloc(w->largest, 1, "safetensors: the largest tensor", err);
     if (!buffer)
         return -1;
-    for (int64_t i = 0; i < w->count && status == 0; i++) {
-        const b2_st_source *source = &w->sources[w->order[i]];
-        size_t bytes = w->bytes[w->order[i]];
-        if (bytes == 0)
-            continue;
-        status = source->fill(source->owner, buffer, bytes, err);
-        if (status == 0)
-            status = write_all(w, fd, buffer, bytes, err);
-    }
+    for (int64_t i = 0; i < w->count && status == 0; i++)
+        if (w->bytes[w->order[i]] > 0)
+            status = write_tensor(w, fd, &w->sources[w->order[i]], w->bytes[w->order[i]], buffer, err);
     b2_free(buffer);
     return status;
 }
 
-static int write_file(const writer *w, int fd, b2_err *err)
+static int write_file(writer *w, int fd, b2_err *err)
 {
     if (write_all(w, fd, w->header, w->header_bytes, err) < 0 || write_tensors(w, fd, err) < 0)
         return -1;
@@ -244,7 +282,7 @@ static void sync_directory(char *temporary)
     }
 }
 
-static int replace(const writer *w, const char *path, b2_err *err)
+static int replace(writer *w, const char *path, b2_err *err)
 {
     size_t room = strlen(path) + 64;
     char *temporary = b2_alloc(room, 1, "safetensors: path", err);
@@ -269,9 +307,13 @@ static int replace(const writer *w, const char *path, b2_err *err)
 }
 
 int b2_st_write(const char *path, const b2_st_source *sources, int64_t count, const char *const *metadata,
-                int64_t metadata_count, b2_err *err)
+                int64_t metadata_count, b2_cancel *cancel, b2_err *err)
 {
-    writer w = {.sources = sources, .count = count, .metadata = metadata, .metadata_count = metadata_count};
+    writer w = {.sources = sources,
+                .count = count,
+                .metadata = metadata,
+                .metadata_count = metadata_count,
+                .cancel = cancel};
     b2_printable(w.shown, sizeof w.shown, path, strlen(path), 1);
     w.order = b2_alloc((size_t)count, sizeof *w.order, "safetensors: order", err);
     w.bytes = b2_alloc((size_t)count, sizeof *w.bytes, "safetensors: sizes", err);

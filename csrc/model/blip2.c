@@ -1,8 +1,11 @@
 #include "model/blip2.h"
 
 #include <stddef.h>
+#include <string.h>
 
 #include "core/memory.h"
+#include "io/packed.h"
+#include "ops/weights.h"
 
 static const b2_weight_row projection_table[] = {
     {"language_projection.weight", offsetof(b2_blip2, projection_weight), B2_MATRIX_ITEM, {B2_DIM_D, B2_DIM_E}},
@@ -10,8 +13,8 @@ static const b2_weight_row projection_table[] = {
 };
 enum { PROJECTION_COUNT = sizeof projection_table / sizeof *projection_table };
 
-/* Pictures that go through the vision encoder together: enough to keep the cores busy, few enough to stay small. */
-enum { PICTURES_AT_ONCE = 4 };
+/* What goes through the vision encoder together: enough to keep the cores busy, few enough to stay small. */
+enum { PICTURES_AT_ONCE = 4, TOKENS_AT_ONCE = 2800 };
 
 static void fill_dims(int64_t dims[B2_DIM_COUNT], const b2_qformer_config *qformer, const b2_lm_config *text)
 {
@@ -27,28 +30,31 @@ static int check_config(const b2_blip2_config *c, b2_err *err)
     return 0;
 }
 
-/* transformers keeps the Q-Former in float32 when the rest goes to float16 (_keep_in_fp32_modules), not for bfloat16. */
-static b2_dtype_policy qformer_policy(b2_dtype_policy policy)
+/* The one matrix that every picture passes through is held as the language model, but never quantised: a thousandth of the
+ * weights. */
+static b2_dtype_policy projection_policy(b2_dtype_policy language)
 {
-    if (!policy.as_stored && policy.dtype == B2_F16)
-        policy.dtype = B2_F32;
-    return policy;
+    if (language.hold == B2_HOLD_DTYPE && b2_dtype_is_quantised(language.dtype))
+        return (b2_dtype_policy){.hold = B2_HOLD_HALF};
+    return language;
 }
 
-static int bind_all(b2_blip2 *model, const b2_blip2_config *config, b2_binder *binder, b2_err *err)
+static int bind_all(b2_blip2 *model, const b2_blip2_config *config, const b2_dtype_policy *policies, b2_binder *binder,
+                    b2_err *err)
 {
-    b2_dtype_policy policy = binder->policy;
+    binder->policy = policies[B2_PART_VISION];
     if (b2_vit_bind(&model->vit, &config->vision, binder, err) < 0)
         return -1;
-    binder->policy = qformer_policy(policy);
+    binder->policy = policies[B2_PART_QFORMER];
     if (b2_qformer_bind(&model->qformer, &config->qformer, binder, err) < 0)
         return -1;
-    binder->policy = policy;
     int64_t dims[B2_DIM_COUNT] = {0};
     fill_dims(dims, &config->qformer, &config->text);
     binder->dims = dims;
+    binder->policy = projection_policy(policies[B2_PART_LANGUAGE]);
     if (b2_bind(binder, model, projection_table, PROJECTION_COUNT, err) < 0)
         return -1;
+    binder->policy = policies[B2_PART_LANGUAGE];
     const b2_lm_class *class_ = b2_lm_class_of(config->text.model_type);
     if (!class_)
         return b2_fail(err, B2_E_UNSUPPORTED, "text_config: model_type %s is not supported", config->text.model_type);
@@ -62,7 +68,7 @@ static int bind_all(b2_blip2 *model, const b2_blip2_config *config, b2_binder *b
 
 typedef struct byte_counter {
     b2_weight_visitor visitor;
-    int64_t bytes;
+    int64_t bytes, parameters;
     int64_t bytes_of[B2_DTYPE_COUNT];
 } byte_counter;
 
@@ -70,37 +76,113 @@ static int count_bytes(b2_weight_visitor *visitor, const b2_weight *weight, cons
 {
     (void)shape, (void)rank, (void)err;
     byte_counter *counter = (byte_counter *)visitor;
-    int64_t rows = weight->layout == B2_PANELS ? (weight->n + B2_PANEL - 1) / B2_PANEL * B2_PANEL : weight->n;
-    int64_t bytes = rows * weight->k * (int64_t)b2_dtype_size(weight->dtype);
+    int64_t bytes = (int64_t)b2_weight_parts_of(weight).bytes;
     counter->bytes += bytes;
+    counter->parameters += weight->n * weight->k;
     counter->bytes_of[weight->dtype] += bytes;
     return 0;
 }
 
-/* The dtype that holds most of the weights. */
+static b2_dtype most(const byte_counter *counter)
+{
+    int best = B2_F32;
+    for (int d = B2_F16; d < B2_DTYPE_COUNT; d++)
+        if (counter->bytes_of[d] > counter->bytes_of[best])
+            best = d;
+    return (b2_dtype)best;
+}
+
+static int visit_part(const b2_blip2 *model, b2_part part, b2_weight_visitor *visitor, b2_err *err)
+{
+    if (part == B2_PART_VISION)
+        return b2_vit_visit(&model->vit, visitor, err);
+    if (part == B2_PART_QFORMER)
+        return b2_qformer_visit(&model->qformer, visitor, err);
+    int64_t dims[B2_DIM_COUNT] = {0};
+    fill_dims(dims, &model->qformer.config, &model->lm->config);
+    if (b2_visit_weights(visitor, model, projection_table, PROJECTION_COUNT, dims, err) < 0)
+        return -1;
+    return model->lm->class_->visit(model->lm, visitor, err);
+}
+
 static int measure(b2_blip2 *model, b2_err *err)
 {
-    byte_counter counter = {.visitor = {count_bytes}};
-    if (b2_blip2_visit(model, &counter.visitor, err) < 0)
-        return -1;
-    model->bytes = counter.bytes;
-    model->dtype = B2_F32;
-    for (int d = B2_F16; d < B2_DTYPE_COUNT; d++)
-        if (counter.bytes_of[d] > counter.bytes_of[model->dtype])
-            model->dtype = (b2_dtype)d;
+    byte_counter all = {0};
+    for (int part = 0; part < B2_PART_COUNT; part++) {
+        byte_counter counter = {.visitor = {count_bytes}};
+        if (visit_part(model, (b2_part)part, &counter.visitor, err) < 0)
+            return -1;
+        model->dtypes[part] = most(&counter);
+        all.bytes += counter.bytes;
+        all.parameters += counter.parameters;
+        for (int d = 0; d < B2_DTYPE_COUNT; d++)
+            all.bytes_of[d] += counter.bytes_of[d];
+    }
+    model->bytes = all.bytes;
+    model->parameters = all.parameters;
+    model->dtype = most(&all);
+    return 0;
+}
+
+static int all_as_stored(const b2_dtype_policy policies[B2_PART_COUNT])
+{
+    for (int i = 0; i < B2_PART_COUNT; i++)
+        if (policies[i].hold != B2_HOLD_STORED)
+            return 0;
+    return 1;
+}
+
+/* What the model will be held as; a packed file cannot become something else. */
+static int settle_policies(b2_blip2 *model, const b2_dtype_policy policies[B2_PART_COUNT], b2_err *err)
+{
+    b2_policies_name(model->policies, policies);
+    if (!model->checkpoint.packed)
+        return 0;
+    const b2_st_file *file = &model->checkpoint.files[0];
+    const char *held = b2_st_metadata(file, B2_PACKED_DTYPES_KEY);
+    if (!held || strlen(held) >= B2_POLICIES_TEXT)
+        return b2_fail(err, B2_E_FORMAT, "%s: packed-form: \"%s\": missing, or too long", file->path, B2_PACKED_DTYPES_KEY);
+    if (!all_as_stored(policies) && strcmp(held, model->policies) != 0)
+        return b2_fail(err, B2_E_VALUE, "%s: holds weights packed as %s; dtype %s can be had from the plain checkpoint only",
+                       file->path, held, model->policies);
+    strcpy(model->policies, held);
+    return 0;
+}
+
+static void keep_first(void *owner, const char *name)
+{
+    const char **first = owner;
+    if (!*first)
+        *first = name;
+}
+
+/* A plain checkpoint may hold more than its config asks for (a vision-only copy, say); what was packed for this config
+ * cannot. */
+static int check_all_used(const b2_checkpoint *checkpoint, b2_err *err)
+{
+    const char *unused = NULL;
+    if (checkpoint->packed)
+        b2_checkpoint_unused(checkpoint, keep_first, &unused);
+    if (unused)
+        return b2_fail(err, B2_E_FORMAT, "%s: packed from another model: the config has no %.200s",
+                       checkpoint->files[0].path, unused);
     return 0;
 }
 
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
-                  b2_dtype_policy policy, b2_pool *pool, b2_cancel *cancel, b2_err *err)
+                  const b2_dtype_policy policies[B2_PART_COUNT], b2_pool *pool, b2_cancel *cancel, b2_err *err)
 {
     *model = (b2_blip2){0};
     if (check_config(config, err) < 0 || b2_checkpoint_open(&model->checkpoint, paths, path_count, err) < 0)
         return -1;
-    b2_binder binder = {.checkpoint = &model->checkpoint, .policy = policy, .pool = pool, .cancel = cancel};
-    int status = bind_all(model, config, &binder, err);
+    b2_binder binder = {.checkpoint = &model->checkpoint, .pool = pool, .cancel = cancel};
+    int status = settle_policies(model, policies, err);
+    if (status == 0)
+        status = bind_all(model, config, policies, &binder, err);
     model->names = binder.names;
     model->name_count = binder.name_count;
+    if (status == 0)
+        status = check_all_used(&model->checkpoint, err);
     if (status == 0)
         status = measure(model, err);
     if (status < 0)
@@ -110,12 +192,80 @@ int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *co
 
 int b2_blip2_visit(const b2_blip2 *model, b2_weight_visitor *visitor, b2_err *err)
 {
-    int64_t dims[B2_DIM_COUNT] = {0};
-    fill_dims(dims, &model->qformer.config, &model->lm->config);
-    if (b2_vit_visit(&model->vit, visitor, err) < 0 || b2_qformer_visit(&model->qformer, visitor, err) < 0 ||
-        b2_visit_weights(visitor, model, projection_table, PROJECTION_COUNT, dims, err) < 0)
+    for (int part = 0; part < B2_PART_COUNT; part++)
+        if (visit_part(model, (b2_part)part, visitor, err) < 0)
+            return -1;
+    return 0;
+}
+
+/* ---- saving as held ---- */
+
+typedef struct packer {
+    b2_weight_visitor visitor;
+    b2_st_source *sources;                /* [count] */
+    char (*texts)[B2_PACKED_TEXT];        /* [count] */
+    const char **metadata;                /* [2 * (count + given + 2)] */
+    int64_t count, metadata_count;
+} packer;
+
+static int count_weight(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err)
+{
+    (void)weight, (void)shape, (void)rank, (void)err;
+    ((packer *)visitor)->count++;
+    return 0;
+}
+
+static void put_metadata(packer *p, const char *key, const char *value)
+{
+    p->metadata[2 * p->metadata_count] = key;
+    p->metadata[2 * p->metadata_count + 1] = value;
+    p->metadata_count++;
+}
+
+static int add_weight(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err)
+{
+    (void)shape, (void)rank, (void)err;
+    packer *p = (packer *)visitor;
+    int64_t i = p->count++;
+    size_t bytes = b2_weight_parts_of(weight).bytes;
+    /* Plain rows, mapped from another file, end where they end. */
+    size_t present = weight->layout == B2_ROWS ? (size_t)(weight->n * weight->k) * b2_dtype_size(weight->dtype) : bytes;
+    b2_packed_describe(p->texts[i], weight);
+    put_metadata(p, weight->name, p->texts[i]);
+    p->sources[i] = (b2_st_source){.name = weight->name,
+                                   .dtype = B2_ST_U8,
+                                   .rank = 1,
+                                   .shape = {(int64_t)bytes},
+                                   .data = weight->data,
+                                   .data_bytes = present};
+    return 0;
+}
+
+int b2_blip2_save_packed(const b2_blip2 *model, const char *path, const char *const *metadata, int64_t metadata_count,
+                         b2_cancel *cancel, b2_err *err)
+{
+    packer p = {.visitor = {count_weight}};
+    if (b2_blip2_visit(model, &p.visitor, err) < 0)
         return -1;
-    return model->lm->class_->visit(model->lm, visitor, err);
+    p.sources = b2_alloc((size_t)p.count, sizeof *p.sources, "packed weights", err);
+    p.texts = b2_alloc((size_t)p.count, sizeof *p.texts, "packed weights", err);
+    p.metadata = b2_alloc(2 * (size_t)(p.count + metadata_count + 2), sizeof *p.metadata, "packed weights", err);
+    int status = p.sources && p.texts && p.metadata ? 0 : -1;
+    p.count = 0;
+    p.visitor.fn = add_weight;
+    if (status == 0)
+        status = b2_blip2_visit(model, &p.visitor, err);
+    if (status == 0) {
+        put_metadata(&p, B2_PACKED_VERSION_KEY, B2_PACKED_VERSION);
+        put_metadata(&p, B2_PACKED_DTYPES_KEY, model->policies);
+        for (int64_t i = 0; i < metadata_count; i++)
+            put_metadata(&p, metadata[2 * i], metadata[2 * i + 1]);
+        status = b2_st_write(path, p.sources, p.count, p.metadata, p.metadata_count, cancel, err);
+    }
+    b2_free(p.sources);
+    b2_free(p.texts);
+    b2_free(p.metadata);
+    return status;
 }
 
 void b2_blip2_release(b2_blip2 *model)
@@ -134,14 +284,16 @@ void b2_blip2_release(b2_blip2 *model)
     *model = (b2_blip2){0};
 }
 
-static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, int64_t pictures)
+/* `group`: the pictures that go through together; `tokens` of each. */
+static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, b2_pictures group, int64_t tokens)
 {
-    int64_t tokens = b2_vit_tokens(&model->vit.config), queries = model->qformer.config.num_query_tokens;
-    size_t vit = b2_vit_scratch(ctx, &model->vit, pictures);
-    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, pictures, tokens);
-    return (vit > qformer ? vit : qformer) +
-           b2_arena_cost((size_t)(pictures * tokens * model->vit.config.hidden_size), sizeof(float)) +
-           b2_arena_cost((size_t)(pictures * queries * model->qformer.config.hidden_size), sizeof(float));
+    int64_t queries = model->qformer.config.num_query_tokens;
+    size_t vit = group.data ? b2_vit_scratch(ctx, &model->vit, group) : 0;
+    size_t positions = group.data ? b2_vit_positions_scratch(&model->vit, group.height, group.width) : 0;
+    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, tokens);
+    return positions + (vit > qformer ? vit : qformer) +
+           b2_arena_cost((size_t)(group.count * tokens * model->vit.config.hidden_size), sizeof(float)) +
+           b2_arena_cost((size_t)(group.count * queries * model->qformer.config.hidden_size), sizeof(float));
 }
 
 /* Rows [first, first + count) of a wanted output, or the same from the arena. */
@@ -157,19 +309,18 @@ static int output_rows(b2_ctx *ctx, b2_tensor *out, b2_tensor wanted, int64_t fi
     return data ? 0 : -1;
 }
 
-static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t first,
-                        int64_t count, b2_err *err)
+/* Pictures [first, first + group.count), whose pixels are `group`; positions [T, D_v]. */
+static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group, int64_t first,
+                        b2_tensor positions, b2_err *err)
 {
-    const b2_vit_config *v = &model->vit.config;
-    int64_t tokens = b2_vit_tokens(v), queries = model->qformer.config.num_query_tokens;
+    int64_t tokens = positions.rows, queries = model->qformer.config.num_query_tokens, count = group.count;
     b2_tensor vision, qformer;
     b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = b2_item_rows(ctx, queries)};
-    if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, v->hidden_size, err) < 0 ||
+    if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, positions.cols, err) < 0 ||
         output_rows(ctx, &qformer, out->qformer, first * queries, count * queries, model->qformer.config.hidden_size,
                     err) < 0)
         return -1;
-    const int64_t pixels_each = v->num_channels * v->image_size * v->image_size;
-    if (pixels && b2_vit_forward(ctx, &model->vit, vision, pixels + first * pixels_each, count, err) < 0)
+    if (group.data && b2_vit_forward(ctx, &model->vit, vision, group, positions, err) < 0)
         return -1;
     if (out->pooled.data && b2_vit_pool(ctx, &model->vit, b2_rows(out->pooled, first, count), vision, err) < 0)
         return -1;
@@ -181,18 +332,39 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
     return b2_linear(ctx, features, qformer, &model->projection_weight, &project, err);
 }
 
-int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t pictures,
-                    b2_err *err)
+int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err)
 {
-    int64_t group = pictures < PICTURES_AT_ONCE ? pictures : PICTURES_AT_ONCE;
-    if (pictures == 0)
+    b2_linear_opts opts = {.bias = &model->projection_bias};
+    int64_t widest = out.cols > x.cols ? out.cols : x.cols;
+    if (b2_arena_reserve(ctx->scratch, b2_scratch_bytes(ctx, x.rows, widest, 1, 1), err) < 0)
+        return -1;
+    return b2_linear(ctx, out, x, &model->projection_weight, &opts, err);
+}
+
+static int64_t clamp64(int64_t value, int64_t low, int64_t high)
+{
+    return value < low ? low : value > high ? high : value;
+}
+
+int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures, b2_err *err)
+{
+    if (pictures.count == 0)
         return 0;
-    if (b2_arena_reserve(ctx->scratch, encode_scratch(ctx, model, group), err) < 0)
+    int64_t tokens = pictures.data ? b2_vit_tokens(&model->vit.config, pictures.height, pictures.width)
+                                   : out->vision.rows / pictures.count;
+    int64_t each = pictures.channels * pictures.height * pictures.width;
+    b2_pictures group = pictures;
+    group.count = clamp64(clamp64(TOKENS_AT_ONCE / tokens, 1, PICTURES_AT_ONCE), 1, pictures.count);
+    if (b2_arena_reserve(ctx->scratch, encode_scratch(ctx, model, group, tokens), err) < 0)
+        return -1;
+    b2_tensor positions = {.rows = tokens, .cols = model->vit.config.hidden_size};
+    if (pictures.data && b2_vit_positions(ctx, &model->vit, &positions, pictures.height, pictures.width, err) < 0)
         return -1;
     size_t mark = b2_arena_mark(ctx->scratch);
-    for (int64_t first = 0; first < pictures; first += group) {
-        int64_t count = pictures - first < group ? pictures - first : group;
-        if (encode_group(ctx, model, out, pixels, first, count, err) < 0)
+    for (int64_t first = 0; first < pictures.count; first += group.count) {
+        group.count = clamp64(pictures.count - first, 0, group.count);
+        group.data = pictures.data ? pictures.data + first * each : NULL;
+        if (encode_group(ctx, model, out, group, first, positions, err) < 0)
             return -1;
         b2_arena_reset(ctx->scratch, mark);
     }

@@ -25,14 +25,23 @@ typedef struct b2_blip2 {
     b2_weight projection_weight;   /* language_projection: [D_lm, D_qformer] */
     b2_weight projection_bias;     /* [D_lm] */
     b2_lm *lm;                     /* owned */
-    b2_dtype dtype;                /* of the language model's token table */
+    b2_dtype dtypes[B2_PART_COUNT];/* in which most of each part's bytes are held */
+    b2_dtype dtype;                /* in which most of all bytes are held */
     int64_t bytes;                 /* of all weights as held */
+    int64_t parameters;            /* elements of all weights */
+    char policies[B2_POLICIES_TEXT]; /* what was asked for, or what the packed file was made for */
 } b2_blip2;
 
-/* Opens the files and binds every weight. `model` is filled in, or left empty on failure. */
+/* Opens the files and binds every weight. `model` is filled in, or left empty on failure. A file of packed weights
+ * (io/packed.h) is used where it lies: the policies must be those that it was made for, or B2_HOLD_STORED all. */
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
-                  b2_dtype_policy policy, b2_pool *pool, b2_cancel *cancel, b2_err *err);
+                  const b2_dtype_policy policies[B2_PART_COUNT], b2_pool *pool, b2_cancel *cancel, b2_err *err);
 void b2_blip2_release(b2_blip2 *model);
+
+/* All weights as they are held into one file, which b2_blip2_load maps. `metadata` [2 * metadata_count] key, value: what
+ * the file is to say besides. */
+int b2_blip2_save_packed(const b2_blip2 *model, const char *path, const char *const *metadata, int64_t metadata_count,
+                         b2_cancel *cancel, b2_err *err);
 
 /* Every weight by name, for saving. */
 int b2_blip2_visit(const b2_blip2 *model, b2_weight_visitor *visitor, b2_err *err);
@@ -45,9 +54,12 @@ typedef struct b2_encoded {
     b2_tensor features; /* [B*Q, D_lm]: what the language model reads; not wanted: the vision encoder alone runs */
 } b2_encoded;
 
-/* pixels [B, C, S, S] -> out; pixels NULL: out->vision holds the image embeddings already. Reserves the arena itself; pictures go through in groups that bound its size, which changes
- * no bit. */
-int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, const float *pixels, int64_t pictures,
-                    b2_err *err);
+/* Pictures -> out. Where they have not the size that the model was trained on, its positions are interpolated.
+ * pictures.data NULL: out->vision holds `count` pictures' image embeddings already, of any number of tokens each. Reserves
+ * the arena itself; pictures go through in groups that bound its size, which changes no bit. */
+int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures, b2_err *err);
+
+/* out [N, D_lm] = language_projection(x [N, D_q]) alone. Reserves the arena itself. */
+int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err);
 
 #endif

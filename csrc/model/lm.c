@@ -2,14 +2,22 @@
 
 #include <string.h>
 
-static const b2_lm_class *const classes[] = {
-    &b2_opt_class,
+static const struct {
+    const char *model_type;
+    const b2_lm_class *class_;
+} models[] = {
+    {"opt", &b2_opt_class},
+    {"t5", &b2_t5_class},
+    {"llama", &b2_llama_class},
+    {"mistral", &b2_llama_class},
+    {"qwen2", &b2_llama_class},
+    {"qwen3", &b2_llama_class},
 };
 
 const b2_lm_class *b2_lm_class_of(const char *model_type)
 {
-    for (size_t i = 0; i < sizeof classes / sizeof *classes; i++)
-        if (strcmp(classes[i]->model_type, model_type) == 0)
-            return classes[i];
+    for (size_t i = 0; i < sizeof models / sizeof *models; i++)
+        if (strcmp(models[i].model_type, model_type) == 0)
+            return models[i].class_;
     return NULL;
 }

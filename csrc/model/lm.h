@@ -7,21 +7,42 @@
 #include "model/weight_table.h"
 #include "ops/ops.h"
 
+/* Relative positions have no end; a session counts tokens in 32 bits. */
+#define B2_NO_POSITIONS ((int64_t)INT32_MAX)
+
+/* What a config may ask for at most. */
+enum { B2_MAX_LM_LAYERS = 1024, B2_MAX_HEAD_DIM = 1024 };
+
 /* The union of what the language models' configs say; each reads what concerns it. */
 typedef struct b2_lm_config {
     char model_type[32];
     int64_t hidden_size;             /* D */
     int64_t ffn_dim;                 /* F */
     int64_t vocab_size;              /* V */
-    int64_t max_position_embeddings; /* positions a sequence may have */
-    int num_hidden_layers;
-    int num_attention_heads;
-    b2_act act;
+    int64_t max_position_embeddings; /* positions a sequence may have; B2_NO_POSITIONS where nothing limits them */
+    int num_hidden_layers;           /* of an encoder-decoder: of the encoder */
+    int num_decoder_layers;          /* encoder-decoders only */
+    int num_attention_heads;         /* H */
+    int head_dim;                    /* Dh */
+    float norm_eps;                  /* of RMS norms */
+    b2_act act;                      /* of the feed-forward, or of its gate */
+    int is_gated_act;
+    int relative_attention_num_buckets; /* R */
+    int64_t relative_attention_max_distance;
+    int scale_decoder_outputs;       /* the head reads its input times D^-0.5 */
     int do_layer_norm_before;
     int remove_final_layer_norm;
     int enable_bias;
     int layer_norm_elementwise_affine;
     int tie_word_embeddings;
+    /* The LLaMA family. */
+    int num_key_value_heads;         /* Hkv, divides H */
+    int qkv_bias, o_bias, mlp_bias;  /* which products have biases */
+    int qk_norm;                     /* queries and keys go through a norm, head by head */
+    int64_t sliding_window;          /* tokens that a layer with a window looks back, its own included */
+    uint8_t slides[B2_MAX_LM_LAYERS];/* [num_hidden_layers] 1: this layer has the window */
+    float inv_freq[B2_MAX_HEAD_DIM / 2]; /* [Dh/2] of rotary positions */
+    float rope_scaling;              /* of cosines and sines */
 } b2_lm_config;
 
 /* One call of the model over packed tokens: prefill, decoding, or both. All pointers are in backend memory. */
@@ -29,7 +50,8 @@ typedef struct b2_lm_batch {
     b2_tensor x;                  /* [N, D] in: token embeddings or image features; overwritten */
     int64_t rows;                 /* sequences in this call */
     const int32_t *q_offsets;     /* [rows + 1] into the N tokens */
-    const int32_t *positions;     /* [N]: number of real tokens before this one in its sequence; a pad has -1 */
+    const int32_t *positions;     /* [N]: number of real tokens before this one in its sequence, and of a pad -1; or as
+                                   * forward_counts_pads says */
     b2_kv_cache *cache;
     const int32_t *cache_rows;    /* [N]: cache row of each token's key and value */
     const int32_t *prefix_starts; /* [rows]: what each sequence reads, as in b2_attention_args */
@@ -52,8 +74,10 @@ typedef struct b2_lm_batch {
 typedef struct b2_lm b2_lm;
 
 typedef struct b2_lm_class {
-    const char *model_type;
     size_t size; /* of the struct that begins with b2_lm */
+    /* transformers' generate() numbers a row's real tokens, for every model. Its forward() alone does so for some; where
+     * this is 1 it numbers every token, those that the mask hides too. */
+    int forward_counts_pads;
     int (*bind)(b2_lm *lm, b2_binder *binder, b2_err *err);
     int (*visit)(const b2_lm *lm, b2_weight_visitor *visitor, b2_err *err);
     void (*release)(b2_lm *lm);
@@ -80,5 +104,7 @@ struct b2_lm {
 const b2_lm_class *b2_lm_class_of(const char *model_type);
 
 extern const b2_lm_class b2_opt_class;
+extern const b2_lm_class b2_t5_class;
+extern const b2_lm_class b2_llama_class;
 
 #endif

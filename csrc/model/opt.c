@@ -10,7 +10,6 @@
 
 #include <math.h>
 #include <stddef.h>
-#include <string.h>
 
 #include "core/memory.h"
 #include "model/stage.h"
@@ -46,9 +45,10 @@ enum { POSITION_OFFSET = 2 };
 
 static const b2_weight_row positions_row = {DECODER "embed_positions.weight", AT(embed_positions), B2_TABLE,
                                             {B2_DIM_T, B2_DIM_D}};
-static const b2_weight_row tokens_row = {DECODER "embed_tokens.weight", AT(embed_tokens), B2_MATRIX,
+static const b2_weight_row tokens_row = {DECODER "embed_tokens.weight", AT(embed_tokens), B2_VOCABULARY,
                                          {B2_DIM_V, B2_DIM_D}};
-static const b2_weight_row head_row = {"language_model.lm_head.weight", AT(lm_head), B2_MATRIX, {B2_DIM_V, B2_DIM_D}};
+static const b2_weight_row head_row = {"language_model.lm_head.weight", AT(lm_head), B2_VOCABULARY,
+                                       {B2_DIM_V, B2_DIM_D}};
 static const b2_weight_row final_norm_table[] = {
     {DECODER "final_layer_norm.weight", AT(final_norm_weight), B2_VECTOR, {B2_DIM_D}},
     {DECODER "final_layer_norm.bias", AT(final_norm_bias), B2_VECTOR, {B2_DIM_D}},
@@ -89,49 +89,6 @@ static int has_final_norm(const b2_lm_config *c)
     return c->do_layer_norm_before && !c->remove_final_layer_norm;
 }
 
-/* A few megabytes at a time: a table of the true size comes from the disk for longer than a Ctrl-C may wait. After a
- * cancel the answer does not matter. */
-static int same_values(const b2_st_tensor *a, const b2_st_tensor *b, b2_cancel *cancel)
-{
-    enum { STEP = 4 << 20 };
-    if (a->dtype != b->dtype || a->bytes != b->bytes)
-        return 0;
-    for (size_t at = 0; at < a->bytes && !b2_cancel_poll(cancel); at += STEP) {
-        size_t count = a->bytes - at < STEP ? a->bytes - at : STEP;
-        if (memcmp((const char *)a->data + at, (const char *)b->data + at, count) != 0)
-            return 0;
-    }
-    return 1;
-}
-
-/* transformers ties the head to the embedding when the config says so, unless the file holds two different ones. */
-static int head_is_own(b2_binder *binder, const b2_lm_config *config, int *own, b2_err *err)
-{
-    const b2_st_tensor *head = b2_checkpoint_find(binder->checkpoint, head_row.name);
-    const b2_st_tensor *table = b2_checkpoint_find(binder->checkpoint, tokens_row.name);
-    if (!config->tie_word_embeddings) {
-        *own = 1;
-        return 0;
-    }
-    *own = head && table && !same_values(head, table, binder->cancel);
-    if (head && !*own) /* a copy of the table: known, not unexpected */
-        return b2_binder_find(binder, head_row.name, head_row.shape, err) ? 0 : -1;
-    return 0;
-}
-
-/* Some files keep the tied table only under the head's name. */
-static int bind_tokens(opt *m, b2_binder *binder, b2_err *err)
-{
-    int found = 0;
-    if (b2_bind_optional(binder, m, &tokens_row, &found, err) < 0)
-        return -1;
-    if (found || !m->base.config.tie_word_embeddings || !b2_checkpoint_find(binder->checkpoint, head_row.name))
-        return found ? 0 : b2_fail(err, B2_E_FORMAT, "%s: missing from the checkpoint", tokens_row.name);
-    b2_weight_row row = head_row;
-    row.offset = tokens_row.offset;
-    return b2_bind(binder, m, &row, 1, err);
-}
-
 static int bind_layer(opt *m, int i, b2_binder *binder, b2_err *err)
 {
     const b2_lm_config *c = &m->base.config;
@@ -153,14 +110,11 @@ static int opt_bind(b2_lm *lm, b2_binder *binder, b2_err *err)
     int64_t dims[B2_DIM_COUNT] = {0};
     fill_dims(dims, c);
     binder->dims = dims;
-    int own = 0;
     lm->kv_layers = c->num_hidden_layers;
     lm->kv_width = c->hidden_size;
     m->layers = b2_alloc_zeroed((size_t)c->num_hidden_layers, sizeof *m->layers, "OPT layers", err);
-    if (!m->layers || head_is_own(binder, c, &own, err) < 0 || bind_tokens(m, binder, err) < 0 ||
+    if (!m->layers || b2_bind_vocabulary(binder, m, &tokens_row, &head_row, c->tie_word_embeddings, err) < 0 ||
         b2_bind(binder, m, &positions_row, 1, err) < 0)
-        return -1;
-    if (own && b2_bind(binder, m, &head_row, 1, err) < 0)
         return -1;
     if (has_final_norm(c) && c->layer_norm_elementwise_affine &&
         b2_bind(binder, m, final_norm_table, COUNT(final_norm_table), err) < 0)
@@ -341,6 +295,8 @@ static int head(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
         return -1;
     if (has_final_norm(&m->base.config) && norm(ctx, last, last, &m->final_norm_weight, &m->final_norm_bias, err) < 0)
         return -1;
+    if (b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, last, err) < 0)
+        return -1;
     return b2_linear(ctx, batch->logits, last, weight, &opts, err);
 }
 
@@ -362,7 +318,6 @@ static int opt_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err 
 }
 
 const b2_lm_class b2_opt_class = {
-    .model_type = "opt",
     .size = sizeof(opt),
     .bind = opt_bind,
     .visit = opt_visit,

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "model/stage.h"
 
 /* Tokens that are prefilled together: bounds the activations, changes no bit. Rows are never split. */
 enum { PREFILL_TOKENS = 512 };
@@ -11,8 +12,14 @@ typedef struct session {
     b2_step step; /* first: the search calls it */
     b2_ctx *ctx;
     const b2_blip2 *model;
-    const b2_rows_in *in;
+    const b2_rows_in *in;     /* what the search counts: of an encoder-decoder the decoder's rows */
+    const b2_rows_in *source; /* the encoder's rows, or NULL */
+    b2_rows_in decoder;
     b2_kv_cache cache;
+    b2_kv_cache cross;
+    int32_t *source_starts, *source_lens; /* [B] in the cross cache */
+    int64_t longest_source;
+    uint8_t *source_mask;     /* [max(B, R), longest_source] of the rows of one call; NULL without pads */
     int64_t beams;
     int64_t running;          /* R = B * beams */
     int64_t steps_taken;
@@ -25,6 +32,7 @@ typedef struct session {
     int32_t *lens;            /* [B] */
     int32_t *next_position;   /* [B]: of the first new token */
     int64_t *leading_pads;    /* [B] */
+    int counts_pads;          /* positions are places in the row, pads counted: forward() of some models */
     int has_pads;
     int64_t longest;          /* tokens of the longest prompt */
     /* Of the running rows. */
@@ -40,9 +48,25 @@ typedef struct session {
     int block_count;
 } session;
 
+static int check_decoder_rows(const b2_blip2 *model, const b2_rows_in *in, b2_err *err)
+{
+    for (int64_t b = 0; b < in->rows; b++) {
+        if (in->decoder_offsets[b + 1] <= in->decoder_offsets[b])
+            return b2_fail(err, B2_E_VALUE, "row %lld: the decoder's prompt is empty", (long long)b);
+        for (int64_t i = in->decoder_offsets[b]; i < in->decoder_offsets[b + 1]; i++)
+            if (in->decoder_ids[i] < 0 || in->decoder_ids[i] >= model->lm->config.vocab_size)
+                return b2_fail(err, B2_E_INDEX, "row %lld: decoder token id %d is outside the vocabulary of %lld",
+                               (long long)b, (int)in->decoder_ids[i], (long long)model->lm->config.vocab_size);
+    }
+    return 0;
+}
+
 int b2_session_check(const b2_blip2 *model, const b2_rows_in *in, b2_err *err)
 {
-    int64_t queries = in->features.data ? model->qformer.config.num_query_tokens : 0;
+    if (model->lm->class_->encode && check_decoder_rows(model, in, err) < 0)
+        return -1;
+
+    int64_t places_each = in->features.data && in->rows > 0 ? in->features.rows / in->rows : 0;
     int64_t vocabulary = model->lm->config.vocab_size, limit = model->lm->config.max_position_embeddings;
     if (in->offsets[0] != 0)
         return b2_fail(err, B2_E_VALUE, "offsets: expected to begin with 0, found %lld", (long long)in->offsets[0]);
@@ -57,9 +81,9 @@ int b2_session_check(const b2_blip2 *model, const b2_rows_in *in, b2_err *err)
             places += in->ids[i] == -1;
             seen += !in->mask || in->mask[i];
         }
-        if (places != queries)
+        if (places != places_each)
             return b2_fail(err, B2_E_VALUE, "row %lld: %lld image places in the prompt, expected %lld", (long long)b,
-                           (long long)places, (long long)queries);
+                           (long long)places, (long long)places_each);
         if (seen > limit)
             return b2_fail(err, B2_E_VALUE, "row %lld: the prompt has %lld tokens, the language model has positions for %lld",
                            (long long)b, (long long)seen, (long long)limit);
@@ -82,6 +106,7 @@ static void session_release(session *s)
     for (int i = 0; i < s->block_count; i++)
         b2_free(s->blocks[i]);
     b2_kv_cache_release(&s->cache);
+    b2_kv_cache_release(&s->cross);
 }
 
 static int own_prompt_tables(session *s, b2_err *err)
@@ -96,7 +121,7 @@ static int own_prompt_tables(session *s, b2_err *err)
     return s->positions && s->cache_rows && s->starts && s->lens && s->next_position && s->leading_pads ? 0 : -1;
 }
 
-/* Positions as OPT counts them: cumsum(mask) * mask - 1. */
+/* Positions as forward() upstream counts them: cumsum(mask) * mask - 1, or the place in the row. */
 static void fill_prompt_tables(session *s)
 {
     const b2_rows_in *in = s->in;
@@ -107,7 +132,7 @@ static void fill_prompt_tables(session *s)
         for (int64_t i = in->offsets[b]; i < in->offsets[b + 1]; i++) {
             int real = !in->mask || in->mask[i];
             seen += real;
-            s->positions[i] = real ? seen - 1 : -1;
+            s->positions[i] = s->counts_pads ? (int32_t)(i - in->offsets[b]) : real ? seen - 1 : -1;
             s->cache_rows[i] = (int32_t)i;
             s->has_pads |= !real;
             s->leading_pads[b] += seen == 0;
@@ -139,6 +164,33 @@ static int own_step_tables(session *s, b2_err *err)
     return s->has_pads && !s->step_mask ? -1 : 0;
 }
 
+/* The encoder's rows stand beside the decoder's, which then are what the session is about. */
+static int open_source(session *s, const b2_rows_in *in, int64_t beams, b2_err *err)
+{
+    int has_pads = 0;
+    if (!s->model->lm->class_->encode)
+        return 0;
+    s->source = in;
+    s->decoder = (b2_rows_in){.rows = in->rows, .ids = in->decoder_ids, .offsets = in->decoder_offsets,
+                              .mask = in->decoder_mask};
+    s->in = &s->decoder;
+    s->source_starts = own(s, (size_t)in->rows, sizeof(int32_t), err);
+    s->source_lens = own(s, (size_t)in->rows, sizeof(int32_t), err);
+    if (!s->source_starts || !s->source_lens)
+        return -1;
+    for (int64_t b = 0; b < in->rows; b++) {
+        s->source_starts[b] = (int32_t)in->offsets[b];
+        s->source_lens[b] = (int32_t)(in->offsets[b + 1] - in->offsets[b]);
+        s->longest_source = b2_max64(s->longest_source, s->source_lens[b]);
+        for (int64_t i = in->offsets[b]; i < in->offsets[b + 1]; i++)
+            has_pads |= in->mask && !in->mask[i];
+    }
+    if (has_pads && !(s->source_mask = own(s, (size_t)(in->rows * beams * s->longest_source), 1, err)))
+        return -1;
+    return b2_kv_cache_create(&s->cross, s->model->lm->kv_layers, s->model->lm->kv_width, in->offsets[in->rows], 0, 0,
+                              err);
+}
+
 /* `beams` running rows for each prompt, room for `steps` tokens after it. */
 static int session_open(session *s, b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, int64_t beams,
                         int64_t steps, b2_err *err)
@@ -153,11 +205,11 @@ static int session_open(session *s, b2_ctx *ctx, const b2_blip2 *model, const b2
     if (s->running > INT32_MAX)
         return b2_fail(err, B2_E_VALUE, "num_beams: %lld beams for %lld rows are too many", (long long)beams,
                        (long long)in->rows);
-    if (own_prompt_tables(s, err) < 0)
+    if (open_source(s, in, beams, err) < 0 || own_prompt_tables(s, err) < 0)
         return -1;
     fill_prompt_tables(s);
-    if (b2_kv_cache_create(&s->cache, model->lm->kv_layers, model->lm->kv_width, in->offsets[in->rows], s->running, steps,
-                           err) < 0)
+    if (b2_kv_cache_create(&s->cache, model->lm->kv_layers, model->lm->kv_width, s->in->offsets[in->rows], s->running,
+                           steps, err) < 0)
         return -1;
     return own_step_tables(s, err);
 }
@@ -170,11 +222,10 @@ static void fill_prefill_mask(session *s, int64_t first, int64_t last)
 }
 
 /* x [N, D]: token embeddings, and the picture's features where the id is -1. */
-static int embed_rows(session *s, b2_tensor x, int64_t first, int64_t last, b2_err *err)
+static int embed_rows(session *s, const b2_rows_in *in, b2_tensor x, int64_t first, int64_t last, b2_err *err)
 {
-    const b2_rows_in *in = s->in;
     const b2_lm *lm = s->model->lm;
-    int64_t begin = in->offsets[first], queries = s->model->qformer.config.num_query_tokens;
+    int64_t begin = in->offsets[first], places = in->features.rows / in->rows;
     if (lm->class_->embed(s->ctx, lm, x, in->ids + begin, err) < 0)
         return -1;
     for (int64_t b = first; b < last && in->features.data; b++) {
@@ -182,11 +233,73 @@ static int embed_rows(session *s, b2_tensor x, int64_t first, int64_t last, b2_e
         for (int64_t i = in->offsets[b]; i < in->offsets[b + 1]; i++) {
             if (in->ids[i] != -1)
                 continue;
-            b2_tensor to = b2_rows(x, i - begin, 1), from = b2_rows(in->features, b * queries + taken++, 1);
+            b2_tensor to = b2_rows(x, i - begin, 1), from = b2_rows(in->features, b * places + taken++, 1);
             if (b2_copy_rows(s->ctx, to, NULL, from, NULL, 1, err) < 0)
                 return -1;
         }
     }
+    return 0;
+}
+
+/* What the rows of one call read of the encoder. */
+typedef struct cross_rows {
+    int32_t *starts, *lens; /* [n]; NULL without an encoder */
+} cross_rows;
+
+static int take_cross_rows(session *s, cross_rows *cross, int64_t n, b2_err *err)
+{
+    *cross = (cross_rows){0};
+    if (!s->source)
+        return 0;
+    cross->starts = b2_arena_take(s->ctx->scratch, (size_t)n, sizeof(int32_t), err);
+    cross->lens = b2_arena_take(s->ctx->scratch, (size_t)n, sizeof(int32_t), err);
+    return cross->starts && cross->lens ? 0 : -1;
+}
+
+/* Row i of a call reads prompt b. */
+static void read_source(session *s, cross_rows *cross, int64_t i, int64_t b)
+{
+    cross->starts[i] = s->source_starts[b];
+    cross->lens[i] = s->source_lens[b];
+    if (s->source_mask)
+        memcpy(s->source_mask + i * s->longest_source, s->source->mask + s->source->offsets[b],
+               (size_t)s->source_lens[b]);
+}
+
+/* One prompt through the encoder into the cross cache. */
+static int encode_row(session *s, int64_t b, b2_err *err)
+{
+    const b2_lm *lm = s->model->lm;
+    const b2_rows_in *in = s->source;
+    int64_t begin = in->offsets[b], tokens = in->offsets[b + 1] - begin;
+    size_t mark = b2_arena_mark(s->ctx->scratch);
+    float *x = b2_arena_take(s->ctx->scratch, (size_t)(tokens * lm->config.hidden_size), sizeof *x, err);
+    int32_t *rows = b2_arena_take(s->ctx->scratch, (size_t)tokens, sizeof *rows, err);
+    if (!x || !rows)
+        return -1;
+    for (int64_t i = 0; i < tokens; i++)
+        rows[i] = (int32_t)(begin + i);
+    const int32_t offsets[2] = {0, (int32_t)tokens};
+    b2_lm_batch batch = {
+        .x = b2_tensor_of(x, tokens, lm->config.hidden_size),
+        .rows = 1,
+        .q_offsets = offsets,
+        .cache = &s->cross,
+        .cache_rows = rows,
+        .key_mask = s->source_mask ? in->mask + begin : NULL,
+        .key_mask_ld = tokens,
+    };
+    if (embed_rows(s, in, batch.x, b, b + 1, err) < 0 || lm->class_->encode(s->ctx, lm, &batch, err) < 0)
+        return -1;
+    b2_arena_reset(s->ctx->scratch, mark);
+    return 0;
+}
+
+static int encode_source(session *s, b2_err *err)
+{
+    for (int64_t b = 0; s->source && b < s->source->rows; b++)
+        if (encode_row(s, b, err) < 0)
+            return -1;
     return 0;
 }
 
@@ -198,7 +311,8 @@ static int prefill_rows(session *s, int64_t first, int64_t last, const int32_t *
     size_t mark = b2_arena_mark(s->ctx->scratch);
     float *x = b2_arena_take(s->ctx->scratch, (size_t)(tokens * s->model->lm->config.hidden_size), sizeof *x, err);
     int32_t *offsets = b2_arena_take(s->ctx->scratch, (size_t)(last - first + 1), sizeof *offsets, err);
-    if (!x || !offsets)
+    cross_rows cross;
+    if (!x || !offsets || take_cross_rows(s, &cross, last - first, err) < 0)
         return -1;
     for (int64_t b = first; b <= last; b++)
         offsets[b - first] = (int32_t)(in->offsets[b] - begin);
@@ -215,10 +329,17 @@ static int prefill_rows(session *s, int64_t first, int64_t last, const int32_t *
         .prefix_lens = s->lens + first,
         .key_mask = s->has_pads ? s->step_mask : NULL,
         .key_mask_ld = s->longest,
+        .cross = s->source ? &s->cross : NULL,
+        .cross_starts = cross.starts,
+        .cross_lens = cross.lens,
+        .cross_mask = s->source_mask,
+        .cross_mask_ld = s->longest_source,
         .logit_rows = logit_rows,
         .logits = logits,
     };
-    if (embed_rows(s, batch.x, first, last, err) < 0 ||
+    for (int64_t b = first; s->source && b < last; b++)
+        read_source(s, &cross, b - first, b);
+    if (embed_rows(s, in, batch.x, first, last, err) < 0 ||
         s->model->lm->class_->forward(s->ctx, s->model->lm, &batch, err) < 0)
         return -1;
     b2_arena_reset(s->ctx->scratch, mark);
@@ -247,13 +368,19 @@ static int reserve(session *s, int64_t logits_at_once, b2_err *err)
     int64_t tokens = largest_group(s) > s->running ? largest_group(s) : s->running;
     size_t bytes = b2_arena_cost((size_t)(tokens * lm->config.hidden_size), sizeof(float)) +
                    2 * b2_arena_cost((size_t)(s->running + s->in->rows + 1), sizeof(int32_t)) +
-                   lm->class_->scratch(s->ctx, lm, tokens, s->longest + s->cache.steps, logits_at_once);
+                   2 * b2_arena_cost((size_t)(s->running + s->in->rows), sizeof(int32_t)) +
+                   lm->class_->scratch(s->ctx, lm, tokens, b2_max64(s->longest + s->cache.steps, s->longest_source),
+                                       logits_at_once);
+    if (s->source)
+        bytes += b2_arena_cost((size_t)(s->longest_source * lm->config.hidden_size), sizeof(float)) +
+                 b2_arena_cost((size_t)s->longest_source, sizeof(int32_t)) +
+                 lm->class_->encode_scratch(s->ctx, lm, s->longest_source, s->longest_source);
     return b2_arena_reserve(s->ctx->scratch, bytes, err);
 }
 
 static int forward_all(session *s, b2_tensor logits, b2_err *err)
 {
-    if (reserve(s, largest_group(s), err) < 0)
+    if (reserve(s, largest_group(s), err) < 0 || encode_source(s, err) < 0)
         return -1;
     for (int64_t first = 0; first < s->in->rows;) {
         int64_t last = group_end(s, first), begin = s->in->offsets[first];
@@ -266,7 +393,7 @@ static int forward_all(session *s, b2_tensor logits, b2_err *err)
 
 int b2_session_forward(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, b2_tensor logits, b2_err *err)
 {
-    session s = {0};
+    session s = {.counts_pads = model->lm->class_->forward_counts_pads};
     if (b2_session_check(model, in, err) < 0)
         return -1;
     if (in->rows == 0)
@@ -291,6 +418,8 @@ static int session_prefill(b2_step *step, float *logits, b2_err *err)
 {
     session *s = (session *)step;
     b2_tensor all = b2_tensor_of(logits, s->in->rows, step->vocabulary);
+    if (encode_source(s, err) < 0)
+        return -1;
     for (int64_t first = 0; first < s->in->rows;) {
         int64_t last = group_end(s, first), begin = s->in->offsets[first];
         size_t mark = b2_arena_mark(s->ctx->scratch);
@@ -349,8 +478,11 @@ static int session_advance(b2_step *step, int64_t n, const int32_t *row, const i
     s->step_offsets[n] = (int32_t)n;
     size_t mark = b2_arena_mark(s->ctx->scratch);
     float *x = b2_arena_take(s->ctx->scratch, (size_t)(n * lm->config.hidden_size), sizeof *x, err);
-    if (!x)
+    cross_rows cross;
+    if (!x || take_cross_rows(s, &cross, n, err) < 0)
         return -1;
+    for (int64_t i = 0; s->source && i < n; i++)
+        read_source(s, &cross, i, row[i] / s->beams);
     b2_lm_batch batch = {
         .x = b2_tensor_of(x, n, lm->config.hidden_size),
         .rows = n,
@@ -365,6 +497,11 @@ static int session_advance(b2_step *step, int64_t n, const int32_t *row, const i
         .suffix_lens = s->step_suffix_lens,
         .key_mask = s->has_pads ? s->step_mask : NULL,
         .key_mask_ld = s->longest + s->cache.steps,
+        .cross = s->source ? &s->cross : NULL,
+        .cross_starts = cross.starts,
+        .cross_lens = cross.lens,
+        .cross_mask = s->source_mask,
+        .cross_mask_ld = s->longest_source,
         .logits = b2_tensor_of(logits, n, step->vocabulary),
     };
     if (lm->class_->embed(s->ctx, lm, batch.x, token, err) < 0 || lm->class_->forward(s->ctx, lm, &batch, err) < 0)
@@ -423,13 +560,16 @@ static int run_search(session *s, const int32_t *rule_ids, const b2_generate_opt
 int b2_session_generate(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, const int32_t *rule_ids,
                         const b2_generate_opts *opts, b2_generated *out, b2_session_stats *stats, b2_err *err)
 {
-    b2_prompts prompts = {.rows = in->rows, .ids = rule_ids, .offsets = in->offsets};
+    b2_rows_in counted = *in;
+    if (model->lm->class_->encode)
+        counted = (b2_rows_in){.rows = in->rows, .offsets = in->decoder_offsets};
+    b2_prompts prompts = {.rows = in->rows, .ids = rule_ids, .offsets = counted.offsets};
     if (b2_session_check(model, in, err) < 0 ||
         b2_generate_check(&prompts, opts, model->lm->config.vocab_size, err) < 0)
         return -1;
     session s = {.step = {model->lm->config.vocab_size, session_prefill, session_advance}};
     int status = session_open(&s, ctx, model, in, opts->num_beams,
-                              steps_needed(in, opts, model->lm->config.max_position_embeddings), err);
+                              steps_needed(&counted, opts, model->lm->config.max_position_embeddings), err);
     if (status == 0)
         status = run_search(&s, rule_ids, opts, out, stats, err);
     session_release(&s);

@@ -8,19 +8,23 @@
 #include "generate/generate.h"
 #include "model/blip2.h"
 
-/* Packed rows. An id of -1 takes the row's next image feature. */
+/* Packed rows. An id of -1 takes the row's next image feature. Of an encoder-decoder these are the encoder's rows; the
+ * decoder's stand beside them, and it is these that rules, lengths, logits and results count. */
 typedef struct b2_rows_in {
     int64_t rows;            /* B */
     const int32_t *ids;      /* [N] */
     const int64_t *offsets;  /* [B + 1] */
     const uint8_t *mask;     /* [N], 0: a pad that nobody sees; NULL: none */
-    b2_tensor features;      /* [B*Q, D_lm]; data NULL: no pictures, then no id may be -1 */
+    b2_tensor features;      /* [B*Q, D_lm], or B times as many embeddings as each row has places; data NULL: no id is -1 */
+    const int32_t *decoder_ids;     /* [offsets of the last row]; NULL unless the model is an encoder-decoder */
+    const int64_t *decoder_offsets; /* [B + 1] */
+    const uint8_t *decoder_mask;    /* as mask, of the decoder's ids, or NULL */
 } b2_rows_in;
 
-/* Ids in range, every row non-empty and with exactly Q image places (0 without pictures). */
+/* Ids in range, every row non-empty and with exactly as many image places as it has features. */
 int b2_session_check(const b2_blip2 *model, const b2_rows_in *in, b2_err *err);
 
-/* Logits of every token: logits [N, V]. Taps: "language_model". */
+/* Logits of every token (of an encoder-decoder: of every decoder token): logits [N, V]. Taps: the language model's. */
 int b2_session_forward(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, b2_tensor logits, b2_err *err);
 
 typedef struct b2_session_stats {

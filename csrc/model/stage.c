@@ -55,6 +55,11 @@ int b2_stage_attend(b2_ctx *ctx, const char *stage, int layer, const b2_attentio
     return ctx->tap && ctx->tap->attention ? ctx->tap->attention(ctx->tap, ctx, stage, layer, args, err) : 0;
 }
 
+int b2_stage_tap(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err)
+{
+    return ctx->tap ? ctx->tap->fn(ctx->tap, stage, layer, hidden, err) : 0;
+}
+
 int b2_stage_done(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err)
 {
     int64_t bad = -1;
@@ -65,5 +70,5 @@ int b2_stage_done(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b
     if (bad >= 0)
         return b2_fail(err, B2_E_NUMERIC, "%s layer %d: NaN or Inf in row %lld of its output", stage, layer - 1,
                        (long long)bad);
-    return ctx->tap ? ctx->tap->fn(ctx->tap, stage, layer, hidden, err) : 0;
+    return b2_stage_tap(ctx, stage, layer, hidden, err);
 }

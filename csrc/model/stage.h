@@ -30,6 +30,9 @@ b2_attention_args b2_stage_attention(const b2_stage_rows *rows, b2_tensor out, b
 /* b2_attention, then the tap where it watches attention. Every attention of every stage goes through here. */
 int b2_stage_attend(b2_ctx *ctx, const char *stage, int layer, const b2_attention_args *args, b2_err *err);
 
+/* The tap alone, where one is set. */
+int b2_stage_tap(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err);
+
 /* After a layer: a NaN or Inf is an error that names stage, layer and row; then the tap sees the hidden states. */
 int b2_stage_done(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err);
 

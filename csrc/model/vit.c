@@ -37,10 +37,9 @@ static const b2_weight_row qkv_bias_row = {LAYER "self_attn.qkv.bias", LAYER_AT(
 
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 
-int64_t b2_vit_tokens(const b2_vit_config *config)
+int64_t b2_vit_tokens(const b2_vit_config *config, int64_t height, int64_t width)
 {
-    int64_t grid = config->image_size / config->patch_size;
-    return 1 + grid * grid;
+    return 1 + height / config->patch_size * (width / config->patch_size);
 }
 
 static void fill_dims(int64_t dims[B2_DIM_COUNT], const b2_vit_config *config)
@@ -49,7 +48,7 @@ static void fill_dims(int64_t dims[B2_DIM_COUNT], const b2_vit_config *config)
     dims[B2_DIM_D] = config->hidden_size;
     dims[B2_DIM_3D] = 3 * config->hidden_size;
     dims[B2_DIM_F] = config->intermediate_size;
-    dims[B2_DIM_T] = b2_vit_tokens(config);
+    dims[B2_DIM_T] = b2_vit_tokens(config, config->image_size, config->image_size);
     dims[B2_DIM_C] = config->num_channels;
     dims[B2_DIM_P] = config->patch_size;
 }
@@ -143,14 +142,14 @@ static int64_t wide_columns(const b2_vit_config *config)
     return b2_max64(b2_max64(3 * config->hidden_size, patch), config->intermediate_size);
 }
 
-size_t b2_vit_scratch(const b2_ctx *ctx, const b2_vit *vit, int64_t pictures)
+size_t b2_vit_scratch(const b2_ctx *ctx, const b2_vit *vit, b2_pictures pictures)
 {
     const b2_vit_config *c = &vit->config;
-    int64_t tokens = b2_vit_tokens(c), rows = pictures * tokens;
+    int64_t tokens = b2_vit_tokens(c, pictures.height, pictures.width), rows = pictures.count * tokens;
     return 2 * b2_arena_cost((size_t)(rows * c->hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(rows * wide_columns(c)), sizeof(float)) +
            2 * b2_arena_cost((size_t)(rows + 1), sizeof(int32_t)) +
-           b2_stage_attention_scratch(pictures) +
+           b2_stage_attention_scratch(pictures.count) +
            b2_scratch_bytes(ctx, rows, wide_columns(c), tokens, (int)(c->hidden_size / c->num_attention_heads));
 }
 
@@ -161,12 +160,14 @@ typedef struct buffers {
     float *wide;                 /* [B*T, max(3D, F, C*P*P)] */
     int32_t *class_rows;         /* [B]: where the class tokens go */
     int32_t *patch_rows;         /* [B*(T-1)]: where the patches go */
+    int64_t tokens;              /* T */
     b2_stage_rows pictures;
 } buffers;
 
-static int take_buffers(b2_ctx *ctx, buffers *w, const b2_vit_config *c, int64_t pictures, b2_err *err)
+static int take_buffers(b2_ctx *ctx, buffers *w, const b2_vit_config *c, int64_t pictures, int64_t tokens, b2_err *err)
 {
-    int64_t tokens = b2_vit_tokens(c), rows = pictures * tokens;
+    int64_t rows = pictures * tokens;
+    w->tokens = tokens;
     if (b2_stage_take(ctx, &w->x, rows, c->hidden_size, err) < 0 ||
         b2_stage_take(ctx, &w->h, rows, c->hidden_size, err) < 0)
         return -1;
@@ -183,20 +184,19 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_vit_config *c, int64_t
     return b2_stage_equal_rows(ctx, &w->pictures, pictures, tokens, tokens, err);
 }
 
-static int embed(b2_ctx *ctx, const b2_vit *vit, buffers *w, const float *pixels, int64_t pictures, b2_err *err)
+static int embed(b2_ctx *ctx, const b2_vit *vit, buffers *w, b2_pictures pictures, b2_tensor positions, b2_err *err)
 {
     const b2_vit_config *c = &vit->config;
-    int64_t count = b2_vit_tokens(c) - 1;
-    b2_tensor flat = b2_tensor_of(w->wide, pictures * count, c->num_channels * c->patch_size * c->patch_size);
-    b2_tensor patches = b2_rows(w->h, 0, pictures * count);
+    int64_t count = w->tokens - 1;
+    b2_tensor flat = b2_tensor_of(w->wide, pictures.count * count, c->num_channels * c->patch_size * c->patch_size);
+    b2_tensor patches = b2_rows(w->h, 0, pictures.count * count);
     b2_tensor class_token = b2_tensor_of((float *)vit->class_embedding.data, 1, c->hidden_size);
-    b2_tensor positions = b2_tensor_of((float *)vit->position_embedding.data, count + 1, c->hidden_size);
     b2_linear_opts opts = {.bias = &vit->patch_bias, .item_rows = b2_item_rows(ctx, count)};
-    if (b2_patches(ctx, flat, pixels, pictures, c->num_channels, c->image_size, c->patch_size, err) < 0 ||
+    if (b2_patches(ctx, flat, pictures, c->patch_size, err) < 0 ||
         b2_linear(ctx, patches, flat, &vit->patch_weight, &opts, err) < 0 ||
-        b2_copy_rows(ctx, w->x, w->patch_rows, patches, NULL, pictures * count, err) < 0)
+        b2_copy_rows(ctx, w->x, w->patch_rows, patches, NULL, pictures.count * count, err) < 0)
         return -1;
-    for (int64_t b = 0; b < pictures; b++)
+    for (int64_t b = 0; b < pictures.count; b++)
         if (b2_copy_rows(ctx, w->x, w->class_rows + b, class_token, NULL, 1, err) < 0)
             return -1;
     return b2_add_rows(ctx, w->x, positions, err);
@@ -206,7 +206,7 @@ static int embed(b2_ctx *ctx, const b2_vit *vit, buffers *w, const float *pixels
 static int self_attention(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *layer, buffers *w, b2_err *err)
 {
     const b2_vit_config *c = &vit->config;
-    int64_t width = c->hidden_size, tokens = b2_vit_tokens(c);
+    int64_t width = c->hidden_size, tokens = w->tokens;
     b2_tensor qkv = b2_tensor_of(w->wide, w->x.rows, 3 * width);
     b2_linear_opts to_qkv = {.bias = &layer->qkv_bias, .item_rows = b2_item_rows(ctx, tokens)};
     b2_linear_opts out = {.bias = &layer->projection_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, tokens)};
@@ -225,7 +225,7 @@ static int self_attention(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *la
 static int feed_forward(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *layer, buffers *w, b2_err *err)
 {
     const b2_vit_config *c = &vit->config;
-    int64_t tokens = b2_vit_tokens(c);
+    int64_t tokens = w->tokens;
     b2_tensor inner = b2_tensor_of(w->wide, w->x.rows, c->intermediate_size);
     b2_linear_opts up = {.bias = &layer->fc1_bias, .act = c->act, .item_rows = b2_item_rows(ctx, tokens)};
     b2_linear_opts down = {.bias = &layer->fc2_bias, .residual = w->x, .item_rows = b2_item_rows(ctx, tokens)};
@@ -236,12 +236,13 @@ static int feed_forward(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *laye
     return b2_linear(ctx, w->x, inner, &layer->fc2_weight, &down, err);
 }
 
-int b2_vit_forward(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, const float *pixels, int64_t pictures, b2_err *err)
+int b2_vit_forward(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, b2_pictures pictures, b2_tensor positions,
+                   b2_err *err)
 {
     size_t mark = b2_arena_mark(ctx->scratch);
     buffers w;
-    if (take_buffers(ctx, &w, &vit->config, pictures, err) < 0 || embed(ctx, vit, &w, pixels, pictures, err) < 0 ||
-        b2_stage_done(ctx, "vision", 0, w.x, err) < 0)
+    if (take_buffers(ctx, &w, &vit->config, pictures.count, positions.rows, err) < 0 ||
+        embed(ctx, vit, &w, pictures, positions, err) < 0 || b2_stage_done(ctx, "vision", 0, w.x, err) < 0)
         return -1;
     for (int i = 0; i < vit->config.num_hidden_layers; i++)
         if (self_attention(ctx, vit, &vit->layers[i], &w, err) < 0 ||
@@ -256,7 +257,7 @@ int b2_vit_forward(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, const float *p
 int b2_vit_pool(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, b2_tensor hidden, b2_err *err)
 {
     b2_tensor class_tokens = hidden; /* every T-th row */
-    class_tokens.ld = hidden.ld * b2_vit_tokens(&vit->config);
+    class_tokens.ld = hidden.ld * (hidden.rows / out.rows);
     class_tokens.rows = out.rows;
     return b2_layer_norm(ctx, out, class_tokens, &vit->post_layernorm_weight, &vit->post_layernorm_bias,
                          vit->config.layer_norm_eps, err);

@@ -41,18 +41,26 @@ typedef struct b2_vit {
     b2_vit_layer *layers;                       /* [num_hidden_layers], owned */
 } b2_vit;
 
-/* Tokens per picture: T. */
-int64_t b2_vit_tokens(const b2_vit_config *config);
+/* Tokens of a picture of height x width: T. Both at least P. */
+int64_t b2_vit_tokens(const b2_vit_config *config, int64_t height, int64_t width);
 
 int b2_vit_bind(b2_vit *vit, const b2_vit_config *config, b2_binder *binder, b2_err *err);
 int b2_vit_visit(const b2_vit *vit, b2_weight_visitor *visitor, b2_err *err);
 void b2_vit_release(b2_vit *vit);
 
-/* Bytes that b2_vit_forward takes from the arena for `pictures` at once, the operations' own scratch included. */
-size_t b2_vit_scratch(const b2_ctx *ctx, const b2_vit *vit, int64_t pictures);
+/* Positions for pictures of height x width: *positions [T, D] is the model's own table where the grid of patches is the
+ * one it was trained on; else the grid interpolated to the pictures' (bicubic, A = -0.75, as torch's upsample_bicubic2d
+ * with align_corners=False and antialias=False), taken from the arena. */
+int b2_vit_positions(b2_ctx *ctx, const b2_vit *vit, b2_tensor *positions, int64_t height, int64_t width, b2_err *err);
+/* Bytes that b2_vit_positions takes. */
+size_t b2_vit_positions_scratch(const b2_vit *vit, int64_t height, int64_t width);
 
-/* out [B*T, D] = last hidden state after post_layernorm; pixels [B, C, S, S]. Taps: "vision". */
-int b2_vit_forward(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, const float *pixels, int64_t pictures, b2_err *err);
+/* Bytes that b2_vit_forward takes from the arena, the operations' own scratch included; pictures.data is not read. */
+size_t b2_vit_scratch(const b2_ctx *ctx, const b2_vit *vit, b2_pictures pictures);
+
+/* out [B*T, D] = last hidden state after post_layernorm; positions [T, D] from b2_vit_positions. Taps: "vision". */
+int b2_vit_forward(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, b2_pictures pictures, b2_tensor positions,
+                   b2_err *err);
 
 /* out [B, D] = LN_post(class token of `hidden` [B*T, D]): transformers' pooler_output (normalised a second time). */
 int b2_vit_pool(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, b2_tensor hidden, b2_err *err);

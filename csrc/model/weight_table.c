@@ -4,7 +4,22 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "io/packed.h"
 #include "ops/weights.h"
+
+static int find_packed(b2_checkpoint *checkpoint, b2_err *err)
+{
+    for (int64_t i = 0; i < checkpoint->count; i++) {
+        int packed = b2_packed_is(&checkpoint->files[i], err);
+        if (packed < 0)
+            return -1;
+        if (packed && checkpoint->count > 1)
+            return b2_fail(err, B2_E_FORMAT, "%s: packed weights, beside other files of weights",
+                           checkpoint->files[i].path);
+        checkpoint->packed |= packed;
+    }
+    return 0;
+}
 
 int b2_checkpoint_open(b2_checkpoint *checkpoint, const char *const *paths, int64_t count, b2_err *err)
 {
@@ -21,6 +36,8 @@ int b2_checkpoint_open(b2_checkpoint *checkpoint, const char *const *paths, int6
         if (!checkpoint->used[i])
             goto fail;
     }
+    if (find_packed(checkpoint, err) < 0)
+        goto fail;
     return 0;
 fail:
     b2_checkpoint_close(checkpoint);
@@ -126,10 +143,62 @@ const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const un
         return NULL;
     int64_t shape[4];
     int rank = shape_of(shape, shape_codes, binder->dims);
-    if (check_tensor(tensor, shape, rank, err) < 0)
+    /* A packed tensor is one row of bytes; `place` compares what they hold. */
+    if (!binder->checkpoint->packed && check_tensor(tensor, shape, rank, err) < 0)
         return NULL;
     binder->checkpoint->used[file][tensor - binder->checkpoint->files[file].tensors] = 1;
     return tensor;
+}
+
+/* A few megabytes at a time: a table of the true size comes from the disk for longer than a Ctrl-C may wait. */
+int b2_binder_same(const b2_binder *binder, const char *a_name, const char *b_name)
+{
+    enum { STEP = 4 << 20 };
+    const b2_st_tensor *a = b2_checkpoint_find(binder->checkpoint, a_name);
+    const b2_st_tensor *b = b2_checkpoint_find(binder->checkpoint, b_name);
+    if (!a || !b || a->dtype != b->dtype || a->bytes != b->bytes)
+        return 0;
+    for (size_t at = 0; at < a->bytes && !b2_cancel_poll(binder->cancel); at += STEP) {
+        size_t count = a->bytes - at < STEP ? a->bytes - at : STEP;
+        if (memcmp((const char *)a->data + at, (const char *)b->data + at, count) != 0)
+            return 0;
+    }
+    return 1;
+}
+
+static int head_is_own(b2_binder *binder, const b2_weight_row *tokens, const b2_weight_row *head, int *own, b2_err *err)
+{
+    const b2_st_tensor *stored = b2_checkpoint_find(binder->checkpoint, head->name);
+    const b2_st_tensor *table = b2_checkpoint_find(binder->checkpoint, tokens->name);
+    *own = stored && table && !b2_binder_same(binder, head->name, tokens->name);
+    if (stored && !*own) /* a copy of the table: known, not unexpected */
+        return b2_binder_find(binder, head->name, head->shape, err) ? 0 : -1;
+    return 0;
+}
+
+int b2_bind_vocabulary(b2_binder *binder, void *base, const b2_weight_row *tokens, const b2_weight_row *head, int tied,
+                       b2_err *err)
+{
+    int own = 1, found = 0;
+    if ((tied && head_is_own(binder, tokens, head, &own, err) < 0) ||
+        b2_bind_optional(binder, base, tokens, &found, err) < 0)
+        return -1;
+    if (!found && (!tied || !b2_checkpoint_find(binder->checkpoint, head->name)))
+        return b2_fail(err, B2_E_FORMAT, "%s: missing from the checkpoint", tokens->name);
+    if (!found) {
+        b2_weight_row row = *head;
+        row.offset = tokens->offset;
+        return b2_bind(binder, base, &row, 1, err);
+    }
+    return own ? b2_bind(binder, base, head, 1, err) : 0;
+}
+
+void b2_binder_ignore(b2_binder *binder, const char *name)
+{
+    const b2_st_tensor *tensor = NULL;
+    int64_t file = find_file(binder->checkpoint, name, &tensor);
+    if (tensor)
+        binder->checkpoint->used[file][tensor - binder->checkpoint->files[file].tensors] = 1;
 }
 
 int b2_stored_view(b2_weight *view, const b2_st_tensor *tensor, int split, b2_err *err)
@@ -160,6 +229,34 @@ static const b2_st_file *file_of(const b2_binder *binder, const b2_st_tensor *te
     return &binder->checkpoint->files[find_file(binder->checkpoint, tensor->name, &same)];
 }
 
+void b2_policies_name(char text[B2_POLICIES_TEXT], const b2_dtype_policy policies[B2_PART_COUNT])
+{
+    static const char *const parts[B2_PART_COUNT] = {"vision", "qformer", "language"};
+    static const char *const dtypes[B2_DTYPE_COUNT] = {"float32", "float16", "bfloat16", "int8", "int4"};
+    size_t used = 0;
+    for (int i = 0; i < B2_PART_COUNT; i++) {
+        const b2_dtype_policy *p = &policies[i];
+        const char *name = p->hold == B2_HOLD_STORED ? "auto" : p->hold == B2_HOLD_HALF ? "half" : dtypes[p->dtype];
+        used += (size_t)snprintf(text + used, B2_POLICIES_TEXT - used, "%s%s=%s%s", i ? "," : "", parts[i], name,
+                                 p->pairs ? "-pairs" : "");
+    }
+}
+
+static b2_format format_of(const b2_dtype_policy *policy, b2_kind kind, b2_dtype stored)
+{
+    b2_dtype dtype = policy->hold == B2_HOLD_DTYPE ? policy->dtype : stored;
+    /* Widening a stored half to fp32 would change no product and cost twice the memory. */
+    if (policy->hold == B2_HOLD_DTYPE && dtype == B2_F32)
+        dtype = stored;
+    if (policy->hold == B2_HOLD_HALF && stored == B2_F32)
+        dtype = B2_F16;
+    if (dtype == B2_I4 && kind == B2_VOCABULARY)
+        dtype = B2_I8;
+    if (b2_dtype_is_quantised(dtype))
+        return (b2_format){dtype, B2_QUADS};
+    return (b2_format){dtype, dtype == B2_BF16 && policy->pairs ? B2_PAIRS : B2_PANELS};
+}
+
 static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, const b2_st_tensor *tensor,
                 const char *name, b2_err *err)
 {
@@ -171,20 +268,51 @@ static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, 
         if (b2_weight_copy(weight, &stored, B2_F32, err) < 0)
             return -1;
     } else {
-        b2_dtype dtype = binder->policy.as_stored ? stored.dtype : binder->policy.dtype;
-        /* Widening a stored half to fp32 would change no product and cost twice the memory. */
-        if (dtype == B2_F32)
-            dtype = stored.dtype;
-        if (row->kind == B2_MATRIX_ITEM && dtype == B2_F32 && (uintptr_t)stored.data % sizeof(float) == 0) {
+        b2_format format = format_of(&binder->policy, row->kind, stored.dtype);
+        if (row->kind == B2_MATRIX_ITEM && format.dtype == B2_F32 && (uintptr_t)stored.data % sizeof(float) == 0) {
             *weight = stored;
             return 0; /* read where it lies */
         }
         b2_st_want_pages(file_of(binder, tensor), tensor);
-        b2_format format = {dtype, B2_PANELS};
         if (b2_weight_pack(weight, &stored, format, binder->pool, binder->cancel, err) < 0)
             return -1;
     }
     b2_st_drop_pages(file_of(binder, tensor), tensor);
+    return 0;
+}
+
+static int misplaced(const b2_weight *w, const b2_weight_row *row, const char *found, b2_err *err)
+{
+    return b2_fail(err, B2_E_FORMAT, "%.200s: expected %s, the packed file holds %s", w->name,
+                   row->kind == B2_VECTOR || row->kind == B2_TABLE ? "F32 rows" : "a matrix for this layer", found);
+}
+
+/* The weight in a packed file: what lies there must be what this row of the table asks for, to the last byte. */
+static int place(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, const b2_st_tensor *tensor,
+                 const char *name, b2_err *err)
+{
+    int columns = 0;
+    int64_t shape[4], expected[2] = {1, 1};
+    b2_weight w;
+    if (b2_packed_read(&w, &columns, &binder->checkpoint->files[0], tensor, err) < 0)
+        return -1;
+    int rank = shape_of(shape, row->shape, binder->dims);
+    for (int i = 0; i < rank; i++)
+        expected[i < split_of(row, rank) ? 0 : 1] *= shape[i];
+    if (w.n != expected[0] || w.k != expected[1])
+        return b2_fail(err, B2_E_FORMAT, "%.200s: expected [%lld, %lld] from the config, the packed file holds [%lld, %lld]",
+                       name, (long long)expected[0], (long long)expected[1], (long long)w.n, (long long)w.k);
+    int plain = row->kind == B2_VECTOR || row->kind == B2_TABLE;
+    if (plain ? w.layout != B2_ROWS : w.layout == B2_ROWS && row->kind != B2_MATRIX_ITEM)
+        return misplaced(&w, row, w.layout == B2_ROWS ? "plain rows" : "another layout", err);
+    size_t bytes = b2_weight_parts_of(&w).bytes;
+    if (tensor->bytes != bytes || (uintptr_t)tensor->data % B2_PACKED_ALIGNMENT != 0)
+        return b2_fail(err, B2_E_FORMAT, "%.200s: expected %zu bytes at a multiple of %d, the packed file holds %zu%s", name,
+                       bytes, B2_PACKED_ALIGNMENT, tensor->bytes, tensor->bytes == bytes ? ", not aligned" : "");
+    *weight = w;
+    weight->name = name;
+    weight->version = 1;
+    b2_weight_place(weight, tensor->data, columns);
     return 0;
 }
 
@@ -197,7 +325,8 @@ int b2_bind_optional(b2_binder *binder, void *base, const b2_weight_row *row, in
     *found = tensor != NULL;
     if (!tensor)
         return err->code == B2_OK ? 0 : -1;
-    return hold(binder, (b2_weight *)((char *)base + row->offset), row, tensor, name, err);
+    b2_weight *weight = (b2_weight *)((char *)base + row->offset);
+    return (binder->checkpoint->packed ? place : hold)(binder, weight, row, tensor, name, err);
 }
 
 int b2_bind(b2_binder *binder, void *base, const b2_weight_row *table, size_t count, b2_err *err)

@@ -1,6 +1,8 @@
 /* Weight tables: one list per submodel says which tensor of a checkpoint goes where. The same list binds, validates,
  * saves and releases; there is no second one.
  *
+ * A packed file goes through the same lists: its tensors are placed instead of packed.
+ *
  * Memory: a bound model owns its packed weights (b2_release_weights); weights that stay mapped point into the
  * checkpoint, which must outlive them. Names point into the store. */
 #ifndef B2_MODEL_WEIGHT_TABLE_H
@@ -16,6 +18,7 @@ typedef struct b2_checkpoint {
     b2_st_file *files;      /* [count], owned */
     int64_t count;
     unsigned char **used;   /* [count][files[i].count]: 1 once bound; owned */
+    int packed;             /* 1: the only file holds packed weights (io/packed.h), which are used where they lie */
 } b2_checkpoint;
 
 int b2_checkpoint_open(b2_checkpoint *checkpoint, const char *const *paths, int64_t count, b2_err *err);
@@ -29,8 +32,10 @@ void b2_checkpoint_unused(const b2_checkpoint *checkpoint, void (*fn)(void *owne
 typedef enum b2_kind {
     B2_VECTOR,      /* norms, biases: F32, in order */
     B2_TABLE,       /* rows that are added or copied (positions, query tokens): F32 [n, k] */
-    B2_MATRIX_ITEM, /* a linear layer on whole pictures: F32 stays mapped for OpenBLAS, F16 and BF16 are packed */
-    B2_MATRIX       /* a linear layer on single tokens: packed */
+    B2_MATRIX_ITEM, /* a linear layer on whole pictures: F32 stays mapped for OpenBLAS, the others are packed */
+    B2_MATRIX,      /* a linear layer on single tokens: packed */
+    B2_VOCABULARY   /* the token table, the head: as B2_MATRIX, but int8 where the other matrices are int4: each of its rows
+                     * is one word, whose error nothing averages out */
 } b2_kind;
 
 /* Lengths that shapes are made of; each submodel fills an array indexed by these. */
@@ -46,6 +51,11 @@ typedef enum b2_dim {
     B2_DIM_V,       /* vocabulary */
     B2_DIM_C,       /* picture channels */
     B2_DIM_P,       /* patch side */
+    B2_DIM_H,       /* attention heads */
+    B2_DIM_HDH,     /* heads * width of one, where that is not D */
+    B2_DIM_KDH,     /* key heads * width of one */
+    B2_DIM_DH,      /* width of one head */
+    B2_DIM_R,       /* buckets of relative positions */
     B2_DIM_COUNT
 } b2_dim;
 
@@ -56,11 +66,25 @@ typedef struct b2_weight_row {
     unsigned char shape[5];/* b2_dim codes, B2_DIM_END-terminated */
 } b2_weight_row;
 
-/* How matrices are held: as stored, or in one dtype. */
+/* The parts of a model whose dtypes are chosen apart. */
+typedef enum b2_part { B2_PART_VISION = 0, B2_PART_QFORMER, B2_PART_LANGUAGE, B2_PART_COUNT } b2_part;
+
+typedef enum b2_hold {
+    B2_HOLD_STORED = 0, /* in the dtype of the file */
+    B2_HOLD_HALF,       /* in 16 bits: as stored, F32 narrowed to F16. What stays precise beside quantised parts */
+    B2_HOLD_DTYPE       /* in `dtype`; but F32 leaves stored halves as they are: the products are the same */
+} b2_hold;
+
+/* How the matrices of one part are held. Vectors and tables are F32 whatever it says. */
 typedef struct b2_dtype_policy {
-    int as_stored;
-    b2_dtype dtype; /* if not as_stored */
+    b2_hold hold;
+    b2_dtype dtype; /* with B2_HOLD_DTYPE */
+    int pairs;      /* 1: BF16 was asked for by name on a processor with its dot products: B2_PAIRS, bfloat16 arithmetic */
 } b2_dtype_policy;
+
+/* "vision=int8,qformer=half,language=int4": which values a packed file has been made for. */
+enum { B2_POLICIES_TEXT = 96 };
+void b2_policies_name(char text[B2_POLICIES_TEXT], const b2_dtype_policy policies[B2_PART_COUNT]);
 
 typedef struct b2_binder {
     b2_checkpoint *checkpoint;
@@ -82,6 +106,15 @@ int b2_bind_optional(b2_binder *binder, void *base, const b2_weight_row *row, in
 const char *b2_binder_name(b2_binder *binder, const char *pattern, b2_err *err);
 /* Finds a tensor, checks its shape against `shape` codes, marks it used; NULL + no error when absent. */
 const b2_st_tensor *b2_binder_find(b2_binder *binder, const char *name, const unsigned char *shape, b2_err *err);
+/* Whether the checkpoint holds both tensors, with the same bytes. After a cancel the answer does not matter. */
+int b2_binder_same(const b2_binder *binder, const char *a, const char *b);
+/* Binds a token table, and a head where it is one of its own. transformers ties the two when the config says so, unless
+ * the file holds two different ones; some files keep the tied table only under the head's name. A tied head stays
+ * absent: the table is one weight with two uses. */
+int b2_bind_vocabulary(b2_binder *binder, void *base, const b2_weight_row *tokens, const b2_weight_row *head, int tied,
+                       b2_err *err);
+/* A tensor that older files hold and nobody reads: known, so not reported as unexpected. */
+void b2_binder_ignore(b2_binder *binder, const char *name);
 /* A view of a tensor as stored, [n, k] with n the product of the first `split` axes. */
 int b2_stored_view(b2_weight *view, const b2_st_tensor *tensor, int split, b2_err *err);
 

@@ -32,17 +32,17 @@ static inline uint16_t b2_f32_to_bf16(float value)
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/* Without branches, so that loops over it become vectors. */
 static inline float b2_f16_to_f32(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16;
     uint32_t magnitude = half & 0x7fff;
-    if (magnitude >= 0x7c00) /* Inf, NaN (made quiet, as the processor does) */
-        return b2_bits_to_f32(sign | 0x7f800000u | (magnitude & 0x3ff) << 13 | (magnitude > 0x7c00 ? 0x400000u : 0));
-    if (magnitude >= 0x400)
-        return b2_bits_to_f32(sign | (magnitude + (112u << 10)) << 13);
+    uint32_t bits = (magnitude + (112u << 10)) << 13;
+    bits += magnitude >= 0x7c00 ? 112u << 23 : 0;   /* Inf, NaN */
+    bits |= magnitude > 0x7c00 ? 0x400000u : 0;     /* NaN is made quiet, as the processor does */
     /* Subnormal: magnitude * 2^-24, exact in fp32. */
-    float value = (float)magnitude * 5.9604644775390625e-08f;
-    return b2_bits_to_f32(sign | b2_f32_to_bits(value));
+    uint32_t small = b2_f32_to_bits((float)(int32_t)magnitude * 5.9604644775390625e-08f);
+    return b2_bits_to_f32(sign | (magnitude < 0x400 ? small : bits));
 }
 
 static inline uint16_t b2_f32_to_f16(float value)

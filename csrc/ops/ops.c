@@ -62,6 +62,22 @@ int b2_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamm
     return x.rows == 0 ? 0 : ctx->ops->layer_norm(ctx, out, x, gamma, beta, eps, err);
 }
 
+int b2_rms_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, float eps, b2_err *err)
+{
+    if (check_view("rms_norm", "x", x, err) < 0 || check_shape("rms_norm", "out", out, x.rows, x.cols, err) < 0 ||
+        check_vector("rms_norm", "gamma", gamma, x.cols, err) < 0)
+        return -1;
+    return x.rows == 0 ? 0 : ctx->ops->rms_norm(ctx, out, x, gamma, eps, err);
+}
+
+int b2_gate(b2_ctx *ctx, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act act, b2_err *err)
+{
+    if (check_view("gate", "gate", gate, err) < 0 || check_shape("gate", "up", up, gate.rows, gate.cols, err) < 0 ||
+        check_shape("gate", "out", out, gate.rows, gate.cols, err) < 0)
+        return -1;
+    return gate.rows == 0 ? 0 : ctx->ops->gate(ctx, out, gate, up, act, err);
+}
+
 static int check_attention_rows(const b2_attention_args *a, b2_err *err)
 {
     for (int64_t b = 0; b < a->rows; b++) {
@@ -87,23 +103,54 @@ static int check_attention_rows(const b2_attention_args *a, b2_err *err)
     return 0;
 }
 
-int b2_attention(b2_ctx *ctx, const b2_attention_args *a, b2_err *err)
+int b2_rope(b2_ctx *ctx, b2_tensor x, const int32_t *positions, const float *inv_freq, int rotary_dim, int head_dim,
+            float scaling, b2_err *err)
+{
+    if (check_view("rope", "x", x, err) < 0)
+        return -1;
+    if (head_dim < 1 || x.cols % head_dim != 0 || rotary_dim < 2 || rotary_dim > head_dim || rotary_dim % 2 != 0)
+        return b2_fail(err, B2_E_VALUE, "rope: %d of %d elements of each head, x [%lld, %lld]", rotary_dim, head_dim,
+                       SHAPE(x));
+    return x.rows == 0 ? 0 : ctx->ops->rope(ctx, x, positions, inv_freq, rotary_dim, head_dim, scaling, err);
+}
+
+/* All but the values and the output. */
+static int check_attention(const b2_attention_args *a, b2_err *err)
 {
     if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads != 0 || a->head_dim < 1)
         return b2_fail(err, B2_E_VALUE, "attention: %d heads over %d key heads of width %d", a->heads, a->kv_heads,
                        a->head_dim);
+    if (a->window < 0 || (a->window > 0 && a->scale == 0.0f))
+        return b2_fail(err, B2_E_VALUE, "attention: a window of %lld keys with scale %g", (long long)a->window,
+                       (double)a->scale);
     int64_t width = (int64_t)a->heads * a->head_dim, kv_width = (int64_t)a->kv_heads * a->head_dim;
     if (check_shape("attention", "q", a->q, a->q.rows, width, err) < 0 ||
-        check_shape("attention", "out", a->out, a->q.rows, width, err) < 0 ||
-        check_shape("attention", "k", a->k, a->k.rows, kv_width, err) < 0 ||
+        check_shape("attention", "k", a->k, a->k.rows, kv_width, err) < 0)
+        return -1;
+    if (a->suffix_lens && check_shape("attention", "k_suffix", a->k_suffix, a->k_suffix.rows, kv_width, err) < 0)
+        return -1;
+    if (a->distance_bias && a->distance_limit < 1)
+        return b2_fail(err, B2_E_VALUE, "attention: distance_limit: expected at least 1, found %lld",
+                       (long long)a->distance_limit);
+    return check_attention_rows(a, err);
+}
+
+int b2_attention(b2_ctx *ctx, const b2_attention_args *a, b2_err *err)
+{
+    int64_t kv_width = (int64_t)a->kv_heads * a->head_dim;
+    if (check_attention(a, err) < 0 || check_shape("attention", "out", a->out, a->q.rows, a->q.cols, err) < 0 ||
         check_shape("attention", "v", a->v, a->k.rows, kv_width, err) < 0)
         return -1;
-    if (a->suffix_lens && (check_shape("attention", "k_suffix", a->k_suffix, a->k_suffix.rows, kv_width, err) < 0 ||
-                           check_shape("attention", "v_suffix", a->v_suffix, a->k_suffix.rows, kv_width, err) < 0))
-        return -1;
-    if (check_attention_rows(a, err) < 0)
+    if (a->suffix_lens && check_shape("attention", "v_suffix", a->v_suffix, a->k_suffix.rows, kv_width, err) < 0)
         return -1;
     return a->q.rows == 0 ? 0 : ctx->ops->attention(ctx, a, err);
+}
+
+int b2_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *a, b2_err *err)
+{
+    if (check_attention(a, err) < 0)
+        return -1;
+    return a->q.rows == 0 ? 0 : ctx->ops->attention_weights(ctx, weights, a, err);
 }
 
 int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err)
@@ -117,16 +164,15 @@ int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32
     return out.rows == 0 ? 0 : ctx->ops->embedding(ctx, out, table, ids, accumulate, err);
 }
 
-int b2_patches(b2_ctx *ctx, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
-               int64_t patch, b2_err *err)
+int b2_patches(b2_ctx *ctx, b2_tensor out, b2_pictures p, int64_t patch, b2_err *err)
 {
-    if (patch < 1 || side < patch || channels < 1)
-        return b2_fail(err, B2_E_VALUE, "patches: side %lld, patch %lld, channels %lld", (long long)side,
-                       (long long)patch, (long long)channels);
-    int64_t grid = side / patch;
-    if (check_shape("patches", "out", out, pictures * grid * grid, channels * patch * patch, err) < 0)
+    if (patch < 1 || p.height < patch || p.width < patch || p.channels < 1)
+        return b2_fail(err, B2_E_VALUE, "patches: pictures of %lld x %lld, patch %lld, channels %lld",
+                       (long long)p.height, (long long)p.width, (long long)patch, (long long)p.channels);
+    int64_t cells = p.height / patch * (p.width / patch);
+    if (check_shape("patches", "out", out, p.count * cells, p.channels * patch * patch, err) < 0)
         return -1;
-    return pictures == 0 ? 0 : ctx->ops->patches(ctx, out, pixels, pictures, channels, side, patch, err);
+    return p.count == 0 ? 0 : ctx->ops->patches(ctx, out, p, patch, err);
 }
 
 static int check_row_list(const char *name, const int32_t *rows, int64_t n, b2_tensor t, b2_err *err)

@@ -4,7 +4,7 @@
  * in `b2_ops`. A backend is that table filled in (ops/cpu); data pointers in the arguments are in backend memory.
  *
  * Letters: B rows of the batch (sequences or pictures), N packed tokens of all rows, T tokens of one row, D width,
- * H heads, Dh head width, V vocabulary, S picture side in pixels, P patch side.
+ * H heads, Dh head width, V vocabulary, P patch side.
  *
  * Same bits (CPU, fp32): an output element does not depend on how many other rows there are, where its row stands,
  * how many threads run or how work is tiled. Each product is one chain of fused multiply-adds over ascending K
@@ -33,7 +33,8 @@ typedef struct b2_ctx {
 } b2_ctx;
 
 /* Called with the hidden states after each stage: ("vision", layer, [N, D]). `layer` counts as transformers does in
- * hidden_states: 0 is the embedding output, i + 1 the output of layer i. */
+ * hidden_states: 0 is the embedding output, i + 1 the output of layer i. Language models report once more, as layer
+ * L + 1, what follows their final norm (of the tokens whose logits are wanted; of an encoder, all). */
 struct b2_tap {
     int (*fn)(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err);
     /* NULL: nobody wants attention weights. Else called after each attention with its arguments (the stage has run it
@@ -89,6 +90,14 @@ typedef struct b2_attention_args {
     int64_t window;              /* 0: all; else query i sees only keys j > keys_b - T_b + i - window (sliding window) */
 } b2_attention_args;
 
+/* Pixels of pictures of one size, C-contiguous. A view: it owns nothing. */
+typedef struct b2_pictures {
+    const float *data; /* [B, C, height, width] */
+    int64_t count;     /* B */
+    int64_t channels;  /* C */
+    int64_t height, width;
+} b2_pictures;
+
 struct b2_ops {
     const char *name;
     int items_by_blas; /* 1: whole pictures times a fp32 weight are fastest through the vendor's product */
@@ -102,8 +111,7 @@ struct b2_ops {
     int (*attention)(b2_ctx *, const b2_attention_args *, b2_err *);
     int (*attention_weights)(b2_ctx *, float *weights, const b2_attention_args *, b2_err *);
     int (*embedding)(b2_ctx *, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *);
-    int (*patches)(b2_ctx *, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
-                   int64_t patch, b2_err *);
+    int (*patches)(b2_ctx *, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *);
     int (*copy_rows)(b2_ctx *, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *);
     int (*add_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
@@ -154,10 +162,10 @@ int b2_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *a
 /* out[i] = table[ids[i]] (or += when accumulate); ids [N]; an id below 0 leaves its row as it is. */
 int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err);
 
-/* Pictures [B, C, S, S] into rows of flattened patches, in the order of a convolution weight [D, C, P, P]:
- * out [B * (S/P)^2, C*P*P]. What is left over when P does not divide S is dropped, as a strided convolution does. */
-int b2_patches(b2_ctx *ctx, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
-               int64_t patch, b2_err *err);
+/* Pictures into rows of flattened patches, in the order of a convolution weight [D, C, P, P]: out [B * (height/P) *
+ * (width/P), C*P*P], patches line by line. What is left over where P does not divide a side is dropped, as a strided
+ * convolution does. */
+int b2_patches(b2_ctx *ctx, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *err);
 
 /* out[out_rows[i]] = x[x_rows[i]] for i in [0, n); a NULL index list means i itself. */
 int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,

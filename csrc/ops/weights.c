@@ -6,6 +6,7 @@
 
 #include "core/memory.h"
 #include "ops/half.h"
+#include "ops/quantise.h"
 
 static uint16_t load_u16(const void *src, int64_t i)
 {
@@ -72,9 +73,44 @@ static int overflowed(const b2_weight *w, b2_dtype dtype, int64_t count, b2_err 
                    (long long)count, b2_dtype_name(w->dtype), b2_dtype_name(dtype));
 }
 
-static size_t panel_elements(int64_t n, int64_t k)
+static int64_t round_up(int64_t value, int64_t unit)
 {
-    return (size_t)((n + B2_PANEL - 1) / B2_PANEL) * (size_t)k * B2_PANEL;
+    return (value + unit - 1) / unit * unit;
+}
+
+/* ---- the block of a packed weight ---- */
+
+static size_t data_bytes(const b2_weight *w)
+{
+    size_t rows = (size_t)round_up(w->n, B2_PANEL);
+    switch (w->layout) {
+    case B2_ROWS: return (size_t)(w->n * w->k) * b2_dtype_size(w->dtype);
+    case B2_PANELS: return rows * (size_t)w->k * b2_dtype_size(w->dtype);
+    case B2_PAIRS: return rows * (size_t)round_up(w->k, 2) * sizeof(uint16_t);
+    case B2_QUADS: return rows * (size_t)round_up(w->k, 32) / (w->dtype == B2_I4 ? 2 : 1);
+    }
+    return 0;
+}
+
+b2_weight_parts b2_weight_parts_of(const b2_weight *w)
+{
+    b2_weight_parts parts = {.bytes = (size_t)round_up((int64_t)data_bytes(w), 64)};
+    if (!b2_dtype_is_quantised(w->dtype))
+        return parts;
+    int64_t scales = round_up(w->n, B2_PANEL) * ((w->k + w->group - 1) / w->group);
+    parts.scales = parts.bytes;
+    parts.column_scales = parts.scales + (size_t)round_up(scales * (w->dtype == B2_I4 ? 2 : 4), 64);
+    parts.bytes = parts.column_scales + (size_t)round_up(w->k * (int64_t)sizeof(float), 64);
+    return parts;
+}
+
+void b2_weight_place(b2_weight *w, const void *block, int has_column_scales)
+{
+    b2_weight_parts parts = b2_weight_parts_of(w);
+    const char *base = block;
+    w->data = base;
+    w->scales = parts.scales ? base + parts.scales : NULL;
+    w->column_scales = parts.column_scales && has_column_scales ? (const void *)(base + parts.column_scales) : NULL;
 }
 
 /* ---- packing ---- */
@@ -83,8 +119,8 @@ enum { STRIP = 64 }; /* columns that are converted and then transposed at a time
 
 typedef struct pack_job {
     const b2_weight *src;
-    char *dst;
-    b2_dtype dtype;
+    const b2_weight *dst;
+    char *data; /* dst's */
     int64_t panels, panels_per_tile;
     atomic_llong overflows;
 } pack_job;
@@ -97,29 +133,34 @@ static void transpose2(uint16_t *restrict dst, const uint16_t *restrict strip, i
             dst[i * B2_PANEL + r] = strip[r * STRIP + i];
 }
 
-static void transpose4(uint32_t *restrict dst, const uint32_t *restrict strip, int64_t count)
+static void transpose4(uint32_t *restrict dst, const uint32_t *restrict strip, int64_t strip_ld, int64_t count)
 {
     for (int64_t i = 0; i < count; i++)
         for (int r = 0; r < B2_PANEL; r++)
-            dst[i * B2_PANEL + r] = strip[r * STRIP + i];
+            dst[i * B2_PANEL + r] = strip[r * strip_ld + i];
 }
 
 static int64_t pack_panel(const pack_job *job, int64_t panel)
 {
-    const b2_weight *src = job->src;
-    size_t size = b2_dtype_size(job->dtype), src_size = b2_dtype_size(src->dtype);
+    const b2_weight *src = job->src, *dst = job->dst;
+    size_t size = b2_dtype_size(dst->dtype), src_size = b2_dtype_size(src->dtype);
+    int64_t unit = dst->layout == B2_PAIRS ? 2 : 1; /* columns that lie side by side */
     int64_t k = src->k, first = panel * B2_PANEL, overflows = 0;
     int64_t rows = src->n - first < B2_PANEL ? src->n - first : B2_PANEL;
     _Alignas(64) char strip[B2_PANEL * STRIP * 4] = {0};
     for (int64_t j = 0; j < k; j += STRIP) {
         int64_t count = k - j < STRIP ? k - j : STRIP;
+        if (count % unit != 0)
+            memset(strip, 0, sizeof strip);
         for (int64_t r = 0; r < rows; r++)
-            overflows += b2_convert(strip + (size_t)(r * STRIP) * size, job->dtype,
+            overflows += b2_convert(strip + (size_t)(r * STRIP) * size, dst->dtype,
                                     (const char *)src->data + (size_t)((first + r) * k + j) * src_size, src->dtype,
                                     count);
-        void *to = job->dst + (size_t)((panel * k + j) * B2_PANEL) * size;
-        if (size == 4)
-            transpose4(to, (const void *)strip, count);
+        void *to = job->data + (size_t)((panel * round_up(k, unit) + j) * B2_PANEL) * size;
+        if (unit == 2)
+            transpose4(to, (const void *)strip, STRIP / 2, (count + 1) / 2);
+        else if (size == 4)
+            transpose4(to, (const void *)strip, STRIP, count);
         else
             transpose2(to, (const void *)strip, count);
     }
@@ -138,32 +179,66 @@ static void pack_tile(void *argument, int64_t index, int worker)
         atomic_fetch_add(&job->overflows, overflows);
 }
 
+static int pack_halves(const b2_weight *dst, char *data, const b2_weight *src, b2_pool *pool, b2_cancel *cancel,
+                       b2_err *err)
+{
+    enum { ELEMENTS_PER_TILE = 1 << 18 };
+    pack_job job = {.src = src, .dst = dst, .data = data, .panels = (src->n + B2_PANEL - 1) / B2_PANEL};
+    job.panels_per_tile = 1 + ELEMENTS_PER_TILE / (src->k * B2_PANEL + 1);
+    int64_t tiles = (job.panels + job.panels_per_tile - 1) / job.panels_per_tile;
+    if (b2_pool_run(pool, tiles, pack_tile, &job, cancel, err) < 0)
+        return -1;
+    int64_t overflows = atomic_load(&job.overflows);
+    return overflows > 0 ? overflowed(src, dst->dtype, overflows, err) : 0;
+}
+
+/* What lies between two parts: the same weight gives the same bytes, in files too. */
+static void clear_ends(char *block, const b2_weight *w)
+{
+    b2_weight_parts parts = b2_weight_parts_of(w);
+    memset(block + parts.bytes - 64, 0, 64);
+    if (parts.scales) {
+        memset(block + parts.scales - 64, 0, 64);
+        memset(block + parts.column_scales - 64, 0, 64);
+    }
+}
+
+static int fits(b2_format format)
+{
+    switch (format.layout) {
+    case B2_PANELS: return !b2_dtype_is_quantised(format.dtype);
+    case B2_PAIRS: return format.dtype == B2_BF16;
+    case B2_QUADS: return b2_dtype_is_quantised(format.dtype);
+    default: return 0;
+    }
+}
+
 int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_format format, b2_pool *pool, b2_cancel *cancel,
                    b2_err *err)
 {
-    b2_dtype dtype = format.dtype;
-    enum { ELEMENTS_PER_TILE = 1 << 18 };
+    const char *name = src->name ? src->name : "weight";
     if (src->layout != B2_ROWS || !src->data)
-        return b2_fail(err, B2_E_INTERNAL, "%s: only a matrix in rows can be packed", src->name ? src->name : "weight");
-    char *data = b2_alloc(panel_elements(src->n, src->k), b2_dtype_size(dtype), src->name ? src->name : "weight", err);
-    if (!data)
+        return b2_fail(err, B2_E_INTERNAL, "%s: only a matrix in rows can be packed", name);
+    if (!fits(format))
+        return b2_fail(err, B2_E_INTERNAL, "%s: %s has no layout %d", name, b2_dtype_name(format.dtype),
+                       (int)format.layout);
+    b2_weight packed = *src;
+    packed.dtype = format.dtype;
+    packed.layout = format.layout;
+    packed.group = format.dtype == B2_I8 ? round_up(src->k, 32) : format.dtype == B2_I4 ? 32 : 0;
+    char *block = b2_alloc(b2_weight_parts_of(&packed).bytes, 1, name, err);
+    if (!block)
         return -1;
-    pack_job job = {.src = src, .dst = data, .dtype = dtype, .panels = (src->n + B2_PANEL - 1) / B2_PANEL};
-    job.panels_per_tile = 1 + ELEMENTS_PER_TILE / (src->k * B2_PANEL + 1);
-    int64_t tiles = (job.panels + job.panels_per_tile - 1) / job.panels_per_tile;
-    int status = b2_pool_run(pool, tiles, pack_tile, &job, cancel, err);
-    int64_t overflows = atomic_load(&job.overflows);
-    if (status == 0 && overflows > 0)
-        status = overflowed(src, dtype, overflows, err);
+    clear_ends(block, &packed);
+    b2_weight_place(&packed, block, 1);
+    packed.owned = 1;
+    int status = format.layout == B2_QUADS ? b2_quantise(block, &packed, src, pool, cancel, err)
+                                           : pack_halves(&packed, block, src, pool, cancel, err);
     if (status < 0) {
-        b2_free(data);
+        b2_free(block);
         return -1;
     }
-    *dst = *src;
-    dst->data = data;
-    dst->dtype = dtype;
-    dst->layout = B2_PANELS;
-    dst->owned = 1;
+    *dst = packed;
     return 0;
 }
 
@@ -187,20 +262,74 @@ int b2_weight_copy(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_err 
     return 0;
 }
 
+/* ---- reading ---- */
+
+/* Byte offset of element (i, j) of a weight that is not quantised. */
+static size_t element_at(const b2_weight *w, int64_t i, int64_t j)
+{
+    int64_t at = i * w->k + j;
+    if (w->layout == B2_PANELS)
+        at = (i / B2_PANEL * w->k + j) * B2_PANEL + i % B2_PANEL;
+    if (w->layout == B2_PAIRS)
+        at = ((i / B2_PANEL * round_up(w->k, 2) + j / 2 * 2) * B2_PANEL + i % B2_PANEL * 2) + j % 2;
+    return (size_t)at * b2_dtype_size(w->dtype);
+}
+
+static void read_quads(float *out, const b2_weight *w, int64_t i, int64_t first, int64_t count)
+{
+    int64_t panel = i / B2_PANEL, lane = i % B2_PANEL, groups = (w->k + w->group - 1) / w->group;
+    const uint8_t *data = (const uint8_t *)w->data + panel * round_up(w->k, 32) * B2_PANEL / (w->dtype == B2_I4 ? 2 : 1);
+    for (int64_t n = 0; n < count; n++) {
+        int64_t j = first + n, scale = (panel * groups + j / w->group) * B2_PANEL + lane;
+        float value;
+        if (w->dtype == B2_I8) {
+            int q = data[(j / 4 * B2_PANEL + lane) * 4 + j % 4] - 128;
+            value = ((const float *)w->scales)[scale] * (float)q;
+        } else {
+            int byte = data[(j / 8 * B2_PANEL + lane) * 4 + j % 4];
+            int q = (j % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+            value = b2_f16_to_f32(((const uint16_t *)w->scales)[scale]) * (float)q;
+        }
+        out[n] = w->column_scales ? value * w->column_scales[j] : value;
+    }
+}
+
+void b2_weight_read_part(float *out, const b2_weight *w, int64_t i, int64_t first, int64_t count)
+{
+    if (w->layout == B2_QUADS) {
+        read_quads(out, w, i, first, count);
+        return;
+    }
+    if (w->layout == B2_ROWS) {
+        to_f32(out, (const char *)w->data + element_at(w, i, first), w->dtype, count);
+        return;
+    }
+    for (int64_t j = 0; j < count; j++)
+        to_f32(out + j, (const char *)w->data + element_at(w, i, first + j), w->dtype, 1);
+}
+
+void b2_weight_read_row(float *out, const b2_weight *w, int64_t i)
+{
+    b2_weight_read_part(out, w, i, 0, w->k);
+}
+
 int b2_weight_unpack(void *out, const b2_weight *w, b2_err *err)
 {
-    size_t size = b2_dtype_size(w->dtype);
     if (!w->data)
         return b2_fail(err, B2_E_INTERNAL, "%s: the weight is absent", w->name ? w->name : "weight");
     if (w->layout == B2_ROWS) {
-        memcpy(out, w->data, (size_t)(w->n * w->k) * size);
+        memcpy(out, w->data, data_bytes(w));
         return 0;
     }
+    if (b2_dtype_is_quantised(w->dtype)) {
+        for (int64_t i = 0; i < w->n; i++)
+            b2_weight_read_row((float *)out + i * w->k, w, i);
+        return 0;
+    }
+    size_t size = b2_dtype_size(w->dtype);
     for (int64_t i = 0; i < w->n; i++)
-        for (int64_t j = 0; j < w->k; j++) {
-            int64_t at = (i / B2_PANEL * w->k + j) * B2_PANEL + i % B2_PANEL;
-            memcpy((char *)out + (size_t)(i * w->k + j) * size, (const char *)w->data + (size_t)at * size, size);
-        }
+        for (int64_t j = 0; j < w->k; j++)
+            memcpy((char *)out + (size_t)(i * w->k + j) * size, (const char *)w->data + element_at(w, i, j), size);
     return 0;
 }
 
@@ -208,6 +337,7 @@ void b2_weight_release(b2_weight *w)
 {
     if (w->owned)
         b2_free((void *)w->data);
-    w->data = NULL;
+    w->data = w->scales = NULL;
+    w->column_scales = NULL;
     w->owned = 0;
 }

@@ -21,6 +21,8 @@ int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_format format, b2_po
 
 /* out [k] = row i of w as fp32, whatever dtype and layout: an embedding. */
 void b2_weight_read_row(float *out, const b2_weight *w, int64_t i);
+/* out [count] = columns [first, first + count) of it. */
+void b2_weight_read_part(float *out, const b2_weight *w, int64_t i, int64_t first, int64_t count);
 
 /* Where the parts of a packed weight lie in its one block, each at a multiple of 64 bytes: data, then scales, then column
  * scales. A file of packed weights holds such blocks as they are. */

@@ -53,8 +53,8 @@ static int module_exec(PyObject *module)
     b2py_state *state = b2py_state_of_module(module);
     if (add_exceptions(module, state) < 0 || choose_machine(state) < 0)
         return -1;
-    if (b2py_add_kernels(module) < 0 || b2py_add_search(module) < 0 || b2py_add_safetensors(module) < 0 ||
-        b2py_add_model(module) < 0)
+    if (b2py_add_kernels(module) < 0 || b2py_add_search(module) < 0 || b2py_add_rules(module) < 0 ||
+        b2py_add_safetensors(module) < 0 || b2py_add_model(module) < 0)
         return -1;
     return 0;
 }

@@ -62,13 +62,14 @@ void b2py_call_resume(b2py_call *call);
  * ValueError. Non-contiguous, unaligned or byte-swapped arrays are copied into order. New reference. */
 PyArrayObject *b2py_array(PyObject *object, const char *name, int type, int ndim);
 
-/* The names that users know dtypes by: "float32", "float16", "bfloat16". 0, or -1 without an exception for another. */
+/* The names that users know dtypes by: "float32", "float16", "bfloat16", "int8", "int4". 0, or -1 without an exception for another. */
 const char *b2py_dtype_name(b2_dtype dtype);
 int b2py_dtype_named(b2_dtype *dtype, const char *name);
 
 /* Parts of the module, each in its own file, added by module.c. */
 int b2py_add_kernels(PyObject *module);     /* py_kernels.c: functions on arrays */
 int b2py_add_search(PyObject *module);      /* py_search.c: greedy and beam search over a Python step function */
+int b2py_add_rules(PyObject *module);       /* py_hooks.c: the rules of generation on arrays */
 int b2py_add_safetensors(PyObject *module); /* py_safetensors.c: the SafetensorsFile type, write_safetensors */
 int b2py_add_model(PyObject *module);       /* py_model.c: the Model type */
 

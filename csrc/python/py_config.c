@@ -1,5 +1,7 @@
 #include "python/py_config.h"
 
+#include <string.h>
+
 #include "model/activation.h"
 
 static PyObject *config_item(PyObject *config, const char *section, const char *key)
@@ -113,24 +115,118 @@ static int read_qformer(b2py_state *state, PyObject *config, b2_qformer_config *
     return check_heads(s, c->hidden_size, c->num_attention_heads);
 }
 
-static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c)
+static int read_opt(b2py_state *state, PyObject *config, b2_lm_config *c)
 {
     const char *s = "text";
-    if (read_text(config, s, "model_type", c->model_type, sizeof c->model_type) < 0 ||
-        read_int(config, s, "hidden_size", 1, MAX_WIDTH, &c->hidden_size) < 0 ||
-        read_int(config, s, "ffn_dim", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
-        read_int(config, s, "vocab_size", 1, MAX_VOCABULARY, &c->vocab_size) < 0 ||
+    if (read_int(config, s, "ffn_dim", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
         read_int(config, s, "max_position_embeddings", 1, MAX_VOCABULARY, &c->max_position_embeddings) < 0 ||
-        read_small(config, s, "num_hidden_layers", 0, MAX_LAYERS, &c->num_hidden_layers) < 0 ||
-        read_small(config, s, "num_attention_heads", 1, MAX_WIDTH, &c->num_attention_heads) < 0 ||
         read_act(state, config, s, "activation_function", &c->act) < 0 ||
         read_small(config, s, "do_layer_norm_before", 0, 1, &c->do_layer_norm_before) < 0 ||
         read_small(config, s, "remove_final_layer_norm", 0, 1, &c->remove_final_layer_norm) < 0 ||
         read_small(config, s, "enable_bias", 0, 1, &c->enable_bias) < 0 ||
         read_small(config, s, "layer_norm_elementwise_affine", 0, 1, &c->layer_norm_elementwise_affine) < 0 ||
+        check_heads(s, c->hidden_size, c->num_attention_heads) < 0)
+        return -1;
+    c->head_dim = (int)(c->hidden_size / c->num_attention_heads);
+    return 0;
+}
+
+static int read_t5(b2py_state *state, PyObject *config, b2_lm_config *c)
+{
+    const char *s = "text";
+    c->max_position_embeddings = B2_NO_POSITIONS;
+    return read_int(config, s, "d_ff", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
+                   read_small(config, s, "d_kv", 1, MAX_WIDTH, &c->head_dim) < 0 ||
+                   read_small(config, s, "num_decoder_layers", 0, MAX_LAYERS, &c->num_decoder_layers) < 0 ||
+                   read_small(config, s, "relative_attention_num_buckets", 4, MAX_WIDTH,
+                              &c->relative_attention_num_buckets) < 0 ||
+                   read_int(config, s, "relative_attention_max_distance", c->relative_attention_num_buckets / 2 + 1,
+                            MAX_WIDTH, &c->relative_attention_max_distance) < 0 ||
+                   read_float(config, s, "layer_norm_epsilon", &c->norm_eps) < 0 ||
+                   read_act(state, config, s, "dense_act_fn", &c->act) < 0 ||
+                   read_small(config, s, "is_gated_act", 0, 1, &c->is_gated_act) < 0 ||
+                   read_small(config, s, "scale_decoder_outputs", 0, 1, &c->scale_decoder_outputs) < 0
+               ? -1
+               : 0;
+}
+
+/* text.`key`: a sequence of exactly `count` numbers. */
+static int read_numbers(PyObject *config, const char *key, float *out, Py_ssize_t count)
+{
+    PyObject *item = config_item(config, "text", key);
+    PyObject *list = item ? PySequence_Tuple(item) : NULL;
+    Py_XDECREF(item);
+    if (list && PyTuple_GET_SIZE(list) != count)
+        PyErr_Format(PyExc_ValueError, "config: text.%s: expected %zd numbers, found %zd", key, count,
+                     PyTuple_GET_SIZE(list));
+    for (Py_ssize_t i = 0; list && i < count && !PyErr_Occurred(); i++)
+        out[i] = (float)PyFloat_AsDouble(PyTuple_GET_ITEM(list, i));
+    Py_XDECREF(list);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int read_slides(PyObject *config, b2_lm_config *c)
+{
+    float slides[B2_MAX_LM_LAYERS] = {0};
+    if (read_numbers(config, "slides", slides, c->num_hidden_layers) < 0)
+        return -1;
+    for (int i = 0; i < c->num_hidden_layers; i++)
+        c->slides[i] = slides[i] != 0.0f;
+    return 0;
+}
+
+static int read_llama(b2py_state *state, PyObject *config, b2_lm_config *c)
+{
+    const char *s = "text";
+    c->max_position_embeddings = B2_NO_POSITIONS;
+    if (read_int(config, s, "intermediate_size", 1, MAX_WIDTH, &c->ffn_dim) < 0 ||
+        read_small(config, s, "num_hidden_layers", 0, B2_MAX_LM_LAYERS, &c->num_hidden_layers) < 0 ||
+        read_small(config, s, "num_key_value_heads", 1, c->num_attention_heads, &c->num_key_value_heads) < 0 ||
+        read_small(config, s, "head_dim", 2, B2_MAX_HEAD_DIM, &c->head_dim) < 0 ||
+        read_float(config, s, "rms_norm_eps", &c->norm_eps) < 0 ||
+        read_act(state, config, s, "hidden_act", &c->act) < 0 ||
+        read_small(config, s, "qkv_bias", 0, 1, &c->qkv_bias) < 0 ||
+        read_small(config, s, "o_bias", 0, 1, &c->o_bias) < 0 ||
+        read_small(config, s, "mlp_bias", 0, 1, &c->mlp_bias) < 0 ||
+        read_small(config, s, "qk_norm", 0, 1, &c->qk_norm) < 0 ||
+        read_int(config, s, "sliding_window", 0, INT32_MAX, &c->sliding_window) < 0 || read_slides(config, c) < 0 ||
+        read_numbers(config, "inv_freq", c->inv_freq, c->head_dim / 2) < 0 ||
+        read_float(config, s, "rope_scaling", &c->rope_scaling) < 0)
+        return -1;
+    if (c->num_attention_heads % c->num_key_value_heads == 0 && c->head_dim % 2 == 0)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "config: text: %d heads of width %d over %d key heads", c->num_attention_heads,
+                 c->head_dim, c->num_key_value_heads);
+    return -1;
+}
+
+static const struct {
+    const char *model_type;
+    int (*read)(b2py_state *state, PyObject *config, b2_lm_config *c);
+} text_configs[] = {
+    {"opt", read_opt},
+    {"t5", read_t5},
+    {"llama", read_llama},
+    {"mistral", read_llama},
+    {"qwen2", read_llama},
+    {"qwen3", read_llama},
+};
+
+static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c)
+{
+    const char *s = "text";
+    if (read_text(config, s, "model_type", c->model_type, sizeof c->model_type) < 0 ||
+        read_int(config, s, "hidden_size", 1, MAX_WIDTH, &c->hidden_size) < 0 ||
+        read_int(config, s, "vocab_size", 1, MAX_VOCABULARY, &c->vocab_size) < 0 ||
+        read_small(config, s, "num_hidden_layers", 0, MAX_LAYERS, &c->num_hidden_layers) < 0 ||
+        read_small(config, s, "num_attention_heads", 1, MAX_WIDTH, &c->num_attention_heads) < 0 ||
         read_small(config, s, "tie_word_embeddings", 0, 1, &c->tie_word_embeddings) < 0)
         return -1;
-    return check_heads(s, c->hidden_size, c->num_attention_heads);
+    for (size_t i = 0; i < sizeof text_configs / sizeof *text_configs; i++)
+        if (strcmp(text_configs[i].model_type, c->model_type) == 0)
+            return text_configs[i].read(state, config, c);
+    PyErr_Format(state->unsupported_error, "config: text.model_type %s is not supported", c->model_type);
+    return -1;
 }
 
 int b2py_read_config(b2py_state *state, PyObject *config, b2_blip2_config *out)

@@ -111,6 +111,15 @@ static b2_weight vector_of(PyArrayObject *array)
     return (b2_weight){.data = PyArray_DATA(array), .n = PyArray_DIM(array, 0), .k = 1};
 }
 
+static int check_length(PyArrayObject *array, const char *name, int64_t rows)
+{
+    if (!array || PyArray_DIM(array, 0) == rows)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected %zd rows, found %zd", name, (Py_ssize_t)rows,
+                 (Py_ssize_t)PyArray_DIM(array, 0));
+    return -1;
+}
+
 /* A matrix as stored: float32, float16, or uint16 with bfloat16 bits. */
 static PyArrayObject *matrix(b2_weight *w, PyObject *object, const char *name)
 {
@@ -155,27 +164,43 @@ static void release_weight(PyObject *capsule)
     b2_free(w);
 }
 
+/* Of the types that arrays have. */
 static int dtype_named(b2_dtype *dtype, const char *name)
 {
-    if (b2py_dtype_named(dtype, name) == 0)
+    if (b2py_dtype_named(dtype, name) == 0 && !b2_dtype_is_quantised(*dtype))
         return 0;
     PyErr_Format(PyExc_ValueError, "dtype: expected float32, float16 or bfloat16, found %s", name);
     return -1;
+}
+
+static int format_named(b2_format *format, const char *name, int pairs)
+{
+    if (name && b2py_dtype_named(&format->dtype, name) < 0) {
+        PyErr_Format(PyExc_ValueError, "dtype: expected float32, float16, bfloat16, int8 or int4, found %s", name);
+        return -1;
+    }
+    if (pairs && format->dtype != B2_BF16) {
+        PyErr_Format(PyExc_ValueError, "pairs: expected dtype bfloat16, found %s", b2py_dtype_name(format->dtype));
+        return -1;
+    }
+    format->layout = b2_dtype_is_quantised(format->dtype) ? B2_QUADS : pairs ? B2_PAIRS : B2_PANELS;
+    return 0;
 }
 
 static PyObject *pack_weight(PyObject *module, PyObject *args)
 {
     PyObject *object;
     const char *dtype_name = NULL;
-    if (!PyArg_ParseTuple(args, "Oz", &object, &dtype_name))
+    int pairs;
+    if (!PyArg_ParseTuple(args, "Ozp", &object, &dtype_name, &pairs))
         return NULL;
     b2_err err = {0};
     b2_weight source;
     PyArrayObject *array = matrix(&source, object, "weight");
     if (!array)
         return NULL;
-    b2_dtype dtype = source.dtype;
-    if (dtype_name && dtype_named(&dtype, dtype_name) < 0) {
+    b2_format format = {.dtype = source.dtype};
+    if (format_named(&format, dtype_name, pairs) < 0) {
         Py_DECREF(array);
         return NULL;
     }
@@ -184,7 +209,6 @@ static PyObject *pack_weight(PyObject *module, PyObject *args)
     if (packed) {
         b2py_call call;
         b2_cancel *cancel = b2py_call_begin(&call);
-        b2_format format = {dtype, B2_PANELS};
         status = b2_weight_pack(packed, &source, format, b2py_state_of_module(module)->pool, cancel, &err);
         b2py_call_end(&call);
     }
@@ -209,13 +233,42 @@ static PyObject *unpack_weight(PyObject *module, PyObject *capsule)
     if (!w)
         return NULL;
     npy_intp shape[2] = {(npy_intp)w->n, (npy_intp)w->k};
-    PyObject *out = PyArray_SimpleNew(2, shape, numpy_type(w->dtype));
+    PyObject *out = PyArray_SimpleNew(2, shape, b2_dtype_is_quantised(w->dtype) ? NPY_FLOAT32 : numpy_type(w->dtype));
     b2_err err = {0};
     if (out && b2_weight_unpack(PyArray_DATA((PyArrayObject *)out), w, &err) < 0) {
         Py_DECREF(out);
         return b2py_raise(b2py_state_of_module(module), &err);
     }
     return out;
+}
+
+static PyObject *array_copy(int type, const void *data, npy_intp count, size_t size)
+{
+    PyObject *out = PyArray_SimpleNew(1, &count, type);
+    if (out && count)
+        memcpy(PyArray_DATA((PyArrayObject *)out), data, (size_t)count * size);
+    return out;
+}
+
+/* The parts of a quantised weight as they lie in memory. */
+static PyObject *weight_parts(PyObject *module, PyObject *capsule)
+{
+    const b2_weight *w = PyCapsule_GetPointer(capsule, weight_capsule);
+    (void)module;
+    if (!w)
+        return NULL;
+    if (!b2_dtype_is_quantised(w->dtype)) {
+        PyErr_Format(PyExc_ValueError, "expected a weight of int8 or int4, found %s", b2py_dtype_name(w->dtype));
+        return NULL;
+    }
+    npy_intp rows = (npy_intp)((w->n + B2_PANEL - 1) / B2_PANEL * B2_PANEL);
+    npy_intp bytes = rows * (npy_intp)((w->k + 31) / 32 * 32) / (w->dtype == B2_I4 ? 2 : 1);
+    npy_intp scales = rows * (npy_intp)((w->k + w->group - 1) / w->group);
+    int type = w->dtype == B2_I4 ? NPY_FLOAT16 : NPY_FLOAT32;
+    return Py_BuildValue("sLNNN", b2py_dtype_name(w->dtype), (long long)w->group,
+                         array_copy(NPY_UINT8, w->data, bytes, 1),
+                         array_copy(type, w->scales, scales, type == NPY_FLOAT16 ? 2 : 4),
+                         array_copy(NPY_FLOAT32, w->column_scales, w->column_scales ? (npy_intp)w->k : 0, 4));
 }
 
 static PyObject *convert(PyObject *module, PyObject *args)
@@ -381,6 +434,47 @@ done:
     return (PyObject *)out;
 }
 
+static PyObject *rms_norm(PyObject *module, PyObject *args)
+{
+    PyObject *x_object, *gamma_object;
+    float eps;
+    PyArrayObject *x = NULL, *gamma = NULL, *out = NULL;
+    if (!PyArg_ParseTuple(args, "OOf", &x_object, &gamma_object, &eps))
+        return NULL;
+    if ((x = rows_array(x_object, "x")) && (gamma = b2py_array(gamma_object, "weight", NPY_FLOAT32, 1)) &&
+        (out = poisoned_like(x, view_of(x).cols))) {
+        b2_weight g = vector_of(gamma);
+        kernel_call k;
+        if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+            Py_CLEAR(out);
+        else if (kernel_end(&k, module, b2_rms_norm(&k.ctx, view_of(out), view_of(x), &g, eps, &k.err)) < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(x);
+    Py_XDECREF(gamma);
+    return (PyObject *)out;
+}
+
+static PyObject *gate(PyObject *module, PyObject *args)
+{
+    PyObject *gate_object, *up_object;
+    int act;
+    PyArrayObject *x = NULL, *up = NULL, *out = NULL;
+    if (!PyArg_ParseTuple(args, "OOi", &gate_object, &up_object, &act))
+        return NULL;
+    if ((x = rows_array(gate_object, "gate")) && (up = rows_array(up_object, "up")) &&
+        (out = poisoned_like(x, view_of(x).cols))) {
+        kernel_call k;
+        if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+            Py_CLEAR(out);
+        else if (kernel_end(&k, module, b2_gate(&k.ctx, view_of(out), view_of(x), view_of(up), (b2_act)act, &k.err)) < 0)
+            Py_CLEAR(out);
+    }
+    Py_XDECREF(x);
+    Py_XDECREF(up);
+    return (PyObject *)out;
+}
+
 static PyObject *activation(PyObject *module, PyObject *args)
 {
     PyObject *object;
@@ -454,6 +548,31 @@ static PyObject *first_bad_row(PyObject *module, PyObject *object)
     return status == 0 ? PyLong_FromLongLong(bad) : NULL;
 }
 
+static PyObject *rope(PyObject *module, PyObject *args)
+{
+    PyObject *x_object, *positions_object, *inv_freq_object;
+    int head_dim;
+    float scaling;
+    if (!PyArg_ParseTuple(args, "OOOif", &x_object, &positions_object, &inv_freq_object, &head_dim, &scaling))
+        return NULL;
+    PyArrayObject *x = rows_array(x_object, "x"), *out = NULL;
+    PyArrayObject *positions = x ? b2py_array(positions_object, "positions", NPY_INT32, 1) : NULL;
+    PyArrayObject *inv_freq = positions ? b2py_array(inv_freq_object, "inv_freq", NPY_FLOAT32, 1) : NULL;
+    kernel_call k;
+    if (inv_freq && check_length(positions, "positions", view_of(x).rows) == 0)
+        out = (PyArrayObject *)PyArray_NewCopy(x, NPY_CORDER);
+    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(out);
+    else if (out && kernel_end(&k, module,
+                               b2_rope(&k.ctx, view_of(out), PyArray_DATA(positions), PyArray_DATA(inv_freq),
+                                       2 * (int)PyArray_DIM(inv_freq, 0), head_dim, scaling, &k.err)) < 0)
+        Py_CLEAR(out);
+    Py_XDECREF(x);
+    Py_XDECREF(positions);
+    Py_XDECREF(inv_freq);
+    return (PyObject *)out;
+}
+
 static PyObject *embedding(PyObject *module, PyObject *args)
 {
     PyObject *table_object, *ids_object, *added_object, *owner = NULL;
@@ -497,19 +616,14 @@ static PyObject *patches(PyObject *module, PyObject *args)
     if (!pixels)
         return NULL;
     npy_intp *shape = PyArray_DIMS(pixels);
-    npy_intp grid = patch > 0 ? shape[2] / patch : 0;
-    npy_intp out_shape[3] = {shape[0], grid * grid, patch > 0 ? shape[1] * patch * patch : 0};
+    npy_intp cells = patch > 0 ? shape[2] / patch * (shape[3] / patch) : 0;
+    npy_intp out_shape[3] = {shape[0], cells, patch > 0 ? shape[1] * patch * patch : 0};
+    b2_pictures view = {PyArray_DATA(pixels), shape[0], shape[1], shape[2], shape[3]};
     kernel_call k;
-    if (shape[2] != shape[3])
-        PyErr_Format(PyExc_ValueError, "pixels: expected square pictures, found %zd x %zd", (Py_ssize_t)shape[2],
-                     (Py_ssize_t)shape[3]);
-    else
-        out = poisoned(3, out_shape);
+    out = poisoned(3, out_shape);
     if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
         Py_CLEAR(out);
-    else if (out && kernel_end(&k, module,
-                               b2_patches(&k.ctx, view_of(out), PyArray_DATA(pixels), shape[0], shape[1], shape[2],
-                                          patch, &k.err)) < 0)
+    else if (out && kernel_end(&k, module, b2_patches(&k.ctx, view_of(out), view, patch, &k.err)) < 0)
         Py_CLEAR(out);
     Py_DECREF(pixels);
     return (PyObject *)out;
@@ -563,7 +677,7 @@ static PyObject *add_rows(PyObject *module, PyObject *args)
 
 /* ---- attention ---- */
 
-enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_COUNT };
+enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_BIAS, A_COUNT };
 
 static const struct {
     const char *name;
@@ -572,15 +686,18 @@ static const struct {
     {"q", NPY_FLOAT32, 2, 0},          {"q_offsets", NPY_INT32, 1, 0},    {"k", NPY_FLOAT32, 2, 0},
     {"v", NPY_FLOAT32, 2, 0},          {"prefix_starts", NPY_INT32, 1, 0}, {"prefix_lens", NPY_INT32, 1, 0},
     {"k_suffix", NPY_FLOAT32, 2, 1},   {"v_suffix", NPY_FLOAT32, 2, 1},   {"suffix_slots", NPY_INT32, 2, 1},
-    {"suffix_lens", NPY_INT32, 1, 1},  {"key_mask", NPY_UINT8, 2, 1},
+    {"suffix_lens", NPY_INT32, 1, 1},  {"key_mask", NPY_UINT8, 2, 1},     {"distance_bias", NPY_FLOAT32, 2, 1},
 };
 
-static int check_length(PyArrayObject *array, const char *name, int64_t rows)
+static int fill_distance_bias(b2_attention_args *a, PyArrayObject *bias)
 {
-    if (!array || PyArray_DIM(array, 0) == rows)
+    npy_intp rows = PyArray_DIM(bias, 0), distances = PyArray_DIM(bias, 1);
+    a->distance_bias = PyArray_DATA(bias);
+    a->distance_limit = (distances + 1) / 2;
+    if (rows == a->heads && distances % 2 == 1)
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s: expected %zd rows, found %zd", name, (Py_ssize_t)rows,
-                 (Py_ssize_t)PyArray_DIM(array, 0));
+    PyErr_Format(PyExc_ValueError, "distance_bias: expected shape [%d, an odd number], found [%zd, %zd]", a->heads, rows,
+                 distances);
     return -1;
 }
 
@@ -591,7 +708,7 @@ static int fill_attention(b2_attention_args *a, PyArrayObject **in)
         PyErr_SetString(PyExc_ValueError, "q_offsets: expected at least 1 element, found 0");
         return -1;
     }
-    for (int i = A_STARTS; i < A_COUNT; i++)
+    for (int i = A_STARTS; i <= A_MASK; i++)
         if (i != A_KS && i != A_VS && check_length(in[i], attention_inputs[i].name, a->rows) < 0)
             return -1;
     if (!in[A_KS] != !in[A_VS] || !in[A_KS] != !in[A_SLOTS] || !in[A_KS] != !in[A_SLENS]) {
@@ -615,7 +732,7 @@ static int fill_attention(b2_attention_args *a, PyArrayObject **in)
         a->key_mask = PyArray_DATA(in[A_MASK]);
         a->key_mask_ld = PyArray_DIM(in[A_MASK], 1);
     }
-    return 0;
+    return in[A_BIAS] ? fill_distance_bias(a, in[A_BIAS]) : 0;
 }
 
 static plan attention_plan(const b2_attention_args *a)
@@ -635,11 +752,13 @@ static PyObject *attention(PyObject *module, PyObject *args)
     PyObject *objects[A_COUNT];
     PyArrayObject *in[A_COUNT] = {0}, *out = NULL;
     b2_attention_args a = {0};
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOpiiif", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K], &objects[A_V],
-                          &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS], &objects[A_SLOTS],
-                          &objects[A_SLENS], &objects[A_MASK], &a.causal, &a.heads, &a.kv_heads, &a.head_dim,
-                          &a.scale))
+    long long window;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOOpiiifL", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K],
+                          &objects[A_V], &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS],
+                          &objects[A_SLOTS], &objects[A_SLENS], &objects[A_MASK], &objects[A_BIAS], &a.causal,
+                          &a.heads, &a.kv_heads, &a.head_dim, &a.scale, &window))
         return NULL;
+    a.window = window;
     for (int i = 0; i < A_COUNT; i++) {
         if (attention_inputs[i].optional && objects[i] == Py_None)
             continue;
@@ -695,12 +814,16 @@ static PyObject *fma_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
 }
 
 static PyMethodDef kernel_methods[] = {
-    {"_pack_weight", pack_weight, METH_VARARGS, "_pack_weight(weight, dtype) -> capsule"},
+    {"_pack_weight", pack_weight, METH_VARARGS, "_pack_weight(weight, dtype, pairs) -> capsule"},
     {"_unpack_weight", unpack_weight, METH_O, "_unpack_weight(capsule) -> array [n, k]"},
+    {"_weight_parts", weight_parts, METH_O, "_weight_parts(capsule) -> (dtype, group, bytes, scales, column scales)"},
     {"_convert", convert, METH_VARARGS, "_convert(x, dtype) -> (array, values that became infinite)"},
     {"_linear", linear, METH_VARARGS, "_linear(x, weight, bias, residual, activation, item_rows) -> array"},
     {"_time_linear", time_linear, METH_VARARGS, "_time_linear(x, weights, item_rows) -> seconds of each call"},
     {"_layer_norm", layer_norm, METH_VARARGS, "_layer_norm(x, weight, bias, eps) -> array"},
+    {"_rms_norm", rms_norm, METH_VARARGS, "_rms_norm(x, weight, eps) -> array"},
+    {"_gate", gate, METH_VARARGS, "_gate(gate, up, activation) -> array"},
+    {"_rope", rope, METH_VARARGS, "_rope(x, positions, inv_freq, head_dim, scaling) -> array"},
     {"_activation", activation, METH_VARARGS, "_activation(x, activation) -> array"},
     {"_log_softmax", log_softmax, METH_O, "_log_softmax(x) -> array"},
     {"_top_k", top_k, METH_VARARGS, "_top_k(x, k) -> (values, ids)"},

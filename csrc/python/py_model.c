@@ -1,13 +1,11 @@
 /* blip2c._core.Model: immutable weights; encode, forward, generate. */
-#include "python/py_common.h"
+#include "python/py_model.h"
 
 #include <string.h>
 
 #include "core/memory.h"
-#include "model/blip2.h"
-#include "model/session.h"
-#include "ops/weights.h"
 #include "python/py_config.h"
+#include "python/py_dtype.h"
 #include "python/py_search.h"
 
 typedef struct model_object {
@@ -21,16 +19,6 @@ static b2py_state *state_of(PyObject *self)
     return b2py_state_of_type(Py_TYPE(self));
 }
 
-static int read_policy(const char *name, b2_dtype_policy *policy)
-{
-    *policy = (b2_dtype_policy){.as_stored = strcmp(name, "auto") == 0};
-    if (policy->as_stored || b2py_dtype_named(&policy->dtype, name) == 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError,
-                 "dtype: expected \"auto\", \"float32\", \"float16\" or \"bfloat16\", found \"%s\"", name);
-    return -1;
-}
-
 /* ---- life ---- */
 
 static int refuse_second_load(const model_object *self)
@@ -40,7 +28,8 @@ static int refuse_second_load(const model_object *self)
     return self->loaded ? -1 : 0;
 }
 
-static int load(model_object *self, const b2_blip2_config *config, PyObject *path_list, b2_dtype_policy policy)
+static int load(model_object *self, const b2_blip2_config *config, PyObject *path_list,
+                const b2_dtype_policy policies[B2_PART_COUNT])
 {
     b2py_state *state = state_of((PyObject *)self);
     b2_err err = {0};
@@ -60,7 +49,7 @@ static int load(model_object *self, const b2_blip2_config *config, PyObject *pat
     b2_blip2 model;
     b2py_call call;
     b2_cancel *cancel = b2py_call_begin(&call);
-    int status = b2_blip2_load(&model, config, paths, count, policy, state->pool, cancel, &err);
+    int status = b2_blip2_load(&model, config, paths, count, policies, state->pool, cancel, &err);
     b2py_call_end(&call);
     b2_free(paths);
     if (status < 0) {
@@ -96,16 +85,15 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
     static char *names[] = {"paths", "config", "dtype", NULL};
     model_object *self = (model_object *)object;
     b2py_state *state = state_of(object);
-    PyObject *paths, *config;
-    const char *dtype = "auto";
-    b2_dtype_policy policy;
+    PyObject *paths, *config, *dtype = NULL;
+    b2_dtype_policy policies[B2_PART_COUNT] = {0};
     b2_blip2_config parsed = {0};
     if (refuse_second_load(self) < 0 ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|s", names, &paths, &config, &dtype) ||
-        read_policy(dtype, &policy) < 0 || b2py_read_config(state, config, &parsed) < 0)
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O", names, &paths, &config, &dtype) ||
+        (dtype && b2py_read_policies(state, dtype, policies) < 0) || b2py_read_config(state, config, &parsed) < 0)
         return -1;
     PyObject *encoded = encode_paths(paths);
-    int status = encoded ? load(self, &parsed, encoded, policy) : -1;
+    int status = encoded ? load(self, &parsed, encoded, policies) : -1;
     Py_XDECREF(encoded);
     return status;
 }
@@ -120,7 +108,7 @@ static void model_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-static const b2_blip2 *loaded_model(PyObject *object)
+const b2_blip2 *b2py_loaded_model(PyObject *object)
 {
     model_object *self = (model_object *)object;
     if (self->loaded)
@@ -131,24 +119,15 @@ static const b2_blip2 *loaded_model(PyObject *object)
 
 /* ---- running ---- */
 
-/* A context for one call: its own scratch, the module's threads. */
-typedef struct run {
-    b2py_call call;
-    b2_arena arena;
-    b2_ctx ctx;
-    b2_err err;
-} run;
-
-static void run_begin(run *r, PyObject *self, b2_tap *tap)
+void b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
 {
     b2py_state *state = state_of(self);
-    *r = (run){0};
+    *r = (b2py_run){0};
     r->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &r->arena, .tap = tap};
     r->ctx.cancel = b2py_call_begin(&r->call);
 }
 
-/* 0, or -1 with the exception set. */
-static int run_end(run *r, PyObject *self, int status)
+int b2py_run_end(b2py_run *r, PyObject *self, int status)
 {
     b2_arena_release(&r->arena);
     b2py_call_end(&r->call);
@@ -157,304 +136,108 @@ static int run_end(run *r, PyObject *self, int status)
     return status;
 }
 
-/* Copies hidden states into arrays that were made before the GIL was released. Groups arrive in order. */
-typedef struct recorder {
-    b2_tap tap;
-    const char *stage;
-    PyObject *arrays;    /* list of layers + 1 float32 arrays */
-    float **data;        /* [layers + 1] */
-    int64_t *rows_seen;  /* [layers + 1] */
-    struct recorder *next;
-} recorder;
-
-static int record(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err)
-{
-    (void)err;
-    for (recorder *r = (recorder *)tap; r; r = r->next) {
-        if (strcmp(r->stage, stage) != 0)
-            continue;
-        float *to = r->data[layer] + r->rows_seen[layer] * hidden.cols;
-        for (int64_t i = 0; i < hidden.rows; i++)
-            memcpy(to + i * hidden.cols, hidden.data + i * hidden.ld, (size_t)hidden.cols * sizeof *to);
-        r->rows_seen[layer] += hidden.rows;
-    }
-    return 0;
-}
-
-/* May come twice: recorder_make releases what it could not finish. */
-static void recorder_release(recorder *r)
-{
-    Py_XDECREF(r->arrays);
-    b2_free(r->data);
-    b2_free(r->rows_seen);
-    *r = (recorder){0};
-}
-
-static int recorder_make(recorder *r, b2py_state *state, const char *stage, int layers, int ndim, npy_intp *shape)
-{
-    b2_err err = {0};
-    *r = (recorder){.tap = {record}, .stage = stage};
-    r->data = b2_alloc_zeroed((size_t)layers + 1, sizeof *r->data, "hidden states", &err);
-    r->rows_seen = b2_alloc_zeroed((size_t)layers + 1, sizeof *r->rows_seen, "hidden states", &err);
-    r->arrays = PyList_New(0);
-    if (!r->data || !r->rows_seen || !r->arrays) {
-        if (err.code != B2_OK)
-            b2py_raise(state, &err);
-        recorder_release(r);
-        return -1;
-    }
-    for (int i = 0; i <= layers; i++) {
-        PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
-        if (!array || PyList_Append(r->arrays, array) < 0) {
-            Py_XDECREF(array);
-            recorder_release(r);
-            return -1;
-        }
-        r->data[i] = PyArray_DATA((PyArrayObject *)array);
-        Py_DECREF(array);
-    }
-    return 0;
-}
-
-static PyObject *new_float_array(int ndim, npy_intp *shape, b2_tensor *view)
-{
-    PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
-    if (!array)
-        return NULL;
-    int64_t rows = 1;
-    for (int i = 0; i + 1 < ndim; i++)
-        rows *= shape[i];
-    *view = b2_tensor_of(PyArray_DATA((PyArrayObject *)array), rows, shape[ndim - 1]);
-    return array;
-}
-
-static PyArrayObject *pixel_array(PyObject *object, const b2_vit_config *c)
-{
-    PyArrayObject *pixels = b2py_array(object, "pixel_values", NPY_FLOAT32, 4);
-    if (!pixels)
-        return NULL;
-    npy_intp *shape = PyArray_DIMS(pixels);
-    if (shape[1] == c->num_channels && shape[2] == c->image_size && shape[3] == c->image_size)
-        return pixels;
-    PyErr_Format(PyExc_ValueError,
-                 "pixel_values: expected shape [batch, %lld, %lld, %lld] for this model, found [%zd, %zd, %zd, %zd]",
-                 (long long)c->num_channels, (long long)c->image_size, (long long)c->image_size, shape[0], shape[1],
-                 shape[2], shape[3]);
-    Py_DECREF(pixels);
-    return NULL;
-}
-
-static PyObject *model_encode(PyObject *self, PyObject *object)
-{
-    const b2_blip2 *model = loaded_model(self);
-    PyArrayObject *pixels = model ? pixel_array(object, &model->vit.config) : NULL;
-    if (!pixels)
-        return NULL;
-    npy_intp pictures = PyArray_DIM(pixels, 0);
-    npy_intp shape[] = {pictures, model->qformer.config.num_query_tokens, model->lm->config.hidden_size};
-    b2_encoded out = {0};
-    PyObject *features = new_float_array(3, shape, &out.features);
-    if (features) {
-        run r;
-        run_begin(&r, self, NULL);
-        int status = b2_blip2_encode(&r.ctx, model, &out, PyArray_DATA(pixels), pictures, &r.err);
-        if (run_end(&r, self, status) < 0)
-            Py_CLEAR(features);
-    }
-    Py_DECREF(pixels);
-    return features;
-}
-
-/* The arrays and recorders of encode_stages. */
-typedef struct stages {
-    PyObject *vision, *pooled, *qformer, *features;
-    recorder taps[2];
-    int recording;
-} stages;
-
-static void stages_release(stages *s)
-{
-    Py_XDECREF(s->vision);
-    Py_XDECREF(s->pooled);
-    Py_XDECREF(s->qformer);
-    Py_XDECREF(s->features);
-    recorder_release(&s->taps[0]);
-    recorder_release(&s->taps[1]);
-}
-
-static int stages_make(stages *s, b2_encoded *out, b2py_state *state, const b2_blip2 *model, npy_intp pictures,
-                       int hidden_states)
-{
-    npy_intp vision[] = {pictures, b2_vit_tokens(&model->vit.config), model->vit.config.hidden_size};
-    npy_intp pooled[] = {pictures, model->vit.config.hidden_size};
-    npy_intp qformer[] = {pictures, model->qformer.config.num_query_tokens, model->qformer.config.hidden_size};
-    npy_intp features[] = {pictures, model->qformer.config.num_query_tokens, model->lm->config.hidden_size};
-    *s = (stages){.recording = hidden_states};
-    s->vision = new_float_array(3, vision, &out->vision);
-    s->pooled = new_float_array(2, pooled, &out->pooled);
-    s->qformer = new_float_array(3, qformer, &out->qformer);
-    s->features = new_float_array(3, features, &out->features);
-    if (!s->vision || !s->pooled || !s->qformer || !s->features)
-        return -1;
-    if (!hidden_states)
-        return 0;
-    if (recorder_make(&s->taps[0], state, "vision", model->vit.config.num_hidden_layers, 3, vision) < 0 ||
-        recorder_make(&s->taps[1], state, "qformer", model->qformer.config.num_hidden_layers, 3, qformer) < 0)
-        return -1;
-    s->taps[0].next = &s->taps[1];
-    return 0;
-}
-
-static PyObject *stages_result(const stages *s)
-{
-    PyObject *result = Py_BuildValue("{s:O,s:O,s:O,s:O}", "vision", s->vision, "pooled", s->pooled, "qformer", s->qformer,
-                                     "image_features", s->features);
-    if (result && s->recording &&
-        (PyDict_SetItemString(result, "vision_hidden_states", s->taps[0].arrays) < 0 ||
-         PyDict_SetItemString(result, "qformer_hidden_states", s->taps[1].arrays) < 0))
-        Py_CLEAR(result);
-    return result;
-}
-
-static PyObject *model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"pixel_values", "hidden_states", NULL};
-    const b2_blip2 *model = loaded_model(self);
-    PyObject *object;
-    int hidden_states = 0;
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &object, &hidden_states))
-        return NULL;
-    PyArrayObject *pixels = pixel_array(object, &model->vit.config);
-    if (!pixels)
-        return NULL;
-    stages s;
-    b2_encoded out = {0};
-    npy_intp pictures = PyArray_DIM(pixels, 0);
-    int status = stages_make(&s, &out, state_of(self), model, pictures, hidden_states);
-    if (status == 0) {
-        run r;
-        run_begin(&r, self, hidden_states ? &s.taps[0].tap : NULL);
-        status = run_end(&r, self, b2_blip2_encode(&r.ctx, model, &out, PyArray_DATA(pixels), pictures, &r.err));
-    }
-    PyObject *result = status == 0 ? stages_result(&s) : NULL;
-    stages_release(&s);
-    Py_DECREF(pixels);
-    return result;
-}
-
-/* The arrays behind a b2_rows_in. */
-typedef struct rows_arrays {
-    PyArrayObject *features, *ids, *offsets, *mask;
-} rows_arrays;
-
-static void rows_release(rows_arrays *a)
+void b2py_rows_release(b2py_rows *a)
 {
     Py_XDECREF(a->features);
     Py_XDECREF(a->ids);
     Py_XDECREF(a->offsets);
     Py_XDECREF(a->mask);
+    Py_XDECREF(a->decoder_ids);
+    Py_XDECREF(a->decoder_offsets);
+    Py_XDECREF(a->decoder_mask);
 }
 
-static int read_features(rows_arrays *a, b2_rows_in *in, PyObject *object, const b2_blip2 *model)
+static int read_features(b2py_rows *a, b2_rows_in *in, PyObject *object, const b2_blip2 *model)
 {
-    int64_t queries = model->qformer.config.num_query_tokens, width = model->lm->config.hidden_size;
-    if (object == Py_None)
+    int64_t width = model->lm->config.hidden_size;
+    if (!object || object == Py_None)
         return 0;
     if (!(a->features = b2py_array(object, "image_features", NPY_FLOAT32, 3)))
         return -1;
     npy_intp *shape = PyArray_DIMS(a->features);
-    if (shape[0] != in->rows || shape[1] != queries || shape[2] != width) {
-        PyErr_Format(PyExc_ValueError, "image_features: expected shape [%lld, %lld, %lld], found [%zd, %zd, %zd]",
-                     (long long)in->rows, (long long)queries, (long long)width, shape[0], shape[1], shape[2]);
+    if (shape[0] != in->rows || shape[1] < 1 || shape[2] != width) {
+        PyErr_Format(PyExc_ValueError, "image_features: expected shape [%lld, places, %lld], found [%zd, %zd, %zd]",
+                     (long long)in->rows, (long long)width, shape[0], shape[1], shape[2]);
         return -1;
     }
-    in->features = b2_tensor_of(PyArray_DATA(a->features), in->rows * queries, width);
+    in->features = b2_tensor_of(PyArray_DATA(a->features), in->rows * shape[1], width);
     return 0;
 }
 
-static int check_offsets(const b2_rows_in *in, npy_intp tokens)
+/* One list of packed rows: its arrays and whether they fit each other. `prefix` is "" or "decoder_". */
+static int read_packed(const char *prefix, PyArrayObject **ids, PyArrayObject **offsets, PyArrayObject **mask,
+                       PyObject *ids_object, PyObject *offsets_object, PyObject *mask_object)
 {
-    for (int64_t b = 0; b < in->rows; b++)
-        if (in->offsets[b] < 0 || in->offsets[b] > in->offsets[b + 1]) {
-            PyErr_Format(PyExc_ValueError, "offsets: not ascending at row %lld", (long long)b);
+    char name[32];
+    PyOS_snprintf(name, sizeof name, "%sids", prefix);
+    if (!(*ids = b2py_array(ids_object, name, NPY_INT32, 1)))
+        return -1;
+    PyOS_snprintf(name, sizeof name, "%soffsets", prefix);
+    if (!(*offsets = b2py_array(offsets_object, name, NPY_INT64, 1)))
+        return -1;
+    npy_intp tokens = PyArray_DIM(*ids, 0), rows = PyArray_DIM(*offsets, 0) - 1;
+    const int64_t *offset = PyArray_DATA(*offsets);
+    if (rows < 0) {
+        PyErr_Format(PyExc_ValueError, "%s: expected at least one entry", name);
+        return -1;
+    }
+    for (npy_intp b = 0; b < rows; b++)
+        if (offset[b] < 0 || offset[b] > offset[b + 1]) {
+            PyErr_Format(PyExc_ValueError, "%s: not ascending at row %zd", name, b);
             return -1;
         }
-    if (in->offsets[in->rows] == tokens)
+    if (offset[rows] != tokens) {
+        PyErr_Format(PyExc_ValueError, "%s: the last is %lld, expected the number of ids %zd", name,
+                     (long long)offset[rows], tokens);
+        return -1;
+    }
+    if (!mask_object || mask_object == Py_None)
         return 0;
-    PyErr_Format(PyExc_ValueError, "offsets: the last is %lld, expected the number of ids %zd",
-                 (long long)in->offsets[in->rows], tokens);
+    PyOS_snprintf(name, sizeof name, "%smask", prefix);
+    if (!(*mask = b2py_array(mask_object, name, NPY_UINT8, 1)))
+        return -1;
+    if (PyArray_DIM(*mask, 0) == tokens)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s: expected %zd entries, found %zd", name, tokens, PyArray_DIM(*mask, 0));
     return -1;
 }
 
-static int read_rows(rows_arrays *a, b2_rows_in *in, const b2_blip2 *model, PyObject *features, PyObject *ids,
-                     PyObject *offsets, PyObject *mask)
+/* The decoder's rows beside the prompts: an encoder-decoder needs them, another model has none. */
+static int read_decoder_rows(b2py_rows *a, b2_rows_in *in, const b2_blip2 *model, const b2py_row_objects *o)
 {
-    *a = (rows_arrays){0};
-    *in = (b2_rows_in){0};
-    if (!(a->ids = b2py_array(ids, "ids", NPY_INT32, 1)) || !(a->offsets = b2py_array(offsets, "offsets", NPY_INT64, 1)))
-        return -1;
-    if (PyArray_DIM(a->offsets, 0) < 1) {
-        PyErr_SetString(PyExc_ValueError, "offsets: expected at least one entry");
+    int given = o->decoder_ids && o->decoder_ids != Py_None, needed = model->lm->class_->encode != NULL;
+    if (given != needed) {
+        PyErr_Format(PyExc_ValueError, "decoder_ids: %s", needed ? "an encoder-decoder needs them"
+                                                                 : "this language model has no decoder of its own");
         return -1;
     }
-    in->rows = PyArray_DIM(a->offsets, 0) - 1;
-    in->ids = PyArray_DATA(a->ids);
-    in->offsets = PyArray_DATA(a->offsets);
-    if (check_offsets(in, PyArray_DIM(a->ids, 0)) < 0 || read_features(a, in, features, model) < 0)
-        return -1;
-    if (mask == Py_None)
+    if (!given)
         return 0;
-    if (!(a->mask = b2py_array(mask, "mask", NPY_UINT8, 1)))
+    if (read_packed("decoder_", &a->decoder_ids, &a->decoder_offsets, &a->decoder_mask, o->decoder_ids,
+                    o->decoder_offsets ? o->decoder_offsets : Py_None, o->decoder_mask) < 0)
         return -1;
-    if (PyArray_DIM(a->mask, 0) != PyArray_DIM(a->ids, 0)) {
-        PyErr_Format(PyExc_ValueError, "mask: expected %zd entries, found %zd", PyArray_DIM(a->ids, 0),
-                     PyArray_DIM(a->mask, 0));
+    if (PyArray_DIM(a->decoder_offsets, 0) - 1 != in->rows) {
+        PyErr_Format(PyExc_ValueError, "decoder_offsets: expected %lld rows, found %zd", (long long)in->rows,
+                     PyArray_DIM(a->decoder_offsets, 0) - 1);
         return -1;
     }
-    in->mask = PyArray_DATA(a->mask);
+    in->decoder_ids = PyArray_DATA(a->decoder_ids);
+    in->decoder_offsets = PyArray_DATA(a->decoder_offsets);
+    in->decoder_mask = a->decoder_mask ? PyArray_DATA(a->decoder_mask) : NULL;
     return 0;
 }
 
-static PyObject *run_forward(PyObject *self, const b2_blip2 *model, const b2_rows_in *in, int hidden_states)
+int b2py_read_rows(b2py_rows *a, b2_rows_in *in, const b2_blip2 *model, const b2py_row_objects *o)
 {
-    npy_intp tokens = in->offsets[in->rows];
-    npy_intp shape[] = {tokens, model->lm->config.vocab_size}, hidden[] = {tokens, model->lm->config.hidden_size};
-    recorder tap = {0};
-    if (hidden_states && recorder_make(&tap, state_of(self), "language_model", model->lm->config.num_hidden_layers, 2,
-                                       hidden) < 0)
-        return NULL;
-    b2_tensor view;
-    PyObject *logits = new_float_array(2, shape, &view), *result = NULL;
-    if (logits) {
-        run r;
-        run_begin(&r, self, hidden_states ? &tap.tap : NULL);
-        int status = b2_session_forward(&r.ctx, model, in, view, &r.err);
-        if (run_end(&r, self, status) == 0)
-            result = Py_BuildValue("{s:O}", "logits", logits);
-    }
-    if (result && hidden_states && PyDict_SetItemString(result, "hidden_states", tap.arrays) < 0)
-        Py_CLEAR(result);
-    Py_XDECREF(logits);
-    recorder_release(&tap);
-    return result;
-}
-
-static PyObject *model_forward(PyObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"image_features", "ids", "offsets", "mask", "hidden_states", NULL};
-    const b2_blip2 *model = loaded_model(self);
-    PyObject *features, *ids, *offsets, *mask = Py_None;
-    int hidden_states = 0;
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|Op", names, &features, &ids, &offsets, &mask,
-                                               &hidden_states))
-        return NULL;
-    rows_arrays arrays;
-    b2_rows_in in;
-    PyObject *result = NULL;
-    if (read_rows(&arrays, &in, model, features, ids, offsets, mask) == 0)
-        result = run_forward(self, model, &in, hidden_states);
-    rows_release(&arrays);
-    return result;
+    *a = (b2py_rows){0};
+    *in = (b2_rows_in){0};
+    if (read_packed("", &a->ids, &a->offsets, &a->mask, o->ids, o->offsets, o->mask) < 0)
+        return -1;
+    in->rows = PyArray_DIM(a->offsets, 0) - 1;
+    in->ids = PyArray_DATA(a->ids);
+    in->offsets = PyArray_DATA(a->offsets);
+    in->mask = a->mask ? PyArray_DATA(a->mask) : NULL;
+    return read_features(a, in, o->features, model) < 0 || read_decoder_rows(a, in, model, o) < 0 ? -1 : 0;
 }
 
 static PyObject *run_generate(PyObject *self, const b2_blip2 *model, const b2_rows_in *in, const int32_t *rule_ids,
@@ -462,10 +245,10 @@ static PyObject *run_generate(PyObject *self, const b2_blip2 *model, const b2_ro
 {
     b2_generated out = {0};
     b2_session_stats stats = {0};
-    run r;
-    run_begin(&r, self, NULL);
+    b2py_run r;
+    b2py_run_begin(&r, self, NULL);
     int status = b2_session_generate(&r.ctx, model, in, rule_ids, opts, &out, &stats, &r.err);
-    PyObject *result = run_end(&r, self, status) == 0 ? b2py_generated_dict(&out) : NULL;
+    PyObject *result = b2py_run_end(&r, self, status) == 0 ? b2py_generated_dict(&out) : NULL;
     b2_generated_release(&out);
     PyObject *bytes = result ? PyLong_FromLongLong(stats.kv_bytes) : NULL;
     PyObject *allocations = bytes ? PyLong_FromLongLong(stats.step_allocations) : NULL;
@@ -479,76 +262,40 @@ static PyObject *run_generate(PyObject *self, const b2_blip2 *model, const b2_ro
 
 static PyObject *model_generate(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"image_features", "ids", "offsets", "mask", "rule_ids", "options", NULL};
-    const b2_blip2 *model = loaded_model(self);
-    PyObject *features, *ids, *offsets, *mask, *rules, *options;
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO", names, &features, &ids, &offsets, &mask, &rules,
-                                               &options))
+    static char *names[] = {"image_features", "ids", "offsets", "mask", "rule_ids", "options", "decoder_ids",
+                            "decoder_offsets", "decoder_mask", NULL};
+    const b2_blip2 *model = b2py_loaded_model(self);
+    b2py_row_objects o = {0};
+    PyObject *rules, *options;
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|OOO", names, &o.features, &o.ids, &o.offsets,
+                                               &o.mask, &rules, &options, &o.decoder_ids, &o.decoder_offsets,
+                                               &o.decoder_mask))
         return NULL;
-    rows_arrays arrays;
+    b2py_rows arrays;
     b2_rows_in in;
     b2_generate_opts opts;
     b2py_options_storage storage = {0};
     b2_err err = {0};
     PyObject *result = NULL;
     PyArrayObject *rule_ids = NULL;
-    if (read_rows(&arrays, &in, model, features, ids, offsets, mask) == 0 &&
+    if (b2py_read_rows(&arrays, &in, model, &o) == 0 &&
         (rule_ids = b2py_array(rules, "rule_ids", NPY_INT32, 1))) {
+        npy_intp counted = PyArray_DIM(arrays.decoder_ids ? arrays.decoder_ids : arrays.ids, 0);
         if (b2py_parse_options(options, &opts, &storage, &err) < 0)
             b2py_raise(state_of(self), &err);
-        else if (PyArray_DIM(rule_ids, 0) != PyArray_DIM(arrays.ids, 0))
-            PyErr_Format(PyExc_ValueError, "rule_ids: expected %zd entries, found %zd", PyArray_DIM(arrays.ids, 0),
+        else if (PyArray_DIM(rule_ids, 0) != counted)
+            PyErr_Format(PyExc_ValueError, "rule_ids: expected %zd entries, found %zd", counted,
                          PyArray_DIM(rule_ids, 0));
         else
             result = run_generate(self, model, &in, PyArray_DATA(rule_ids), &opts);
     }
     b2py_options_release(&storage);
     Py_XDECREF(rule_ids);
-    rows_release(&arrays);
+    b2py_rows_release(&arrays);
     return result;
 }
 
 /* ---- what it holds ---- */
-
-typedef struct dict_visitor {
-    b2_weight_visitor visitor;
-    PyObject *dict;
-} dict_visitor;
-
-static int add_weight(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err)
-{
-    static const int numpy_types[] = {NPY_FLOAT32, NPY_FLOAT16, NPY_UINT16};
-    npy_intp dims[4];
-    for (int i = 0; i < rank; i++)
-        dims[i] = (npy_intp)shape[i];
-    PyObject *array = PyArray_SimpleNew(rank, dims, numpy_types[weight->dtype]);
-    int status = -1;
-    if (!array)
-        b2_fail(err, B2_E_CALLBACK, "%s", weight->name);
-    else if (b2_weight_unpack(PyArray_DATA((PyArrayObject *)array), weight, err) == 0) {
-        status = PyDict_SetItemString(((dict_visitor *)visitor)->dict, weight->name, array);
-        if (status < 0)
-            b2_fail(err, B2_E_CALLBACK, "%s", weight->name);
-    }
-    Py_XDECREF(array);
-    return status;
-}
-
-static PyObject *model_weights(PyObject *self, PyObject *Py_UNUSED(ignored))
-{
-    const b2_blip2 *model = loaded_model(self);
-    if (!model)
-        return NULL;
-    b2_err err = {0};
-    dict_visitor visitor = {{add_weight}, PyDict_New()};
-    if (!visitor.dict)
-        return NULL;
-    if (b2_blip2_visit(model, &visitor.visitor, &err) < 0) {
-        Py_DECREF(visitor.dict);
-        return b2py_raise(state_of(self), &err);
-    }
-    return visitor.dict;
-}
 
 static void append_name(void *owner, const char *name)
 {
@@ -560,7 +307,7 @@ static void append_name(void *owner, const char *name)
 
 static PyObject *model_unexpected(PyObject *self, void *Py_UNUSED(closure))
 {
-    const b2_blip2 *model = loaded_model(self);
+    const b2_blip2 *model = b2py_loaded_model(self);
     PyObject *names = model ? PyList_New(0) : NULL;
     if (names)
         b2_checkpoint_unused(&model->checkpoint, append_name, names);
@@ -569,93 +316,35 @@ static PyObject *model_unexpected(PyObject *self, void *Py_UNUSED(closure))
     return names;
 }
 
-static PyObject *model_dtype(PyObject *self, void *Py_UNUSED(closure))
-{
-    const b2_blip2 *model = loaded_model(self);
-    return model ? PyUnicode_FromString(b2py_dtype_name(model->dtype)) : NULL;
-}
-
-static PyObject *model_nbytes(PyObject *self, void *Py_UNUSED(closure))
-{
-    const b2_blip2 *model = loaded_model(self);
-    return model ? PyLong_FromLongLong(model->bytes) : NULL;
-}
-
-static PyObject *model_vision(PyObject *self, PyObject *object)
-{
-    const b2_blip2 *model = loaded_model(self);
-    PyArrayObject *pixels = model ? pixel_array(object, &model->vit.config) : NULL;
-    if (!pixels)
-        return NULL;
-    npy_intp pictures = PyArray_DIM(pixels, 0);
-    npy_intp shape[] = {pictures, b2_vit_tokens(&model->vit.config), model->vit.config.hidden_size};
-    b2_encoded out = {0};
-    PyObject *hidden = new_float_array(3, shape, &out.vision);
-    if (hidden) {
-        run r;
-        run_begin(&r, self, NULL);
-        int status = b2_blip2_encode(&r.ctx, model, &out, PyArray_DATA(pixels), pictures, &r.err);
-        if (run_end(&r, self, status) < 0)
-            Py_CLEAR(hidden);
-    }
-    Py_DECREF(pixels);
-    return hidden;
-}
-
-static PyArrayObject *embeds_array(PyObject *object, const b2_blip2 *model)
-{
-    PyArrayObject *embeds = b2py_array(object, "image_embeds", NPY_FLOAT32, 3);
-    if (!embeds)
-        return NULL;
-    int64_t tokens = b2_vit_tokens(&model->vit.config), width = model->vit.config.hidden_size;
-    npy_intp *shape = PyArray_DIMS(embeds);
-    if (shape[1] == tokens && shape[2] == width)
-        return embeds;
-    PyErr_Format(PyExc_ValueError, "image_embeds: expected shape [batch, %lld, %lld], found [%zd, %zd, %zd]",
-                 (long long)tokens, (long long)width, shape[0], shape[1], shape[2]);
-    Py_DECREF(embeds);
-    return NULL;
-}
-
-static PyObject *model_read(PyObject *self, PyObject *object)
-{
-    const b2_blip2 *model = loaded_model(self);
-    PyArrayObject *embeds = model ? embeds_array(object, model) : NULL;
-    if (!embeds)
-        return NULL;
-    npy_intp *given = PyArray_DIMS(embeds);
-    npy_intp shape[] = {given[0], model->qformer.config.num_query_tokens, model->lm->config.hidden_size};
-    b2_encoded out = {.vision = b2_tensor_of(PyArray_DATA(embeds), given[0] * given[1], given[2])};
-    PyObject *features = new_float_array(3, shape, &out.features);
-    if (features) {
-        run r;
-        run_begin(&r, self, NULL);
-        int status = b2_blip2_encode(&r.ctx, model, &out, NULL, given[0], &r.err);
-        if (run_end(&r, self, status) < 0)
-            Py_CLEAR(features);
-    }
-    Py_DECREF(embeds);
-    return features;
-}
+#define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef model_methods[] = {
-    {"read", model_read, METH_O, "read(image_embeds) -> image features [B, Q, D]: Q-Former and projection alone"},
-    {"vision", model_vision, METH_O, "vision(pixel_values) -> last hidden state of the vision encoder [B, T, D]"},
-    {"encode", model_encode, METH_O, "encode(pixel_values) -> image features [B, Q, D]"},
-    {"encode_stages", (PyCFunction)(void (*)(void))model_encode_stages, METH_VARARGS | METH_KEYWORDS,
-     "encode_stages(pixel_values, hidden_states=False) -> dict of every stage's output"},
-    {"forward", (PyCFunction)(void (*)(void))model_forward, METH_VARARGS | METH_KEYWORDS,
-     "forward(image_features, ids, offsets, mask=None, hidden_states=False) -> {\"logits\": [N, V]}"},
+    {"encode", KEYWORDS(b2py_model_encode), "encode(pixel_values, interpolate=False) -> image features [B, Q, D]"},
+    {"vision", b2py_model_vision, METH_O, "vision(pixel_values) -> last hidden state of the vision encoder [B, T, D]"},
+    {"read", b2py_model_read, METH_O, "read(image_embeds) -> image features [B, Q, D]: Q-Former and projection alone"},
+    {"encode_stages", KEYWORDS(b2py_model_encode_stages),
+     "encode_stages(pixel_values=None, hidden_states=False, attentions=False, interpolate=False, image_embeds=None,"
+     " qformer=True) -> dict of every stage's output"},
+    {"forward", KEYWORDS(b2py_model_forward),
+     "forward(image_features, ids, offsets, mask=None, hidden_states=False, attentions=False, decoder_ids=None,"
+     " decoder_offsets=None, decoder_mask=None) -> {\"logits\": [N, V]}"},
+    {"project", b2py_model_project, METH_O, "project(x) -> language_projection of x [N, Dq]"},
+    {"embed", b2py_model_embed, METH_O, "embed(ids) -> token embeddings [N, D]"},
     {"generate", (PyCFunction)(void (*)(void))model_generate, METH_VARARGS | METH_KEYWORDS,
      "generate(image_features, ids, offsets, mask, rule_ids, options) -> dict"},
-    {"weights", model_weights, METH_NOARGS, "weights() -> every weight by its checkpoint name, unpacked"},
+    {"weights", b2py_model_weights, METH_NOARGS, "weights() -> every weight by its checkpoint name, unpacked"},
+    {"save_packed", b2py_model_save_packed, METH_VARARGS,
+     "save_packed(path, metadata): all weights as they are held, in one file"},
     {0},
 };
 
 static PyGetSetDef model_getset[] = {
     {"unexpected", model_unexpected, NULL, "Names in the files that this architecture does not have.", NULL},
-    {"dtype", model_dtype, NULL, "How most of the weights are held.", NULL},
-    {"nbytes", model_nbytes, NULL, "Bytes of all weights as held.", NULL},
+    {"dtype", b2py_model_dtype, NULL, "How most of the weights are held.", NULL},
+    {"dtypes", b2py_model_dtypes, NULL, "The same for each part.", NULL},
+    {"policies", b2py_model_policies, NULL, "What was asked for, or what the packed file was made for.", NULL},
+    {"parameters", b2py_model_parameters, NULL, "Elements of all weights.", NULL},
+    {"nbytes", b2py_model_nbytes, NULL, "Bytes of all weights as held.", NULL},
     {0},
 };
 

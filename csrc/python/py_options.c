@@ -121,11 +121,11 @@ static int get_ids(PyObject *options, const char *name, int32_t **ids, int64_t *
     return status;
 }
 
-static int measure_words(PyObject *words, int64_t *offsets, b2_err *err)
+static int measure_words(PyObject *words, const char *name, int64_t *offsets, b2_err *err)
 {
     offsets[0] = 0;
     for (Py_ssize_t w = 0; w < PyTuple_GET_SIZE(words); w++) {
-        PyObject *ids = as_items(PyTuple_GET_ITEM(words, w), "bad_words", err);
+        PyObject *ids = as_items(PyTuple_GET_ITEM(words, w), name, err);
         if (!ids)
             return -1;
         offsets[w + 1] = offsets[w] + PyTuple_GET_SIZE(ids);
@@ -134,16 +134,16 @@ static int measure_words(PyObject *words, int64_t *offsets, b2_err *err)
     return 0;
 }
 
-static int fill_words(PyObject *words, int32_t *out, const int64_t *offsets, b2_err *err)
+static int fill_words(PyObject *words, const char *name, int32_t *out, const int64_t *offsets, b2_err *err)
 {
     for (Py_ssize_t w = 0; w < PyTuple_GET_SIZE(words); w++) {
-        PyObject *ids = as_items(PyTuple_GET_ITEM(words, w), "bad_words", err);
+        PyObject *ids = as_items(PyTuple_GET_ITEM(words, w), name, err);
         if (!ids)
             return -1;
         /* A sequence may answer differently the second time. */
         int same = PyTuple_GET_SIZE(ids) == offsets[w + 1] - offsets[w];
-        int status = same ? fill_ids(out + offsets[w], ids, "bad_words", err)
-                          : b2_fail(err, B2_E_VALUE, "bad_words: changed while being read");
+        int status = same ? fill_ids(out + offsets[w], ids, name, err)
+                          : b2_fail(err, B2_E_VALUE, "%s: changed while being read", name);
         Py_DECREF(ids);
         if (status < 0)
             return -1;
@@ -151,37 +151,40 @@ static int fill_words(PyObject *words, int32_t *out, const int64_t *offsets, b2_
     return 0;
 }
 
-static int parse_words(PyObject *words, b2_generate_opts *opts, b2py_options_storage *storage, b2_err *err)
+static int parse_words(PyObject *words, const char *name, b2py_words *out, b2_err *err)
 {
-    opts->bad_word_count = PyTuple_GET_SIZE(words);
-    storage->bad_word_offsets =
-        b2_alloc((size_t)opts->bad_word_count + 1, sizeof *storage->bad_word_offsets, "bad_words", err);
-    if (!storage->bad_word_offsets || measure_words(words, storage->bad_word_offsets, err) < 0)
+    out->count = PyTuple_GET_SIZE(words);
+    out->offsets = b2_alloc((size_t)out->count + 1, sizeof *out->offsets, name, err);
+    if (!out->offsets || measure_words(words, name, out->offsets, err) < 0)
         return -1;
-    size_t ids = (size_t)storage->bad_word_offsets[opts->bad_word_count];
-    storage->bad_words = b2_alloc(ids, sizeof *storage->bad_words, "bad_words", err);
-    if (!storage->bad_words || fill_words(words, storage->bad_words, storage->bad_word_offsets, err) < 0)
-        return -1;
-    opts->bad_words = storage->bad_words;
-    opts->bad_word_offsets = storage->bad_word_offsets;
-    return 0;
+    out->ids = b2_alloc((size_t)out->offsets[out->count], sizeof *out->ids, name, err);
+    return out->ids ? fill_words(words, name, out->ids, out->offsets, err) : -1;
 }
 
-static int get_words(PyObject *options, b2_generate_opts *opts, b2py_options_storage *storage, b2_err *err)
+static int get_words(PyObject *options, const char *name, b2py_words *out, b2_err *err)
 {
-    PyObject *value = option(options, "bad_words", err);
-    PyObject *words = value ? as_items(value, "bad_words", err) : NULL;
+    PyObject *value = option(options, name, err);
+    PyObject *words = value ? as_items(value, name, err) : NULL;
     if (!words)
         return -1;
-    int status = parse_words(words, opts, storage, err);
+    int status = parse_words(words, name, out, err);
     Py_DECREF(words);
     return status;
 }
 
+static int has(PyObject *options, const char *name)
+{
+    return PyDict_GetItemString(options, name) != NULL;
+}
+
 static const char *const KNOWN[] = {
-    "max_length",     "max_new_tokens",     "min_length",           "min_new_tokens", "num_beams",
-    "length_penalty", "repetition_penalty", "num_return_sequences", "early_stopping", "no_repeat_ngram_size",
-    "eos_ids",        "pad_id",             "bad_words",            "suppress_ids",
+    "max_length",     "max_new_tokens",     "min_length",           "min_new_tokens",   "num_beams",
+    "length_penalty", "repetition_penalty", "num_return_sequences", "early_stopping",   "no_repeat_ngram_size",
+    "eos_ids",        "pad_id",             "bad_words",            "suppress_ids",     "begin_suppress_ids",
+    "biased",         "biases",             "forced_bos_ids",       "forced_eos_ids",   "remove_invalid_values",
+    "decay_start",    "decay_factor",       "renormalize_logits",   "do_sample",        "seed",
+    "temperature",    "top_h",              "top_k",                "top_p",            "min_p",
+    "typical_p",      "epsilon_cutoff",     "eta_cutoff",
 };
 
 static int check_names(PyObject *options, b2_err *err)
@@ -225,12 +228,119 @@ static int parse_rules(PyObject *options, b2_generate_opts *opts, b2py_options_s
         get_int32(options, "no_repeat_ngram_size", &opts->no_repeat_ngram_size, err) < 0 ||
         get_int32(options, "pad_id", &opts->pad_id, err) < 0 ||
         get_ids(options, "eos_ids", &storage->eos_ids, &opts->eos_count, err) < 0 ||
-        get_ids(options, "suppress_ids", &storage->suppress_ids, &opts->suppress_count, err) < 0)
+        get_ids(options, "suppress_ids", &storage->suppress_ids, &opts->suppress_count, err) < 0 ||
+        get_words(options, "bad_words", &storage->bad_words, err) < 0)
         return -1;
     opts->repetition_penalty = (float)penalty;
     opts->eos_ids = storage->eos_ids;
     opts->suppress_ids = storage->suppress_ids;
-    return get_words(options, opts, storage, err);
+    opts->bad_words = storage->bad_words.ids;
+    opts->bad_word_offsets = storage->bad_words.offsets;
+    opts->bad_word_count = storage->bad_words.count;
+    return 0;
+}
+
+static int fill_biases(PyObject *biases, b2py_options_storage *storage, b2_err *err)
+{
+    if (PyTuple_GET_SIZE(biases) != storage->biased.count)
+        return b2_fail(err, B2_E_VALUE, "biases: expected %lld, found %lld", (long long)storage->biased.count,
+                       (long long)PyTuple_GET_SIZE(biases));
+    storage->biases = b2_alloc((size_t)storage->biased.count, sizeof *storage->biases, "biases", err);
+    if (!storage->biases)
+        return -1;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(biases); i++) {
+        storage->biases[i] = (float)PyFloat_AsDouble(PyTuple_GET_ITEM(biases, i));
+        if (PyErr_Occurred())
+            return wrong("biases", "numbers", PyTuple_GET_ITEM(biases, i), err);
+    }
+    return 0;
+}
+
+static int parse_biases(PyObject *options, b2_generate_opts *opts, b2py_options_storage *storage, b2_err *err)
+{
+    if (!has(options, "biased"))
+        return 0;
+    PyObject *value = get_words(options, "biased", &storage->biased, err) < 0 ? NULL : option(options, "biases", err);
+    PyObject *biases = value ? as_items(value, "biases", err) : NULL;
+    if (!biases)
+        return -1;
+    int status = fill_biases(biases, storage, err);
+    Py_DECREF(biases);
+    opts->biased = storage->biased.ids;
+    opts->biased_offsets = storage->biased.offsets;
+    opts->biased_count = storage->biased.count;
+    opts->biases = storage->biases;
+    return status;
+}
+
+/* What may be left out, and then is off. */
+static int get_flag(PyObject *options, const char *name, int *out, b2_err *err)
+{
+    PyObject *value = has(options, name) ? option(options, name, err) : Py_False;
+    if (!PyBool_Check(value))
+        return wrong(name, "True or False", value, err);
+    *out = value == Py_True;
+    return 0;
+}
+
+static int get_more_ids(PyObject *options, const char *name, int32_t **ids, int64_t *count, b2_err *err)
+{
+    return has(options, name) ? get_ids(options, name, ids, count, err) : 0;
+}
+
+static int parse_further_rules(PyObject *options, b2_generate_opts *opts, b2py_options_storage *storage, b2_err *err)
+{
+    if (get_more_ids(options, "begin_suppress_ids", &storage->begin_suppress_ids, &opts->begin_suppress_count, err) < 0 ||
+        get_more_ids(options, "forced_bos_ids", &storage->forced_bos_ids, &opts->forced_bos_count, err) < 0 ||
+        get_more_ids(options, "forced_eos_ids", &storage->forced_eos_ids, &opts->forced_eos_count, err) < 0 ||
+        get_flag(options, "remove_invalid_values", &opts->remove_invalid_values, err) < 0 ||
+        get_flag(options, "renormalize_logits", &opts->renormalize_logits, err) < 0)
+        return -1;
+    opts->begin_suppress_ids = storage->begin_suppress_ids;
+    opts->forced_bos_ids = storage->forced_bos_ids;
+    opts->forced_eos_ids = storage->forced_eos_ids;
+    opts->decays = has(options, "decay_factor");
+    if (opts->decays && (get_double(options, "decay_factor", &opts->decay_factor, err) < 0 ||
+                         get_int(options, "decay_start", INT32_MIN, INT32_MAX, &opts->decay_start, err) < 0))
+        return -1;
+    return parse_biases(options, opts, storage, err);
+}
+
+static int get_seed(PyObject *options, uint64_t *out, b2_err *err)
+{
+    PyObject *value = option(options, "seed", err);
+    if (!value)
+        return -1;
+    *out = PyLong_Check(value) ? PyLong_AsUnsignedLongLong(value) : 0;
+    return !PyLong_Check(value) || PyErr_Occurred() ? wrong("seed", "an integer from 0 to 2**64 - 1", value, err) : 0;
+}
+
+static int parse_sampling(PyObject *options, b2_generate_opts *opts, b2_err *err)
+{
+    if (get_flag(options, "do_sample", &opts->do_sample, err) < 0)
+        return -1;
+    if (!opts->do_sample)
+        return 0;
+    return get_seed(options, &opts->seed, err) < 0 ||
+                   get_double(options, "temperature", &opts->temperature, err) < 0 ||
+                   get_double(options, "top_h", &opts->top_h, err) < 0 ||
+                   get_int(options, "top_k", 0, INT64_MAX, &opts->top_k, err) < 0 ||
+                   get_double(options, "top_p", &opts->top_p, err) < 0 ||
+                   get_double(options, "min_p", &opts->min_p, err) < 0 ||
+                   get_double(options, "typical_p", &opts->typical_p, err) < 0 ||
+                   get_double(options, "epsilon_cutoff", &opts->epsilon_cutoff, err) < 0 ||
+                   get_double(options, "eta_cutoff", &opts->eta_cutoff, err) < 0
+               ? -1
+               : 0;
+}
+
+static int parse(PyObject *options, b2_generate_opts *opts, b2py_options_storage *storage, b2_err *err)
+{
+    return check_names(options, err) < 0 || parse_lengths(options, opts, err) < 0 ||
+                   parse_beams(options, opts, err) < 0 || parse_rules(options, opts, storage, err) < 0 ||
+                   parse_further_rules(options, opts, storage, err) < 0 || parse_sampling(options, opts, err) < 0
+               ? -1
+               : 0;
 }
 
 int b2py_parse_options(PyObject *options, b2_generate_opts *opts, b2py_options_storage *storage, b2_err *err)
@@ -242,9 +352,7 @@ int b2py_parse_options(PyObject *options, b2_generate_opts *opts, b2py_options_s
     PyObject *copy = PyDict_Copy(options); /* references are borrowed from it while __index__ and __float__ run */
     if (!copy)
         return b2_fail(err, B2_E_CALLBACK, "options");
-    int status = check_names(copy, err) < 0 || parse_lengths(copy, opts, err) < 0 || parse_beams(copy, opts, err) < 0
-                     ? -1
-                     : parse_rules(copy, opts, storage, err);
+    int status = parse(copy, opts, storage, err);
     Py_DECREF(copy);
     return status;
 }
@@ -252,9 +360,15 @@ int b2py_parse_options(PyObject *options, b2_generate_opts *opts, b2py_options_s
 void b2py_options_release(b2py_options_storage *storage)
 {
     b2_free(storage->eos_ids);
-    b2_free(storage->bad_words);
-    b2_free(storage->bad_word_offsets);
     b2_free(storage->suppress_ids);
+    b2_free(storage->begin_suppress_ids);
+    b2_free(storage->forced_bos_ids);
+    b2_free(storage->forced_eos_ids);
+    b2_free(storage->bad_words.ids);
+    b2_free(storage->bad_words.offsets);
+    b2_free(storage->biased.ids);
+    b2_free(storage->biased.offsets);
+    b2_free(storage->biases);
     *storage = (b2py_options_storage){0};
 }
 

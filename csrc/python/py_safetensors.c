@@ -205,13 +205,6 @@ typedef struct write_call {
     Py_ssize_t metadata_count;
 } write_call;
 
-static int fill_from_array(void *owner, void *out, size_t bytes, b2_err *err)
-{
-    (void)err;
-    memcpy(out, owner, bytes); /* `owner` is the array's data */
-    return 0;
-}
-
 /* UTF-8 of `object`, kept alive by call->keep; refuses what is no str and what holds NUL. */
 static const char *text_of(write_call *call, PyObject *object, const char *what)
 {
@@ -277,8 +270,8 @@ static int add_source(write_call *call, PyObject *name, PyObject *object, PyObje
     }
     for (int i = 0; i < source->rank; i++)
         source->shape[i] = PyArray_DIM(given, i);
-    source->fill = fill_from_array;
-    source->owner = PyArray_DATA(given);
+    source->data = PyArray_DATA(given);
+    source->data_bytes = (size_t)PyArray_NBYTES(given);
     call->count++;
     return 0;
 }
@@ -319,10 +312,10 @@ static PyObject *copy_of_mapping(PyObject *mapping)
 static PyObject *write_collected(PyObject *module, const char *path, write_call *call)
 {
     b2_err err = {0};
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = b2_st_write(path, call->sources, call->count, call->metadata, call->metadata_count, &err);
-    Py_END_ALLOW_THREADS
+    b2py_call frame;
+    b2_cancel *cancel = b2py_call_begin(&frame);
+    int status = b2_st_write(path, call->sources, call->count, call->metadata, call->metadata_count, cancel, &err);
+    b2py_call_end(&frame);
     if (status < 0)
         return b2py_raise(b2py_state_of_module(module), &err);
     Py_RETURN_NONE;

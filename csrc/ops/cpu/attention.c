@@ -1,4 +1,4 @@
-/* Multi-head attention: out = softmax(scale * q . k^T over the visible keys) . v.
+/* Multi-head attention: out = softmax(scale * q . k^T + distance bias, over the visible keys) . v.
  *
  * One code path for a picture, a prompt and a decoded token. For each row and each key head: list the visible keys
  * (those masked out are left out here and touch nothing afterwards), pack K as [Dh][16] panels and V as [keys][16]
@@ -7,9 +7,12 @@
  * Same bits however the queries are cut into blocks: a score is one chain over d; the maximum does not depend on
  * order; sums add key j (counted among the visible keys from the row's first) to lane j mod 16; an output is one chain
  * over the keys that its query sees. Under a causal mask a block's queries see different numbers of keys: they share
- * a tile up to the number that the first one sees and go on alone from there.
+ * a tile up to the number that the first one sees and go on alone from there. Keys before a query's window keep their
+ * places and get a weight of 0, which changes no bit of what the others add up to.
  *
  * Memory: one block of scratch per thread from ctx->scratch. */
+#include <math.h>
+
 #include "ops/cpu/common.h"
 
 static const double NS_PER_FLOP = 1.0 / 60, MOST_NS = 10e6;
@@ -29,6 +32,7 @@ typedef struct workspace {
     const float **k_rows; /* [max_keys] visible keys of the row */
     const float **v_rows; /* [max_keys] */
     int32_t *visible;     /* [max_keys + 1]: of the first j keys, how many are visible */
+    int32_t *places;      /* [max_keys]: where each visible key stands among all keys of the row */
     float *keys;          /* [max_keys / 16][Dh][16] */
     float *values;        /* [ceil(Dh / 16)][max_keys][16] */
     float *queries;       /* [Dh][tile rows] */
@@ -68,7 +72,7 @@ static size_t lay_out(workspace *space, char *base, int64_t max_keys, int head_d
 {
     size_t keys = (size_t)max_keys, rows = (size_t)tile_rows, width = (size_t)head_dim, total = 0;
     size_t k_rows = part(&total, keys, sizeof(float *)), v_rows = part(&total, keys, sizeof(float *));
-    size_t visible = part(&total, keys + 1, sizeof(int32_t));
+    size_t visible = part(&total, keys + 1, sizeof(int32_t)), places = part(&total, keys, sizeof(int32_t));
     size_t packed_keys = part(&total, keys * width, sizeof(float));
     size_t values = part(&total, keys * (size_t)round_up(head_dim, B2_TILE_COLUMNS_MAX), sizeof(float));
     size_t queries = part(&total, rows * width, sizeof(float));
@@ -76,9 +80,10 @@ static size_t lay_out(workspace *space, char *base, int64_t max_keys, int head_d
     size_t weights = part(&total, rows * keys, sizeof(float));
     size_t tile = part(&total, rows * B2_TILE_COLUMNS_MAX, sizeof(float));
     if (base)
-        *space = (workspace){(void *)(base + k_rows),    (void *)(base + v_rows), (void *)(base + visible),
-                             (void *)(base + packed_keys), (void *)(base + values), (void *)(base + queries),
-                             (void *)(base + scores),    (void *)(base + weights), (void *)(base + tile)};
+        *space = (workspace){(void *)(base + k_rows),      (void *)(base + v_rows), (void *)(base + visible),
+                             (void *)(base + places),      (void *)(base + packed_keys), (void *)(base + values),
+                             (void *)(base + queries),     (void *)(base + scores), (void *)(base + weights),
+                             (void *)(base + tile)};
     return total;
 }
 
@@ -100,6 +105,7 @@ static void list_keys(head_work *work, const b2_attention_args *a, workspace *sp
             continue;
         space->k_rows[seen] = key_row(a->k, a->k_suffix, a, work->row, j);
         space->v_rows[seen] = key_row(a->v, a->v_suffix, a, work->row, j);
+        space->places[seen] = (int32_t)j;
         seen++;
     }
     space->visible[work->keys] = seen;
@@ -122,6 +128,19 @@ static int64_t keys_seen(const attention_job *job, const head_work *work, const 
     return job->args->causal ? space->visible[work->keys - work->queries + i + 1] : work->seen;
 }
 
+/* How many of the listed keys lie before the window of query i. */
+static int64_t keys_before(const attention_job *job, const head_work *work, const workspace *space, int64_t i)
+{
+    int64_t first = job->args->window > 0 ? work->keys - work->queries + i + 1 - job->args->window : 0;
+    return first > 0 ? space->visible[first] : 0;
+}
+
+static void hide_keys(float *scores, int64_t count, float scale)
+{
+    for (int64_t j = 0; j < count; j++)
+        scores[j] = scale < 0.0f ? INFINITY : -INFINITY;
+}
+
 /* scores [rows][max_keys] for keys [0, count) */
 static void score(const attention_job *job, workspace *space, int rows, int64_t count)
 {
@@ -134,6 +153,31 @@ static void score(const attention_job *job, workspace *space, int rows, int64_t 
             for (int c = 0; c < columns; c++)
                 space->scores[r * job->max_keys + j + c] = space->tile[r * columns + c];
     }
+}
+
+/* s [seen] = scale * s + bias of each key's distance from query i of the row. */
+static void add_distance_bias(const b2_attention_args *a, const head_work *work, const workspace *space, float *s,
+                              int64_t seen, int64_t head, int64_t i)
+{
+    const int64_t last = a->distance_limit - 1, here = work->keys - work->queries + i;
+    const float *bias = a->distance_bias + head * (2 * last + 1) + last; /* of distance 0 */
+    for (int64_t j = 0; j < seen; j++) {
+        int64_t distance = space->places[j] - here;
+        distance = distance < -last ? -last : distance > last ? last : distance;
+        s[j] = a->scale * s[j] + bias[distance];
+    }
+}
+
+static float softmax(const attention_job *job, const head_work *work, const workspace *space, float *s, int64_t seen,
+                     int64_t head, int64_t i)
+{
+    const b2_attention_args *a = job->args;
+    if (seen == 0)
+        return 0.0f;
+    if (!a->distance_bias)
+        return job->kernels->softmax_row(s, seen, a->scale);
+    add_distance_bias(a, work, space, s, seen, head, i);
+    return job->kernels->softmax_row(s, seen, 1.0f);
 }
 
 /* out = weights . V / sums; `shared` keys in common, query r goes on alone to seen[r]. */
@@ -164,17 +208,21 @@ static void attend_block(const attention_job *job, const head_work *work, worksp
                          int64_t first, int rows)
 {
     const b2_attention_args *a = job->args;
-    int64_t seen[B2_TILE_ROWS_MAX], most = 0;
+    int64_t seen[B2_TILE_ROWS_MAX], before[B2_TILE_ROWS_MAX], most = 0;
     float sums[B2_TILE_ROWS_MAX];
     for (int r = 0; r < rows; r++) {
         seen[r] = keys_seen(job, work, space, first + r);
+        before[r] = keys_before(job, work, space, first + r);
+        seen[r] = before[r] < seen[r] ? seen[r] : 0;
         most = seen[r] > most ? seen[r] : most;
     }
     int64_t row = work->first_query + first, column = head * a->head_dim;
     job->kernels->pack_rows(space->queries, a->q.data + row * a->q.ld + column, a->q.ld, rows, a->head_dim);
     score(job, space, rows, most);
     for (int r = 0; r < rows; r++)
-        sums[r] = seen[r] > 0 ? job->kernels->softmax_row(space->scores + r * job->max_keys, seen[r], a->scale) : 0.0f;
+        hide_keys(space->scores + r * job->max_keys, seen[r] > 0 ? before[r] : 0, a->scale);
+    for (int r = 0; r < rows; r++)
+        sums[r] = softmax(job, work, space, space->scores + r * job->max_keys, seen[r], head, first + r);
     job->kernels->pack_rows(space->weights, space->scores, job->max_keys, rows, seen[0]);
     mix(job, space, a->out.data + row * a->out.ld + column, a->out.ld, rows, seen, sums);
 }

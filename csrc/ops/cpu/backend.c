@@ -12,13 +12,17 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
 /* On fp32 weights as the file stores them our kernels are as fast as OpenBLAS with AVX2 and twice as fast with AVX-512
  * (benchmarks/NOTES.md), and their bits do not depend on what an item is. Without wide vectors OpenBLAS, which brings
  * its own, is far ahead. */
-#define BACKEND(NAME, KERNELS, BLAS)                                                                                \
+#define BACKEND(NAME, KERNELS, QUADS, PAIRS, BLAS)                                                                   \
     {                                                                                                               \
         .ops = {.name = NAME,                                                                                       \
                 .items_by_blas = BLAS,                                                                              \
                 .linear = b2_cpu_linear,                                                                            \
                 .layer_norm = b2_cpu_layer_norm,                                                                    \
+                .rms_norm = b2_cpu_rms_norm,                                                                        \
+                .gate = b2_cpu_gate,                                                                                \
+                .rope = b2_cpu_rope,                                                                                \
                 .attention = b2_cpu_attention,                                                                      \
+                .attention_weights = b2_cpu_attention_weights,                                                      \
                 .embedding = b2_cpu_embedding,                                                                      \
                 .patches = b2_cpu_patches,                                                                          \
                 .copy_rows = b2_cpu_copy_rows,                                                                      \
@@ -27,23 +31,28 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .log_softmax = b2_cpu_log_softmax,                                                                  \
                 .check_finite = b2_cpu_check_finite,                                                                \
                 .scratch_bytes = scratch_bytes},                                                                    \
-        .kernels = KERNELS                                                                                          \
+        .kernels = KERNELS,                                                                                         \
+        .quads = QUADS,                                                                                             \
+        .pairs = PAIRS                                                                                              \
     }
 
-static const b2_cpu_backend generic = BACKEND("cpu generic", &b2_cpu_kernels_generic, 1);
+static const b2_cpu_backend generic = BACKEND("cpu generic", &b2_cpu_kernels_generic, &b2_quad_kernels_generic, NULL, 1);
 #if defined(__x86_64__)
-static const b2_cpu_backend avx2 = BACKEND("cpu avx2", &b2_cpu_kernels_avx2, 0);
-static const b2_cpu_backend avx512 = BACKEND("cpu avx512", &b2_cpu_kernels_avx512, 0);
+static const b2_cpu_backend avx2 = BACKEND("cpu avx2", &b2_cpu_kernels_avx2, &b2_quad_kernels_avx2, NULL, 0);
+static const b2_cpu_backend avx512 = BACKEND("cpu avx512", &b2_cpu_kernels_avx512, &b2_quad_kernels_avx2, NULL, 0);
+static const b2_cpu_backend avx512_vnni =
+    BACKEND("cpu avx512_vnni", &b2_cpu_kernels_avx512, &b2_quad_kernels_vnni, NULL, 0);
+static const b2_cpu_backend avx512_bf16 =
+    BACKEND("cpu avx512_bf16", &b2_cpu_kernels_avx512, &b2_quad_kernels_vnni, &b2_pair_kernels_bf16, 0);
 #endif
 
 const b2_ops *b2_cpu_ops(b2_isa isa)
 {
+    static const b2_cpu_backend *const backends[B2_ISA_COUNT] = {
+        &generic,
 #if defined(__x86_64__)
-    if (isa == B2_ISA_AVX512)
-        return &avx512.ops;
-    if (isa == B2_ISA_AVX2)
-        return &avx2.ops;
+        &avx2, &avx512, &avx512_vnni, &avx512_bf16,
 #endif
-    (void)isa;
-    return &generic.ops;
+    };
+    return &backends[isa]->ops;
 }

@@ -5,17 +5,30 @@
 #include <stdatomic.h>
 
 #include "ops/cpu/kernels.h"
+#include "ops/cpu/quads.h"
 #include "ops/ops.h"
 
 /* ctx->ops points at the first member of one of these. */
 typedef struct b2_cpu_backend {
     b2_ops ops;
     const b2_cpu_kernels *kernels;
+    const b2_quad_kernels *quads;
+    const b2_pair_kernels *pairs; /* NULL: no bfloat16 arithmetic */
 } b2_cpu_backend;
 
 static inline const b2_cpu_kernels *b2_cpu_kernels_of(const b2_ctx *ctx)
 {
     return ((const b2_cpu_backend *)(const void *)ctx->ops)->kernels;
+}
+
+static inline const b2_quad_kernels *b2_cpu_quads_of(const b2_ctx *ctx)
+{
+    return ((const b2_cpu_backend *)(const void *)ctx->ops)->quads;
+}
+
+static inline const b2_pair_kernels *b2_cpu_pairs_of(const b2_ctx *ctx)
+{
+    return ((const b2_cpu_backend *)(const void *)ctx->ops)->pairs;
 }
 
 /* Runs the tiles; on the calling thread alone when all of them together cost less than waking another one
@@ -47,12 +60,16 @@ size_t b2_cpu_attention_scratch(const b2_ctx *ctx, int64_t max_keys, int max_hea
 
 int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_linear_opts *opts, b2_err *err);
 int b2_cpu_attention(b2_ctx *ctx, const b2_attention_args *args, b2_err *err);
+int b2_cpu_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *args, b2_err *err);
 int b2_cpu_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, const b2_weight *beta, float eps,
                       b2_err *err);
+int b2_cpu_rms_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, float eps, b2_err *err);
+int b2_cpu_gate(b2_ctx *ctx, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act act, b2_err *err);
+int b2_cpu_rope(b2_ctx *ctx, b2_tensor x, const int32_t *positions, const float *inv_freq, int rotary_dim, int head_dim,
+                float scaling, b2_err *err);
 int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate,
                      b2_err *err);
-int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
-                   int64_t patch, b2_err *err);
+int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *err);
 int b2_cpu_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *err);
 int b2_cpu_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);

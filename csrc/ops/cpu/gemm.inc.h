@@ -102,6 +102,16 @@ static void widen_rows(float *restrict dst, const void *w, b2_dtype dtype, int64
     }
 }
 
+static void widen_pairs(float *restrict dst, const char *w, int64_t kc)
+{
+    for (int64_t i = 0; i < kc; i++)
+        B2_UNROLL
+        for (int v = 0; v < NV; v++) {
+            const char *pairs = w + (i / 2 * B2_PANEL + v * VW) * 4;
+            v_store(dst + i * B2_PANEL + v * VW, i % 2 ? v_load_second(pairs) : v_load_first(pairs));
+        }
+}
+
 /* b0, b1 as stored in `dtype`; widened into w0, w1 unless they are fp32. */
 B2_INLINE void tile_body(float *restrict c, const float *restrict a, const char *restrict b0, const char *restrict b1,
                          float *restrict w0, float *restrict w1, const char *next, size_t next_distance, int64_t kc,
@@ -190,6 +200,55 @@ B2_INLINE void stream_body(float *restrict c, const float *restrict a, const cha
         v_store(c + i * VW, acc[i]);
 }
 
+/* The same from pairs of bfloat16. */
+B2_INLINE void stream_pairs(float *restrict c, const float *restrict a, const char *restrict w, int64_t k,
+                            const int rows, const int panels)
+{
+    const int64_t row_bytes = B2_PANEL * 4, stride = (k + 1) / 2 * row_bytes;
+    vf acc[TILE_ROWS * TILE_VECTORS];
+    B2_UNROLL
+    for (int i = 0; i < rows * panels * NV; i++)
+        acc[i] = v_set1(0.0f);
+    for (int64_t i = 0; i < k; i += 2) {
+        const int both = i + 1 < k;
+        B2_UNROLL
+        for (int p = 0; p < panels; p++) {
+            const char *row = w + p * stride + i / 2 * row_bytes;
+            __builtin_prefetch(row + PREFETCH_BYTES);
+            B2_UNROLL
+            for (int v = 0; v < NV; v++) {
+                vf first = v_load_first(row + v * VW * 4);
+                B2_UNROLL
+                for (int r = 0; r < rows; r++) {
+                    const int at = (r * panels + p) * NV + v;
+                    acc[at] = v_fma(v_set1(a[i * rows + r]), first, acc[at]);
+                }
+                if (!both)
+                    continue;
+                vf second = v_load_second(row + v * VW * 4);
+                B2_UNROLL
+                for (int r = 0; r < rows; r++) {
+                    const int at = (r * panels + p) * NV + v;
+                    acc[at] = v_fma(v_set1(a[(i + 1) * rows + r]), second, acc[at]);
+                }
+            }
+        }
+    }
+    B2_UNROLL
+    for (int i = 0; i < rows * panels * NV; i++)
+        v_store(c + i * VW, acc[i]);
+}
+
+B2_INLINE void stream_some_pairs(float *c, const float *a, const char *w, int64_t k, const int rows, int panels)
+{
+    if (panels == 4 && panels_for(rows) == 4)
+        stream_pairs(c, a, w, k, rows, 4);
+    else if (panels == 2 && panels_for(rows) >= 2)
+        stream_pairs(c, a, w, k, rows, 2);
+    else
+        stream_pairs(c, a, w, k, rows, 1);
+}
+
 B2_INLINE void stream_some(float *c, const float *a, const char *w, int64_t k, const b2_dtype dtype, const int rows,
                            int panels)
 {
@@ -218,14 +277,16 @@ B2_INLINE void stream_some(float *c, const float *a, const char *w, int64_t k, c
             tile_body(c, a, s->at[0], s->at[1], b->at[0], b->at[1], s->next, s->next_distance, kc, first, R,        \
                       B2_BF16, 1);                                                                                  \
     }                                                                                                               \
-    static void stream_##R(float *c, const float *a, const char *w, b2_dtype dtype, int panels, int64_t k)          \
+    static void stream_##R(float *c, const float *a, const b2_weight *w, const char *at, int panels, int64_t k)     \
     {                                                                                                               \
-        if (dtype == B2_F32)                                                                                        \
-            stream_some(c, a, w, k, B2_F32, R, panels);                                                             \
-        else if (dtype == B2_F16)                                                                                   \
-            stream_some(c, a, w, k, B2_F16, R, panels);                                                             \
+        if (w->layout == B2_PAIRS)                                                                                  \
+            stream_some_pairs(c, a, at, k, R, panels);                                                              \
+        else if (w->dtype == B2_F32)                                                                                        \
+            stream_some(c, a, at, k, B2_F32, R, panels);                                                            \
+        else if (w->dtype == B2_F16)                                                                                \
+            stream_some(c, a, at, k, B2_F16, R, panels);                                                            \
         else                                                                                                        \
-            stream_some(c, a, w, k, B2_BF16, R, panels);                                                            \
+            stream_some(c, a, at, k, B2_BF16, R, panels);                                                           \
     }
 
 DEFINE_ROWS(1)
@@ -249,7 +310,7 @@ DEFINE_ROWS(14)
 
 typedef void (*tile_fn)(float *, const float *, const float *, const float *, int64_t, int);
 typedef void (*from_fn)(float *, const float *, const b2_stored *, b2_panels *, int64_t, int);
-typedef void (*stream_fn)(float *, const float *, const char *, b2_dtype, int, int64_t);
+typedef void (*stream_fn)(float *, const float *, const b2_weight *, const char *, int, int64_t);
 
 #if defined(B2_SIMD_AVX512)
 #define ALL_ROWS(NAME)                                                                                              \
@@ -278,9 +339,9 @@ static void tile_from(float *c, const float *a, const b2_stored *stored, b2_pane
             b->at[i] = (float *)(void *)stored->at[i]; /* only read from */
 }
 
-static void stream(float *c, const float *a, const void *w, b2_dtype dtype, int rows, int panels, int64_t k)
+static void stream(float *c, const float *a, const b2_weight *w, const char *at, int rows, int panels)
 {
-    streams_of[rows - 1](c, a, w, dtype, panels, k);
+    streams_of[rows - 1](c, a, w, at, panels, w->k);
 }
 
 B2_INLINE vf finish_one(vf x, const float *bias, const float *residual, b2_act act)

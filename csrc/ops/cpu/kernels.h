@@ -36,14 +36,16 @@ typedef struct b2_cpu_kernels {
     void (*pack_rows)(float *dst, const float *x, int64_t ld, int rows, int64_t k);
     /* dst [kc][16] = columns [k0, k0 + kc) of `rows` <= 16 rows of w [*, k] (row-major, any alignment), zero-padded. */
     void (*widen_rows)(float *dst, const void *w, b2_dtype dtype, int64_t k, int64_t rows, int64_t k0, int64_t kc);
+    /* dst [kc][16] = kc steps of a panel of B2_PAIRS, which begins at an even one. */
+    void (*widen_pairs)(float *dst, const char *w, int64_t kc);
     /* c [rows][tile_panels*16] (+)= a [kc][rows] . b0, b1 [kc][16]: starts from zero if `first`, else goes on from c.
      * b1 is read only where tile_panels is 2. */
     void (*tile)(float *c, const float *a, const float *b0, const float *b1, int rows, int64_t kc, int first);
     /* The same from panels as stored, which it widens into b->at (fp32: it points b->at at them). */
     void (*tile_from)(float *c, const float *a, const b2_stored *stored, b2_panels *b, int rows, int64_t kc, int first);
-    /* c [rows][panels*16] = a [k][rows] . packed panels, rows <= tile_rows, panels = 1, 2 or 4 and at most
-     * stream_panels(rows): reads each weight once, straight from memory. */
-    void (*stream)(float *c, const float *a, const void *w, b2_dtype dtype, int rows, int panels, int64_t k);
+    /* c [rows][panels*16] = a [k][rows] . panels of `w` (B2_PANELS or B2_PAIRS) from `at` on, rows <= tile_rows, panels = 1,
+     * 2 or 4 and at most stream_panels(rows): reads each weight once, straight from memory. */
+    void (*stream)(float *c, const float *a, const b2_weight *w, const char *at, int rows, int panels);
     int (*stream_panels)(int rows);
     /* out [rows, cols] (distance out_ld) from c [rows, >= cols] (distance c_ld); out may be c. */
     void (*finish)(float *out, int64_t out_ld, const float *c, int64_t c_ld, int64_t rows, int64_t cols,
@@ -51,6 +53,10 @@ typedef struct b2_cpu_kernels {
 
     /* out = (x - mean) / sqrt(var + eps) * gamma + beta, all [n]; gamma, beta may be NULL; out may be x. */
     void (*norm_row)(float *out, const float *x, const float *gamma, const float *beta, int64_t n, float eps);
+    /* out = x / sqrt(mean(x^2) + eps) * gamma, all [n]; gamma may be NULL; out may be x. */
+    void (*rms_norm_row)(float *out, const float *x, const float *gamma, int64_t n, float eps);
+    /* out = act(gate) * up, all [n]; out may be either. */
+    void (*gate_row)(float *out, const float *gate, const float *up, int64_t n, b2_act act);
     /* s [n] becomes exp(scale * s - max); returns the sum; writes zeros up to a multiple of 16. */
     float (*softmax_row)(float *s, int64_t n, float scale);
     void (*log_softmax_row)(float *x, int64_t n);
@@ -64,16 +70,29 @@ typedef struct b2_cpu_kernels {
     /* dst [ceil(width/16)][panel_rows][16], rows [0, count) written: columns [offset, offset + width), zero-padded. */
     void (*pack_values)(float *dst, const float *const *rows, int64_t count, int64_t panel_rows, int64_t offset,
                         int width);
+    /* a, b [n] become a * cos - b * sin, b * cos + a * sin */
+    void (*rotate_row)(float *a, float *b, const float *cos, const float *sin, int64_t n);
     /* out [n] = c [n] / sum */
     void (*divide_row)(float *out, const float *c, int64_t n, float sum);
     /* Millions of fused multiply-adds in registers: what the processor can do at most. Returns flops. */
     double (*fma_peak)(int64_t rounds, float *sink);
 } b2_cpu_kernels;
 
+/* Dot products of bfloat16 pairs (AVX512_BF16): both factors are bfloat16, sums fp32 with subnormals flushed to zero. An
+ * element is one chain over ascending pairs of k. Tiles as in b2_cpu_kernels of the same backend. */
+typedef struct b2_pair_kernels {
+    /* dst [ceil(k/2)][rows][2] = x [rows, k] (distance ld) rounded to nearest even, zero-padded. */
+    void (*pack_rows)(uint16_t *dst, const float *x, int64_t ld, int rows, int64_t k);
+    /* c [rows][32] (+)= a [steps][rows][2] . b0, b1 [steps][16][2]; asks for next and next + next_distance unless NULL. */
+    void (*tile)(float *c, const uint16_t *a, const char *b0, const char *b1, int rows, int64_t steps, int first,
+                 const char *next, size_t next_distance);
+} b2_pair_kernels;
+
 extern const b2_cpu_kernels b2_cpu_kernels_generic;
 #if defined(__x86_64__)
 extern const b2_cpu_kernels b2_cpu_kernels_avx2;
 extern const b2_cpu_kernels b2_cpu_kernels_avx512;
+extern const b2_pair_kernels b2_pair_kernels_bf16;
 #endif
 
 #endif

@@ -1,17 +1,21 @@
 /* out [N, Dout] = act(x [N, Din] . w^T + bias) + residual.
  *
- * Four ways, chosen by the weight and by the number of rows; all but the last compute every element as one chain of
+ * Several ways, chosen by the weight and by the number of rows; all but the last two compute every element as one chain of
  * fused multiply-adds over ascending k, so the choice never shows in the result:
  *   stream  few rows (one register tile): every weight is read once, straight from its panel;
  *   tiles   more rows: x is packed once for all threads; each tile of work widens a pair of panels into a block that stays
  *           in the cache and runs register tiles over them, KC steps of k at a time. Partial sums are stored and
  *           reloaded exactly;
  *   rows    as tiles, for weights in B2_ROWS: the panels are made on the way;
+ *   pairs   as tiles, for weights in B2_PAIRS met by PAIR_ROWS rows or more, where the processor multiplies bfloat16: x
+ *           is rounded to bfloat16 as well, an element is one chain over ascending pairs of k. Fewer rows are limited by
+ *           memory and keep fp32;
  *   blas    fp32 B2_ROWS with item_rows: OpenBLAS on one item and a fixed stretch of columns at a time.
  *
  * Memory: packed x and one block per thread, from ctx->scratch, given back before returning. */
 #include "ops/cpu/blas.h"
 #include "ops/cpu/common.h"
+#include "ops/cpu/linear_quads.h"
 
 enum {
     KC = 256,               /* steps of k per block */
@@ -19,6 +23,7 @@ enum {
     CHUNK_ROWS = 280,       /* most rows per tile of work */
     GROUP_ROWS = 1120,      /* rows packed at a time */
     FROM_DRAM = 4 << 20,    /* weights of so many bytes are not in a cache: fewer streams side by side are faster there */
+    PAIR_ROWS = 16,         /* least rows for bfloat16 arithmetic */
     BLAS_COLUMNS = 256      /* columns per call of OpenBLAS: part of what defines its results */
 };
 
@@ -27,11 +32,13 @@ static const double NS_PER_FLOP = 1.0 / 80, NS_PER_BYTE = 1.0 / 12;
 
 typedef struct linear_job {
     const b2_cpu_kernels *kernels;
+    const b2_pair_kernels *pairs; /* NULL: fp32 arithmetic */
     b2_tensor out;             /* [rows, n] of the present group */
     b2_tensor x;               /* [rows, k] of the present group */
     const b2_weight *w;
     b2_epilogue epilogue;      /* residual is that of the present group */
-    const float *packed;       /* x as row blocks [k][rows of the block], one after another */
+    const char *packed;        /* x as row blocks [k][rows of the block], one after another: fp32, or bfloat16 pairs
+                                * [ceil(k/2)][rows of the block][2] */
     int64_t blocks;            /* row blocks of the group */
     int64_t blocks_per_chunk;
     int64_t row_chunks;
@@ -58,24 +65,37 @@ static int64_t block_start(const linear_job *job, int64_t block)
     return block * job->x.rows / job->blocks;
 }
 
+/* Step k0 (even where pairs count) of the packed block of `rows` rows that begins with row `first`. */
+static char *packed_at(const linear_job *job, int64_t first, int64_t rows, int64_t k0)
+{
+    int64_t k = job->x.cols;
+    if (job->pairs)
+        return (char *)job->packed + (first * ((k + 1) / 2) + k0 / 2 * rows) * 4;
+    return (char *)job->packed + (first * k + k0 * rows) * 4;
+}
+
 static void pack_tile(void *argument, int64_t index, int worker)
 {
     linear_job *job = argument;
     (void)worker;
-    int64_t first = block_start(job, index), end = block_start(job, index + 1);
-    job->kernels->pack_rows((float *)job->packed + first * job->x.cols, job->x.data + first * job->x.ld, job->x.ld,
-                            (int)(end - first), job->x.cols);
+    int64_t first = block_start(job, index), rows = block_start(job, index + 1) - first;
+    const float *x = job->x.data + first * job->x.ld;
+    void *to = packed_at(job, first, rows, 0);
+    if (job->pairs)
+        job->pairs->pack_rows(to, x, job->x.ld, (int)rows, job->x.cols);
+    else
+        job->kernels->pack_rows(to, x, job->x.ld, (int)rows, job->x.cols);
 }
 
 /* Packs x for the present group; a single row is used where it lies. */
 static int pack_x(b2_ctx *ctx, linear_job *job, float *buffer, b2_err *err)
 {
     job->blocks = ceil_div(job->x.rows, job->kernels->tile_rows);
-    if (job->x.rows == 1) {
-        job->packed = job->x.data;
+    if (job->x.rows == 1 && !job->pairs) {
+        job->packed = (const char *)job->x.data;
         return 0;
     }
-    job->packed = buffer;
+    job->packed = (const char *)buffer;
     double cost = (double)(job->x.rows * job->x.cols) * 0.7;
     return b2_cpu_run(ctx, job->blocks, pack_tile, job, cost, err);
 }
@@ -92,9 +112,15 @@ static void finish_part(const linear_job *job, int64_t row, int64_t column, int6
 
 /* ---- stream ---- */
 
+static size_t panel_size(const b2_weight *w)
+{
+    int64_t k = w->layout == B2_PAIRS ? (w->k + 1) / 2 * 2 : w->k;
+    return (size_t)(k * B2_PANEL) * b2_dtype_size(w->dtype);
+}
+
 static const char *panel_at(const b2_weight *w, int64_t panel)
 {
-    return (const char *)w->data + (size_t)(panel * w->k * B2_PANEL) * b2_dtype_size(w->dtype);
+    return (const char *)w->data + (size_t)panel * panel_size(w);
 }
 
 static void stream_tile(void *argument, int64_t index, int worker)
@@ -106,7 +132,7 @@ static void stream_tile(void *argument, int64_t index, int worker)
     float c[B2_TILE_ROWS_MAX * 4 * B2_PANEL]; /* [rows][width * 16] */
     for (int64_t p = index * job->panels_per_chunk; p < end;) {
         int width = end - p >= at_once ? at_once : 1;
-        job->kernels->stream(c, job->packed, panel_at(job->w, p), job->w->dtype, rows, width, job->w->k);
+        job->kernels->stream(c, (const float *)(const void *)job->packed, job->w, panel_at(job->w, p), rows, width);
         finish_part(job, 0, p * B2_PANEL, rows, min64(width * B2_PANEL, job->w->n - p * B2_PANEL), c,
                     (int64_t)width * B2_PANEL);
         p += width;
@@ -115,7 +141,7 @@ static void stream_tile(void *argument, int64_t index, int worker)
 
 static int run_stream(b2_ctx *ctx, linear_job *job, b2_err *err)
 {
-    double panel_bytes = (double)(job->w->k * B2_PANEL) * (double)b2_dtype_size(job->w->dtype);
+    double panel_bytes = (double)panel_size(job->w);
     int at_once = job->kernels->stream_panels((int)job->x.rows);
     if (at_once > 2 && panel_bytes * (double)job->panels > FROM_DRAM)
         at_once = 2;
@@ -151,7 +177,7 @@ typedef struct chunk {
     float *widened, *tiles;   /* scratch */
 } chunk;
 
-/* Where steps [k0, ...) of a panel lie. */
+/* Where steps [k0, ...) of a panel lie; k0 is even. */
 static const char *block_at(const b2_weight *w, int64_t panel, int64_t k0)
 {
     return panel_at(w, panel) + (size_t)(k0 * B2_PANEL) * b2_dtype_size(w->dtype);
@@ -181,10 +207,27 @@ static void enter_panels(const linear_job *job, const chunk *chunk, b2_panels *b
         job->kernels->tile(tile, a, b->at[0], two ? b->at[1] : b->at[0], rows, kc, k0 == 0);
         return;
     }
-    size_t next = two ? (size_t)(w->k * B2_PANEL) * b2_dtype_size(w->dtype) : 0;
+    if (w->layout == B2_PAIRS) {
+        for (int i = 0; i <= two; i++)
+            job->kernels->widen_pairs(b->at[i], block_at(w, panel + i, k0), kc);
+        job->kernels->tile(tile, a, b->at[0], two ? b->at[1] : b->at[0], rows, kc, k0 == 0);
+        return;
+    }
+    size_t next = two ? panel_size(w) : 0;
     const char *from = block_at(w, panel, k0);
     b2_stored stored = {{from, from + next}, w->dtype, block_after(job, chunk, panel, k0), next};
     job->kernels->tile_from(tile, a, &stored, b, rows, kc, k0 == 0);
+}
+
+/* One register tile of bfloat16 pairs, straight from the panels; the chunk's first row block asks for the next ones. */
+static void pair_tile(const linear_job *job, const chunk *chunk, float *tile, const char *a, int64_t rows, int64_t block,
+                      int64_t panel, int64_t k0, int64_t kc)
+{
+    size_t second = panel + 1 < chunk->panel_end ? panel_size(job->w) : 0;
+    const char *from = block_at(job->w, panel, k0);
+    const char *next = block == chunk->block ? block_after(job, chunk, panel, k0) : NULL;
+    job->pairs->tile(tile, (const uint16_t *)(const void *)a, from, from + second, (int)rows, (kc + 1) / 2, k0 == 0, next,
+                     second);
 }
 
 static void run_block_of_k(const linear_job *job, const chunk *chunk, int64_t k0, int64_t kc)
@@ -197,8 +240,11 @@ static void run_block_of_k(const linear_job *job, const chunk *chunk, int64_t k0
         int64_t cols = min64(min64(columns, (chunk->panel_end - p) * B2_PANEL), job->w->n - p * B2_PANEL);
         for (int64_t i = chunk->block; i < chunk->block_end; i++) {
             int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
-            const float *a = job->packed + first * job->w->k + k0 * rows;
-            if (i == chunk->block)
+            const char *packed = packed_at(job, first, rows, k0);
+            const float *a = (const float *)(const void *)packed;
+            if (job->pairs)
+                pair_tile(job, chunk, tile, packed, rows, i, p, k0, kc);
+            else if (i == chunk->block)
                 enter_panels(job, chunk, &b, tile, a, (int)rows, p, k0, kc);
             else
                 kernels->tile(tile, a, b.at[0], b.at[1], (int)rows, kc, k0 == 0);
@@ -279,7 +325,9 @@ static int run_own(b2_ctx *ctx, linear_job *job, const b2_linear_opts *opts, b2_
 {
     b2_tensor x = job->x, out = job->out;
     int64_t group = min64(GROUP_ROWS, x.rows);
-    int streams = x.rows <= job->kernels->tile_rows && job->w->layout == B2_PANELS;
+    int streams = x.rows <= job->kernels->tile_rows && job->w->layout != B2_ROWS;
+    if (job->w->layout == B2_PAIRS && x.rows >= PAIR_ROWS)
+        job->pairs = b2_cpu_pairs_of(ctx);
     float *buffer = NULL;
     if (x.rows > 1 && !(buffer = b2_arena_take(ctx->scratch, (size_t)(group * x.cols), sizeof(float), err)))
         return -1;
@@ -303,12 +351,17 @@ int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, c
     if (w->k < 1 || w->n < 1)
         return b2_fail(err, B2_E_VALUE, "linear: weight %s is empty: [%lld, %lld]", w->name ? w->name : "",
                        (long long)w->n, (long long)w->k);
+    if (w->layout == B2_QUADS && x.rows > B2_QUAD_FEW_ROWS)
+        return b2_fail(err, B2_E_UNSUPPORTED, "linear: weight %s: %s in this layout", w->name ? w->name : "",
+                       b2_dtype_name(w->dtype));
     linear_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .w = w, .item_rows = opts->item_rows};
     job.panels = ceil_div(w->n, B2_PANEL);
     job.epilogue = (b2_epilogue){.bias = opts->bias && opts->bias->data ? opts->bias->data : NULL,
                                  .residual = opts->residual.data,
                                  .residual_ld = opts->residual.ld,
                                  .act = opts->act};
+    if (w->layout == B2_QUADS && x.rows <= B2_QUAD_FEW_ROWS)
+        return b2_cpu_quads_few(ctx, out, x, w, &job.epilogue, err);
     size_t mark = b2_arena_mark(ctx->scratch);
     int blas = w->layout == B2_ROWS && w->dtype == B2_F32 && opts->item_rows > 0;
     int status = blas ? run_blas(ctx, &job, err) : run_own(ctx, &job, opts, err);
@@ -322,5 +375,7 @@ size_t b2_cpu_linear_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_wi
     size_t own = b2_arena_cost((size_t)(min64(GROUP_ROWS, max_rows) * max_width), sizeof(float)) +
                  threads * b2_arena_cost(chunk_scratch(b2_cpu_kernels_of(ctx)), 1);
     size_t blas = threads * b2_arena_cost(blas_scratch(max_rows), 1);
+    size_t quads = b2_cpu_quads_few_scratch(max_rows, max_width);
+    own = own > quads ? own : quads;
     return own > blas ? own : blas;
 }

@@ -1,19 +1,25 @@
 /* Operations on rows: each row is one unit of work and is computed alike wherever it stands. No scratch. */
+#include <math.h>
 #include <string.h>
 
 #include "ops/cpu/common.h"
-#include "ops/half.h"
+#include "ops/weights.h"
 
 typedef struct rows_job {
     const b2_cpu_kernels *kernels;
-    b2_tensor out, x;
+    b2_tensor out, x, up;
     const float *gamma, *beta;
     float eps;
+    b2_act act;
     const b2_weight *table;
     const int32_t *ids, *out_rows, *x_rows;
     int accumulate;
-    const float *pixels;
-    int64_t channels, side, patch;
+    b2_pictures pictures;
+    int64_t patch;
+    const int32_t *positions;
+    const float *inv_freq;
+    int rotary_dim, head_dim;
+    float scaling;
     float *values;
     int32_t *top_ids;
     int k;
@@ -59,57 +65,104 @@ int b2_cpu_layer_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *
     return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3, err);
 }
 
-static float table_value(const b2_weight *table, int64_t row, int64_t column)
+/* The angles of a token are the same in all of its heads: a block of them at a time, then every head. */
+static void rope_one(rows_job *job, int64_t i)
 {
-    int64_t at = table->layout == B2_ROWS ? row * table->k + column
-                                          : (row / B2_PANEL * table->k + column) * B2_PANEL + row % B2_PANEL;
-    const char *p = (const char *)table->data + (size_t)at * b2_dtype_size(table->dtype);
-    uint16_t half;
-    float value;
-    if (table->dtype == B2_F32) {
-        memcpy(&value, p, sizeof value);
-        return value;
+    enum { BLOCK = 64 };
+    float cosines[BLOCK], sines[BLOCK];
+    int half = job->rotary_dim / 2;
+    float position = (float)(job->positions[i] > 0 ? job->positions[i] : 0);
+    for (int first = 0; first < half; first += BLOCK) {
+        int count = half - first < BLOCK ? half - first : BLOCK;
+        for (int j = 0; j < count; j++) {
+            float angle = position * job->inv_freq[first + j];
+            cosines[j] = cosf(angle) * job->scaling;
+            sines[j] = sinf(angle) * job->scaling;
+        }
+        for (int64_t head = 0; head < job->x.cols; head += job->head_dim) {
+            float *x = job->x.data + i * job->x.ld + head + first;
+            job->kernels->rotate_row(x, x + half, cosines, sines, count);
+        }
     }
-    memcpy(&half, p, sizeof half);
-    return table->dtype == B2_F16 ? b2_f16_to_f32(half) : b2_bf16_to_f32(half);
+}
+
+int b2_cpu_rope(b2_ctx *ctx, b2_tensor x, const int32_t *positions, const float *inv_freq, int rotary_dim, int head_dim,
+                float scaling, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .x = x, .positions = positions, .inv_freq = inv_freq,
+                    .rotary_dim = rotary_dim, .head_dim = head_dim, .scaling = scaling, .row = rope_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.3 + rotary_dim * 12.0, err);
+}
+
+static void rms_norm_one(rows_job *job, int64_t i)
+{
+    job->kernels->rms_norm_row(job->out.data + i * job->out.ld, job->x.data + i * job->x.ld, job->gamma, job->x.cols,
+                               job->eps);
+}
+
+int b2_cpu_rms_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *gamma, float eps, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .gamma = vector_of(gamma), .eps = eps,
+                    .row = rms_norm_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 0.2, err);
+}
+
+static void gate_one(rows_job *job, int64_t i)
+{
+    job->kernels->gate_row(job->out.data + i * job->out.ld, job->x.data + i * job->x.ld, job->up.data + i * job->up.ld,
+                           job->x.cols, job->act);
+}
+
+int b2_cpu_gate(b2_ctx *ctx, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act act, b2_err *err)
+{
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = gate, .up = up, .act = act, .row = gate_one};
+    return run_rows(ctx, &job, gate.rows, (double)gate.cols * 0.6, err);
 }
 
 static void embed_one(rows_job *job, int64_t i)
 {
-    float *out = job->out.data + i * job->out.ld;
+    enum { PART = 512 };
+    float *out = job->out.data + i * job->out.ld, part[PART];
+    const b2_weight *table = job->table;
     if (job->ids[i] < 0)
         return;
-    for (int64_t j = 0; j < job->table->k; j++) {
-        float value = table_value(job->table, job->ids[i], j);
-        out[j] = job->accumulate ? out[j] + value : value;
+    if (!job->accumulate) {
+        b2_weight_read_row(out, table, job->ids[i]);
+        return;
+    }
+    for (int64_t j = 0; j < table->k; j += PART) {
+        int64_t count = table->k - j < PART ? table->k - j : PART;
+        b2_weight_read_part(part, table, job->ids[i], j, count);
+        job->kernels->add_row(out + j, part, count);
     }
 }
 
 int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate,
                      b2_err *err)
 {
-    rows_job job = {.out = out, .table = table, .ids = ids, .accumulate = accumulate, .row = embed_one};
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .table = table, .ids = ids,
+                    .accumulate = accumulate, .row = embed_one};
     return run_rows(ctx, &job, out.rows, (double)table->k * 2, err);
 }
 
 static void patch_one(rows_job *job, int64_t i)
 {
-    int64_t grid = job->side / job->patch, picture = i / (grid * grid), cell = i % (grid * grid);
+    const b2_pictures *p = &job->pictures;
+    int64_t across = p->width / job->patch, cells = p->height / job->patch * across;
+    int64_t picture = i / cells, cell = i % cells;
     float *out = job->out.data + i * job->out.ld;
-    for (int64_t c = 0; c < job->channels; c++)
+    for (int64_t c = 0; c < p->channels; c++)
         for (int64_t y = 0; y < job->patch; y++) {
-            int64_t line = (picture * job->channels + c) * job->side + cell / grid * job->patch + y;
-            memcpy(out, job->pixels + line * job->side + cell % grid * job->patch, (size_t)job->patch * sizeof *out);
+            int64_t line = (picture * p->channels + c) * p->height + cell / across * job->patch + y;
+            memcpy(out, p->data + line * p->width + cell % across * job->patch, (size_t)job->patch * sizeof *out);
             out += job->patch;
         }
 }
 
-int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, const float *pixels, int64_t pictures, int64_t channels, int64_t side,
-                   int64_t patch, b2_err *err)
+int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *err)
 {
-    rows_job job = {.out = out, .pixels = pixels, .channels = channels, .side = side, .patch = patch, .row = patch_one};
-    int64_t grid = side / patch;
-    return run_rows(ctx, &job, pictures * grid * grid, (double)out.cols * 0.3, err);
+    rows_job job = {.out = out, .pictures = pictures, .patch = patch, .row = patch_one};
+    return run_rows(ctx, &job, out.rows, (double)out.cols * 0.3, err);
 }
 
 static void copy_one(rows_job *job, int64_t i)

@@ -46,6 +46,45 @@ static void norm_row(float *out, const float *x, const float *gamma, const float
     }
 }
 
+/* As T5LayerNorm: the factor first, the weight second. */
+static void rms_norm_row(float *out, const float *x, const float *gamma, int64_t n, float eps)
+{
+    float factor = 1.0f / sqrtf(row_sum(x, n, 0.0f, 1) / (float)n + eps);
+    int64_t j = 0;
+    for (; j + VW <= n; j += VW) {
+        vf y = v_mul(v_load(x + j), v_set1(factor));
+        v_store(out + j, gamma ? v_mul(y, v_load(gamma + j)) : y);
+    }
+    for (; j < n; j++)
+        out[j] = gamma ? x[j] * factor * gamma[j] : x[j] * factor;
+}
+
+B2_INLINE void gate_all(float *out, const float *gate, const float *up, int64_t n, const b2_act act)
+{
+    int64_t j = 0;
+    for (; j + VW <= n; j += VW)
+        v_store(out + j, v_mul(v_act(v_load(gate + j), act), v_load(up + j)));
+    if (j == n)
+        return;
+    float g[VW] = {0};
+    memcpy(g, gate + j, (size_t)(n - j) * sizeof *g);
+    v_store(g, v_act(v_load(g), act));
+    for (int64_t i = j; i < n; i++)
+        out[i] = g[i - j] * up[i];
+}
+
+static void gate_row(float *out, const float *gate, const float *up, int64_t n, b2_act act)
+{
+    switch (act) {
+    case B2_ACT_NONE: gate_all(out, gate, up, n, B2_ACT_NONE); break;
+    case B2_ACT_GELU_ERF: gate_all(out, gate, up, n, B2_ACT_GELU_ERF); break;
+    case B2_ACT_RELU: gate_all(out, gate, up, n, B2_ACT_RELU); break;
+    case B2_ACT_GELU_TANH: gate_all(out, gate, up, n, B2_ACT_GELU_TANH); break;
+    case B2_ACT_QUICK_GELU: gate_all(out, gate, up, n, B2_ACT_QUICK_GELU); break;
+    case B2_ACT_SILU: gate_all(out, gate, up, n, B2_ACT_SILU); break;
+    }
+}
+
 /* NaN if one is there: then the whole row must become NaN. */
 static float row_max(const float *x, int64_t n)
 {
@@ -184,6 +223,17 @@ static void add_row(float *out, const float *x, int64_t n)
 {
     for (int64_t i = 0; i < n; i++)
         out[i] += x[i];
+}
+
+/* Two products and their sum, each rounded, as torch does it. */
+static void rotate_row(float *restrict a, float *restrict b, const float *restrict cos, const float *restrict sin,
+                       int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        float x = a[i], y = b[i];
+        a[i] = x * cos[i] - y * sin[i];
+        b[i] = y * cos[i] + x * sin[i];
+    }
 }
 
 static void divide_row(float *out, const float *c, int64_t n, float sum)

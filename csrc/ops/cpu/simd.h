@@ -56,6 +56,15 @@ B2_INLINE vf v_load_bf16(const void *p)
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
+/* The first and the second of each pair of bfloat16. */
+B2_INLINE vf v_load_first(const void *p)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
+B2_INLINE vf v_load_second(const void *p)
+{
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000u)));
+}
 /* Rows become columns: r[i][j] <-> r[j][i]. */
 B2_INLINE void v_transpose(vf r[VW])
 {
@@ -133,6 +142,15 @@ B2_INLINE vf v_load_bf16(const void *p)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
+B2_INLINE vf v_load_first(const void *p)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i *)p), 16));
+}
+B2_INLINE vf v_load_second(const void *p)
+{
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_loadu_si256((const __m256i *)p), _mm256_set1_epi32((int)0xffff0000u)));
+}
 B2_INLINE void v_transpose(vf r[VW])
 {
     vf t[VW];
@@ -205,6 +223,18 @@ B2_INLINE vf v_load_bf16(const void *p)
     uint16_t h[4];
     memcpy(h, p, sizeof h);
     return (vf){b2_bf16_to_f32(h[0]), b2_bf16_to_f32(h[1]), b2_bf16_to_f32(h[2]), b2_bf16_to_f32(h[3])};
+}
+B2_INLINE vf v_load_first(const void *p)
+{
+    uint16_t h[8];
+    memcpy(h, p, sizeof h);
+    return (vf){b2_bf16_to_f32(h[0]), b2_bf16_to_f32(h[2]), b2_bf16_to_f32(h[4]), b2_bf16_to_f32(h[6])};
+}
+B2_INLINE vf v_load_second(const void *p)
+{
+    uint16_t h[8];
+    memcpy(h, p, sizeof h);
+    return (vf){b2_bf16_to_f32(h[1]), b2_bf16_to_f32(h[3]), b2_bf16_to_f32(h[5]), b2_bf16_to_f32(h[7])};
 }
 B2_INLINE void v_transpose(vf r[VW])
 {

@@ -1,0 +1,356 @@
+"""`Blip2PreTrainedModel`: a checkpoint as a Python object: loading, saving, dtype, device, copies.
+
+What the models of blip2c.modeling have in common. Options that are not computed here raise UnsupportedError naming the
+option; none is silently dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2c import _core
+from blip2c._core import CheckpointError, UnsupportedError
+from blip2c.batch import dtype_name, is_torch_dtype
+from blip2c.checkpoint import read_json, resolve_files
+from blip2c.config import Blip2Config, core_config
+from blip2c.generation import GenerationConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Options of from_pretrained in transformers, with the values that ask for nothing but what happens here anyway.
+LOADING_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "low_cpu_mem_usage": (None, True, False),
+    "use_safetensors": (None, True),
+    "trust_remote_code": (None, True, False),
+    "attn_implementation": (None, "eager", "sdpa"),
+    "variant": (None,),
+    "load_in_8bit": (None, False),
+    "load_in_4bit": (None, False),
+    "quantization_config": (None,),
+    "offload_folder": (None,),
+    "offload_state_dict": (None, False),
+    "max_memory": (None,),
+    "output_loading_info": (None, False),
+    "ignore_mismatched_sizes": (None, False),
+    "state_dict": (None,),
+    "tp_plan": (None,),
+    "key_mapping": (None,),
+    "device_mesh": (None,),
+    "gguf_file": (None,),
+    "adapter_kwargs": (None,),
+}
+# Where a tied head's values stand, too.
+TOKEN_TABLES = {"language_model.model.decoder.embed_tokens.weight", "language_model.model.embed_tokens.weight"}
+FILE_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
+
+
+def refuse_options(where: str, options: Mapping[str, Any], known: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises TypeError for a name not in `known` and UnsupportedError for a value not in its tuple."""
+    for name, value in options.items():
+        if name not in known:
+            raise TypeError(f"{where} has no option {name}")
+        # Arrays and tensors do not compare to one truth value.
+        plain = isinstance(value, str | bool | int | None)
+        if not any(value is neutral or (plain and value == neutral) for neutral in known[name]):
+            shown = repr(value) if plain else f"<{type(value).__name__}>"
+            raise UnsupportedError(f"{where}: option {name}={shown} is not supported by this version of blip2c")
+
+
+def check_device(device: Any) -> None:
+    """Accepts what means the CPU ("cpu", "auto", {"": "cpu"}, torch.device("cpu")); else UnsupportedError."""
+    places = set(device.values()) if isinstance(device, Mapping) else {device}
+    for place in places:
+        name = str(place).split(":")[0]
+        if name not in ("None", "cpu", "auto", "balanced", "balanced_low_0", "sequential"):
+            raise UnsupportedError(f"device {place!r}: this version of blip2c computes on the CPU only")
+
+
+def _requested_dtype(dtype: Any, torch_dtype: Any) -> str:
+    wanted = torch_dtype if dtype is None else dtype
+    if wanted is None or (isinstance(wanted, str) and wanted == "auto"):
+        return "auto"
+    return dtype_name(wanted)
+
+
+class LanguageModel:
+    """What of `model.language_model` scripts look at: its config and the generation defaults that really count."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.generation_config = GenerationConfig.from_model_config(config)
+
+
+class Blip2PreTrainedModel:
+    """What every model here is: immutable weights in the C part, its config, and the calls scripts make on a module.
+
+    Made by `from_pretrained`. Weights are immutable and may be shared by threads.
+    """
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: Blip2Config, files: list[str], *, dtype: str = "auto") -> None:
+        """config: checked here. files: safetensors paths. dtype: "auto" (as stored), float32, float16 or bfloat16."""
+        self.config = config
+        self._core_config = core_config(config)
+        self._files = [str(file) for file in files]
+        self._core = _core.Model(self._files, self._core_config, dtype)
+        # Keeps a folder of converted weights, where the files no longer hold the values (see `to`).
+        self._converted: tempfile.TemporaryDirectory[str] | None = None
+        # What it goes by. The C part holds matrices that were stored in half precision so, whatever is asked for.
+        self._dtype = self._core.dtype if dtype == "auto" else dtype
+        self._rounded = self._dtype != "float32" and dtype != "auto"
+        self._lock = threading.Lock()
+        self.training = False
+        self.name_or_path = ""
+        self.language_model = LanguageModel(config.text_config)
+        self.generation_config = GenerationConfig.from_model_config(config.text_config)
+        if self._core.unexpected:
+            names = sorted(self._core.unexpected)
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            warnings.warn(f"weights that this architecture does not have were left out: {shown}", stacklevel=3)
+
+    # -- loading and saving --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: Any = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        device: Any = None,
+        device_map: Any = None,
+        **options: Any,
+    ) -> Self:
+        """Load a folder or Hub id; of the latter only json, txt and safetensors files are fetched.
+
+        config: a Blip2Config (blip2c's or transformers') instead of the folder's config.json.
+        dtype (torch_dtype): how matrices are held: None or "auto" as stored, else float32, float16 or bfloat16 as a
+        string, NumPy or torch dtype; arithmetic is float32 always. revision, cache_dir, local_files_only, token,
+        force_download, subfolder: as in huggingface_hub. device, device_map: what means the CPU.
+
+        Raises FileNotFoundError or OSError where there is no checkpoint, CheckpointError where it is damaged or
+        disagrees with its config, UnsupportedError (naming it) for an architecture or option that is not computed here.
+        """
+        from blip2c.hub import pop_hub_options, resolve
+
+        hub = pop_hub_options(options)
+        refuse_options("from_pretrained", options, LOADING_OPTIONS)
+        check_device(device)
+        check_device(device_map)
+        requested = _requested_dtype(dtype, torch_dtype)
+        folder = resolve(pretrained_model_name_or_path, **hub)
+        if config is None:
+            config = Blip2Config.from_pretrained(folder)
+        elif not isinstance(config, Blip2Config):  # transformers' own
+            if not hasattr(config, "to_dict"):
+                raise TypeError(f"config must be a Blip2Config, found {type(config).__name__}")
+            config = Blip2Config.from_dict(config.to_dict())
+        core_config(config)  # refuse what can not be computed before looking for its weights
+        model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested)
+        model.name_or_path = str(pretrained_model_name_or_path)
+        file = folder / "generation_config.json"
+        if file.is_file():
+            values = read_json(file)
+            if not isinstance(values, dict):
+                raise CheckpointError(f"{file}: expected an object, found {type(values).__name__}")
+            model.generation_config = GenerationConfig.from_dict(values)
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write config.json, generation_config.json and model.safetensors, which transformers loads."""
+        refuse_options("save_pretrained", options, {"safe_serialization": (None, True), "push_to_hub": (None, False)})
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_weights(folder / "model.safetensors")
+        values = self.config.to_dict()
+        values["architectures"] = [type(self).__name__]
+        values["dtype"] = self._dtype
+        type(self.config).from_dict(values).save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+
+    def _write_weights(self, path: Path) -> None:
+        weights = {name: _stored_as(array, self._dtype) for name, array in self._core.weights().items()}
+        dtypes = {name: FILE_DTYPES[str(array.dtype)] for name, array in weights.items()}
+        _core.write_safetensors(str(path), weights, dtypes, {"format": "pt"})
+
+    # -- dtype and device ----------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> Any:
+        """What the model goes by and gives tensors in: a torch.dtype where torch is loaded, else its name."""
+        torch = sys.modules.get("torch")
+        return self._dtype if torch is None else getattr(torch, self._dtype)
+
+    @property
+    def device(self) -> Any:
+        """The CPU: a torch.device where torch is loaded, else "cpu"."""
+        torch = sys.modules.get("torch")
+        return "cpu" if torch is None else torch.device("cpu")
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """In place, as in torch: (device), (dtype), (device, dtype), keywords. Returns self.
+
+        A conversion to a narrower dtype rounds the weights for good: `.half().float()` gives float32 matrices of
+        float16 values, as in torch. Load again for the values of the file.
+        """
+        device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+        kwargs.pop("non_blocking", None)
+        if kwargs:
+            raise TypeError(f"to has no option {', '.join(kwargs)}")
+        for argument in args:
+            if (
+                is_torch_dtype(argument)
+                or isinstance(argument, np.dtype | type)
+                or (isinstance(argument, str) and argument in ("float32", "float16", "bfloat16"))
+            ):
+                dtype = argument
+            elif argument is not None:
+                device = argument
+        check_device(device)
+        if dtype is not None:
+            self._convert(dtype_name(dtype))
+        return self
+
+    def _convert(self, dtype: str) -> None:
+        with self._lock:
+            # Arithmetic is float32 always, so widening changes no value and needs no other copy of the weights.
+            if dtype not in ("float32", self._core.dtype):
+                if self._rounded:
+                    self._core, self._converted = self._from_current(dtype)
+                else:
+                    self._core = _core.Model(self._files, self._core_config, dtype)
+                self._rounded = True
+            self._dtype = dtype
+
+    def _from_current(self, dtype: str) -> tuple[_core.Model, tempfile.TemporaryDirectory[str]]:
+        """A model of the weights as they are now, which an earlier conversion rounded away from the files."""
+        folder = tempfile.TemporaryDirectory(prefix="blip2c-")
+        path = Path(folder.name) / "model.safetensors"
+        self._write_weights(path)
+        return _core.Model([str(path)], self._core_config, dtype), folder
+
+    def half(self) -> Self:
+        """to(float16)."""
+        return self.to(dtype="float16")
+
+    def bfloat16(self) -> Self:
+        """to(bfloat16)."""
+        return self.to(dtype="bfloat16")
+
+    def float(self) -> Self:
+        """to(float32)."""
+        return self.to(dtype="float32")
+
+    def cpu(self) -> Self:
+        """It is there already."""
+        return self
+
+    def cuda(self, device: Any = None) -> Self:
+        """Raises UnsupportedError."""
+        return self.to("cuda")
+
+    def eval(self) -> Self:
+        """It always is."""
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """train(False) is eval(); True raises UnsupportedError."""
+        if mode:
+            raise UnsupportedError("train(): this version of blip2c does not train")
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """False is what holds anyway; True raises UnsupportedError."""
+        if requires_grad:
+            raise UnsupportedError("requires_grad_(True): this version of blip2c does not train")
+        return self
+
+    def parameters(self, recurse: bool = True) -> Any:
+        """Raises UnsupportedError: weights are packed in the C part. See `dtype`, `device`, `num_parameters`."""
+        raise UnsupportedError(
+            "parameters(): the weights live packed in the C part; use .dtype, .device, .num_parameters() or"
+            " .save_pretrained(folder)"
+        )
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers the weights are, a tied head counted once."""
+        unexpected = set(self._core.unexpected)
+        sizes: dict[str, int] = {}
+        for path in self._files:
+            file = _core.SafetensorsFile(path)
+            for name in file.names():
+                if name not in unexpected:
+                    sizes[name] = int(np.prod(file.info(name)[1], dtype=np.int64))
+        if self._core_config["text"]["tie_word_embeddings"] and TOKEN_TABLES & sizes.keys():
+            sizes.pop("language_model.lm_head.weight", None)
+        return sum(sizes.values())
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None) -> None:
+        """Nothing where the vocabulary has that size already; UnsupportedError where rows would be made up."""
+        size = int(self._core_config["text"]["vocab_size"])
+        wanted = size if new_num_tokens is None else int(new_num_tokens)
+        if pad_to_multiple_of is not None:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != size:
+            raise UnsupportedError(
+                f"resize_token_embeddings: {wanted} tokens are asked for, the vocabulary has {size}; new rows would be"
+                " random (checkpoints without an image token work as they are: the picture is put in front)"
+            )
+
+    def __copy__(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _lock=threading.Lock())
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = copy.copy(self)  # weights are immutable, so they are shared
+        memo[id(self)] = twin
+        for name in ("config", "generation_config", "language_model"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        return twin
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} can not be pickled: its weights live in the C part; call from_pretrained() in each"
+            " process"
+        )
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of all weights as held."""
+        return int(self._core.nbytes)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name_or_path!r}, dtype={self._dtype}, {self._core.nbytes / 1e6:.1f} MB,"
+            f" text={self.config.text_config.model_type})"
+        )
+
+
+def _stored_as(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """A weight for a file of `dtype` (bfloat16 as its bits in uint16), as narrow as that goes without losing a bit."""
+    if dtype == "float32":
+        if array.dtype == np.uint16:
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array.astype(np.float32)
+    if array.dtype != np.float32:
+        return array
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            narrow: NDArray[Any] = array.astype(np.float16)
+        return narrow if np.array_equal(narrow.astype(np.float32), array) else array
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    return (bits >> 16).astype(np.uint16) if not (bits & 0xFFFF).any() else array

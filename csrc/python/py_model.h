@@ -1,0 +1,56 @@
+/* What the files behind blip2c._core.Model share: py_model.c (life, generation), py_weights.c and py_stages.c (its parts one
+ * by one: encode, forward). */
+#ifndef B2_PY_MODEL_H
+#define B2_PY_MODEL_H
+
+#include "python/py_common.h"
+
+#include "model/session.h"
+
+/* NULL with RuntimeError before __init__ has succeeded. */
+const b2_blip2 *b2py_loaded_model(PyObject *self);
+
+/* A context for one call: its own scratch, the module's threads. begin releases the GIL, end takes it back. */
+typedef struct b2py_run {
+    b2py_call call;
+    b2_arena arena;
+    b2_ctx ctx;
+    b2_err err;
+} b2py_run;
+
+void b2py_run_begin(b2py_run *run, PyObject *self, b2_tap *tap);
+/* 0, or -1 with the exception set. */
+int b2py_run_end(b2py_run *run, PyObject *self, int status);
+
+/* The arrays behind a b2_rows_in. */
+typedef struct b2py_rows {
+    PyArrayObject *features, *ids, *offsets, *mask, *decoder_ids, *decoder_offsets, *decoder_mask;
+} b2py_rows;
+
+/* What a caller handed over for b2_rows_in: borrowed references, NULL or None where there is nothing. */
+typedef struct b2py_row_objects {
+    PyObject *features, *ids, *offsets, *mask, *decoder_ids, *decoder_offsets, *decoder_mask;
+} b2py_row_objects;
+
+int b2py_read_rows(b2py_rows *arrays, b2_rows_in *in, const b2_blip2 *model, const b2py_row_objects *objects);
+void b2py_rows_release(b2py_rows *arrays);
+
+/* Methods of Model in py_stages.c. */
+PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_vision(PyObject *self, PyObject *object);
+PyObject *b2py_model_read(PyObject *self, PyObject *object);
+PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_project(PyObject *self, PyObject *object);
+PyObject *b2py_model_embed(PyObject *self, PyObject *object);
+
+/* py_weights.c: the weights as arrays and as a packed file, and what they are held as. */
+PyObject *b2py_model_weights(PyObject *self, PyObject *ignored);
+PyObject *b2py_model_save_packed(PyObject *self, PyObject *args);
+PyObject *b2py_model_dtype(PyObject *self, void *closure);
+PyObject *b2py_model_dtypes(PyObject *self, void *closure);
+PyObject *b2py_model_policies(PyObject *self, void *closure);
+PyObject *b2py_model_parameters(PyObject *self, void *closure);
+PyObject *b2py_model_nbytes(PyObject *self, void *closure);
+
+#endif

@@ -1,0 +1,535 @@
+/* blip2c._core.Model, part by part: encode and its stages, the language model's forward, and what can be watched in them
+ * (hidden states, attention weights). The arrays that are given back are made before the GIL is released. */
+#include "python/py_model.h"
+
+#include <string.h>
+
+#include "core/memory.h"
+
+static b2py_state *state_of(PyObject *self)
+{
+    return b2py_state_of_type(Py_TYPE(self));
+}
+
+/* ---- watching ---- */
+
+/* The arrays of one stage, filled group by group as its layers report. */
+typedef struct track {
+    const char *stage;
+    const char *key;      /* of the result */
+    int count;            /* arrays */
+    int stride;           /* layer i fills array i / stride */
+    PyObject *arrays;     /* list of float32 arrays, owned */
+    float **data;         /* [count], owned */
+    int64_t *filled;      /* [count + 1], owned: floats so far; one more for what follows the last norm */
+    int64_t size;         /* floats of an array */
+} track;
+
+enum { MOST_TRACKS = 8 };
+
+typedef struct recorder {
+    b2_tap tap; /* first */
+    track hidden[MOST_TRACKS], attention[MOST_TRACKS];
+    int hidden_count, attention_count;
+} recorder;
+
+static track *find_track(track *tracks, int count, const char *stage)
+{
+    for (int i = 0; i < count; i++)
+        if (strcmp(tracks[i].stage, stage) == 0)
+            return &tracks[i];
+    return NULL;
+}
+
+/* Where the next `size` floats of a layer go. The states behind the final norm (layer = count) replace those before it:
+ * transformers' last hidden states are normalised. */
+static float *next_floats(track *t, int layer, int64_t size, b2_err *err)
+{
+    int at = layer / t->stride, array = at < t->count ? at : t->count - 1;
+    if (layer < 0 || at > t->count || t->filled[at] + size > t->size) {
+        b2_fail(err, B2_E_INTERNAL, "%s: layer %d does not fit what was planned for", t->key, layer);
+        return NULL;
+    }
+    float *to = t->data[array] + t->filled[at];
+    t->filled[at] += size;
+    return to;
+}
+
+static int record_hidden(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err)
+{
+    recorder *r = (recorder *)tap;
+    track *t = find_track(r->hidden, r->hidden_count, stage);
+    float *to = t ? next_floats(t, layer, hidden.rows * hidden.cols, err) : NULL;
+    if (t && !to)
+        return -1;
+    for (int64_t i = 0; t && i < hidden.rows; i++)
+        memcpy(to + i * hidden.cols, hidden.data + i * hidden.ld, (size_t)hidden.cols * sizeof *to);
+    return 0;
+}
+
+static int record_attention(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, const b2_attention_args *args,
+                            b2_err *err)
+{
+    recorder *r = (recorder *)tap;
+    track *t = find_track(r->attention, r->attention_count, stage);
+    if (!t)
+        return 0;
+    int64_t size = 0;
+    for (int64_t b = 0; b < args->rows; b++) {
+        int64_t keys = (int64_t)args->prefix_lens[b] + (args->suffix_lens ? args->suffix_lens[b] : 0);
+        size += args->heads * ((int64_t)args->q_offsets[b + 1] - args->q_offsets[b]) * keys;
+    }
+    float *to = next_floats(t, layer, size, err);
+    return to ? b2_attention_weights(ctx, to, args, err) : -1;
+}
+
+static void release_tracks(track *tracks, int count)
+{
+    for (int i = 0; i < count; i++) {
+        Py_XDECREF(tracks[i].arrays);
+        b2_free(tracks[i].data);
+        b2_free(tracks[i].filled);
+    }
+}
+
+static void recorder_release(recorder *r)
+{
+    release_tracks(r->hidden, r->hidden_count);
+    release_tracks(r->attention, r->attention_count);
+    r->hidden_count = r->attention_count = 0;
+}
+
+/* tracks[*count] gets its arrays; 0, or -1 with the exception set (recorder_release frees what there is). */
+static int add_track(track *tracks, int *count, b2py_state *state, track plan, int ndim, npy_intp *shape)
+{
+    b2_err err = {0};
+    track *t = &tracks[(*count)++];
+    *t = plan;
+    t->size = PyArray_MultiplyList(shape, ndim);
+    t->data = b2_alloc_zeroed((size_t)t->count, sizeof *t->data, t->key, &err);
+    t->filled = b2_alloc_zeroed((size_t)t->count + 1, sizeof *t->filled, t->key, &err);
+    if (!t->data || !t->filled) {
+        b2py_raise(state, &err);
+        return -1;
+    }
+    if (!(t->arrays = PyList_New(0)))
+        return -1;
+    for (int i = 0; i < t->count; i++) {
+        PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
+        if (!array || PyList_Append(t->arrays, array) < 0) {
+            Py_XDECREF(array);
+            return -1;
+        }
+        t->data[i] = PyArray_DATA((PyArrayObject *)array);
+        Py_DECREF(array);
+    }
+    return 0;
+}
+
+/* What to watch. */
+typedef struct wishes {
+    int hidden_states, attentions;
+} wishes;
+
+static int watch_hidden(recorder *r, b2py_state *state, const char *stage, const char *key, int layers, int ndim,
+                        npy_intp *shape)
+{
+    track plan = {.stage = stage, .key = key, .count = layers + 1, .stride = 1};
+    return add_track(r->hidden, &r->hidden_count, state, plan, ndim, shape);
+}
+
+static int watch_attention(recorder *r, b2py_state *state, const char *stage, const char *key, int layers, int stride,
+                           npy_intp *shape)
+{
+    track plan = {.stage = stage, .key = key, .count = (layers + stride - 1) / stride, .stride = stride};
+    return add_track(r->attention, &r->attention_count, state, plan, 4, shape);
+}
+
+static b2_tap *recorder_tap(recorder *r)
+{
+    r->tap = (b2_tap){record_hidden, r->attention_count > 0 ? record_attention : NULL};
+    return r->hidden_count + r->attention_count > 0 ? &r->tap : NULL;
+}
+
+static int recorder_result(const recorder *r, PyObject *result)
+{
+    for (int i = 0; i < r->hidden_count; i++)
+        if (PyDict_SetItemString(result, r->hidden[i].key, r->hidden[i].arrays) < 0)
+            return -1;
+    for (int i = 0; i < r->attention_count; i++)
+        if (PyDict_SetItemString(result, r->attention[i].key, r->attention[i].arrays) < 0)
+            return -1;
+    return 0;
+}
+
+/* ---- pictures ---- */
+
+static PyObject *new_float_array(int ndim, npy_intp *shape, b2_tensor *view)
+{
+    PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
+    if (!array)
+        return NULL;
+    int64_t rows = PyArray_MultiplyList(shape, ndim - 1);
+    *view = b2_tensor_of(PyArray_DATA((PyArrayObject *)array), rows, shape[ndim - 1]);
+    return array;
+}
+
+/* What the encoder reads: pixels, or the image embeddings that it would make of them. */
+typedef struct picture_input {
+    PyArrayObject *array;  /* owned */
+    b2_pictures pictures;  /* data NULL: embeddings */
+    int64_t tokens;        /* T of a picture */
+} picture_input;
+
+static int read_pixels(picture_input *in, PyObject *object, const b2_vit_config *c, int interpolate)
+{
+    if (!(in->array = b2py_array(object, "pixel_values", NPY_FLOAT32, 4)))
+        return -1;
+    npy_intp *shape = PyArray_DIMS(in->array);
+    int fits = interpolate ? shape[2] >= c->patch_size && shape[3] >= c->patch_size
+                           : shape[2] == c->image_size && shape[3] == c->image_size;
+    if (shape[1] != c->num_channels || !fits) {
+        int64_t side = interpolate ? c->patch_size : c->image_size;
+        PyErr_Format(PyExc_ValueError, "pixel_values: expected shape [batch, %lld, %s%lld, %s%lld] for this model, "
+                     "found [%zd, %zd, %zd, %zd]", (long long)c->num_channels, interpolate ? ">= " : "",
+                     (long long)side, interpolate ? ">= " : "", (long long)side, shape[0], shape[1], shape[2], shape[3]);
+        return -1;
+    }
+    in->pictures = (b2_pictures){PyArray_DATA(in->array), shape[0], shape[1], shape[2], shape[3]};
+    in->tokens = b2_vit_tokens(c, shape[2], shape[3]);
+    return 0;
+}
+
+static int read_embeds(picture_input *in, PyObject *object, const b2_vit_config *c)
+{
+    if (!(in->array = b2py_array(object, "image_embeds", NPY_FLOAT32, 3)))
+        return -1;
+    npy_intp *shape = PyArray_DIMS(in->array);
+    if (shape[1] < 1 || shape[2] != c->hidden_size) {
+        PyErr_Format(PyExc_ValueError, "image_embeds: expected shape [batch, tokens, %lld], found [%zd, %zd, %zd]",
+                     (long long)c->hidden_size, shape[0], shape[1], shape[2]);
+        return -1;
+    }
+    in->pictures = (b2_pictures){.count = shape[0]};
+    in->tokens = shape[1];
+    return 0;
+}
+
+/* The arrays of encode. */
+typedef struct stages {
+    PyObject *vision, *pooled, *qformer, *features; /* owned; NULL where not wanted */
+    b2_encoded out;
+    recorder recorder;
+} stages;
+
+static void stages_release(stages *s)
+{
+    Py_XDECREF(s->vision);
+    Py_XDECREF(s->pooled);
+    Py_XDECREF(s->qformer);
+    Py_XDECREF(s->features);
+    recorder_release(&s->recorder);
+}
+
+static int watch_vision(stages *s, b2py_state *state, const b2_vit_config *c, npy_intp *shape, wishes w)
+{
+    npy_intp weights[] = {shape[0], c->num_attention_heads, shape[1], shape[1]};
+    if (w.hidden_states && watch_hidden(&s->recorder, state, "vision", "vision_hidden_states", c->num_hidden_layers, 3,
+                                        shape) < 0)
+        return -1;
+    return w.attentions ? watch_attention(&s->recorder, state, "vision", "vision_attentions", c->num_hidden_layers, 1,
+                                          weights)
+                        : 0;
+}
+
+static int watch_qformer(stages *s, b2py_state *state, const b2_qformer_config *c, npy_intp *shape, int64_t tokens,
+                         wishes w)
+{
+    npy_intp self[] = {shape[0], c->num_attention_heads, shape[1], shape[1]};
+    npy_intp cross[] = {shape[0], c->num_attention_heads, shape[1], tokens};
+    int layers = c->num_hidden_layers;
+    if (w.hidden_states &&
+        watch_hidden(&s->recorder, state, "qformer", "qformer_hidden_states", layers, 3, shape) < 0)
+        return -1;
+    if (!w.attentions)
+        return 0;
+    return watch_attention(&s->recorder, state, "qformer", "qformer_attentions", layers, 1, self) < 0 ||
+                   watch_attention(&s->recorder, state, "qformer_cross", "qformer_cross_attentions", layers,
+                                   c->cross_attention_frequency, cross) < 0
+               ? -1
+               : 0;
+}
+
+/* "vision", "pooled" and the Q-Former's arrays, each where it is to be computed. */
+static int stages_make(stages *s, b2py_state *state, const b2_blip2 *model, const picture_input *in, int with_qformer,
+                       wishes w)
+{
+    const b2_qformer_config *q = &model->qformer.config;
+    npy_intp count = in->pictures.count, width = model->vit.config.hidden_size;
+    npy_intp vision[] = {count, in->tokens, width}, pooled[] = {count, width};
+    npy_intp qformer[] = {count, q->num_query_tokens, q->hidden_size};
+    npy_intp features[] = {count, q->num_query_tokens, model->lm->config.hidden_size};
+    if (in->pictures.data) {
+        if (!(s->vision = new_float_array(3, vision, &s->out.vision)) ||
+            !(s->pooled = new_float_array(2, pooled, &s->out.pooled)) ||
+            watch_vision(s, state, &model->vit.config, vision, w) < 0)
+            return -1;
+    } else {
+        s->out.vision = b2_tensor_of(PyArray_DATA(in->array), count * in->tokens, width);
+    }
+    if (!with_qformer)
+        return 0;
+    if (!(s->qformer = new_float_array(3, qformer, &s->out.qformer)) ||
+        !(s->features = new_float_array(3, features, &s->out.features)))
+        return -1;
+    return watch_qformer(s, state, q, qformer, in->tokens, w);
+}
+
+static PyObject *stages_result(const stages *s)
+{
+    struct {
+        const char *key;
+        PyObject *array;
+    } parts[] = {{"vision", s->vision}, {"pooled", s->pooled}, {"qformer", s->qformer}, {"image_features", s->features}};
+    PyObject *result = PyDict_New();
+    for (size_t i = 0; result && i < sizeof parts / sizeof *parts; i++)
+        if (parts[i].array && PyDict_SetItemString(result, parts[i].key, parts[i].array) < 0)
+            Py_CLEAR(result);
+    if (result && recorder_result(&s->recorder, result) < 0)
+        Py_CLEAR(result);
+    return result;
+}
+
+PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"pixel_values", "hidden_states", "attentions", "interpolate", "image_embeds", "qformer", NULL};
+    const b2_blip2 *model = b2py_loaded_model(self);
+    PyObject *pixels = Py_None, *embeds = Py_None, *result = NULL;
+    int interpolate = 0, with_qformer = 1;
+    wishes w = {0};
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OpppOp", names, &pixels, &w.hidden_states, &w.attentions,
+                                               &interpolate, &embeds, &with_qformer))
+        return NULL;
+    if ((pixels == Py_None) == (embeds == Py_None)) {
+        PyErr_SetString(PyExc_ValueError, "encode_stages: expected one of pixel_values and image_embeds");
+        return NULL;
+    }
+    stages s = {0};
+    picture_input in = {0};
+    int status = embeds == Py_None ? read_pixels(&in, pixels, &model->vit.config, interpolate)
+                                   : read_embeds(&in, embeds, &model->vit.config);
+    if (status == 0)
+        status = stages_make(&s, state_of(self), model, &in, with_qformer, w);
+    if (status == 0) {
+        b2py_run r;
+        b2py_run_begin(&r, self, recorder_tap(&s.recorder));
+        status = b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, &s.out, in.pictures, &r.err));
+    }
+    if (status == 0)
+        result = stages_result(&s);
+    stages_release(&s);
+    Py_XDECREF(in.array);
+    return result;
+}
+
+/* One array of a plain run: `view` points into `out` where its result goes. */
+static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input *in, PyObject *array,
+                            const b2_encoded *out)
+{
+    if (array) {
+        b2py_run r;
+        b2py_run_begin(&r, self, NULL);
+        if (b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, out, in->pictures, &r.err)) < 0)
+            Py_CLEAR(array);
+    }
+    Py_XDECREF(in->array);
+    return array;
+}
+
+static PyObject *new_features(const b2_blip2 *model, int64_t pictures, b2_tensor *view)
+{
+    npy_intp shape[] = {pictures, model->qformer.config.num_query_tokens, model->lm->config.hidden_size};
+    return new_float_array(3, shape, view);
+}
+
+PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"pixel_values", "interpolate", NULL};
+    const b2_blip2 *model = b2py_loaded_model(self);
+    PyObject *object, *features = NULL;
+    int interpolate = 0;
+    picture_input in = {0};
+    b2_encoded out = {0};
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &object, &interpolate))
+        return NULL;
+    if (read_pixels(&in, object, &model->vit.config, interpolate) == 0)
+        features = new_features(model, in.pictures.count, &out.features);
+    return encode_one(self, model, &in, features, &out);
+}
+
+PyObject *b2py_model_vision(PyObject *self, PyObject *object)
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    picture_input in = {0};
+    b2_encoded out = {0};
+    PyObject *hidden = NULL;
+    if (!model)
+        return NULL;
+    if (read_pixels(&in, object, &model->vit.config, 0) == 0) {
+        npy_intp shape[] = {in.pictures.count, in.tokens, model->vit.config.hidden_size};
+        hidden = new_float_array(3, shape, &out.vision);
+    }
+    return encode_one(self, model, &in, hidden, &out);
+}
+
+PyObject *b2py_model_read(PyObject *self, PyObject *object)
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    picture_input in = {0};
+    b2_encoded out = {0};
+    PyObject *features = NULL;
+    if (!model)
+        return NULL;
+    if (read_embeds(&in, object, &model->vit.config) == 0) {
+        out.vision = b2_tensor_of(PyArray_DATA(in.array), in.pictures.count * in.tokens, model->vit.config.hidden_size);
+        features = new_features(model, in.pictures.count, &out.features);
+    }
+    return encode_one(self, model, &in, features, &out);
+}
+
+/* ---- the language model ---- */
+
+/* Tokens of each row where all have the same number, which is what attention weights need; -1 with the exception set. */
+static int64_t equal_length(const char *what, const int64_t *offsets, int64_t rows)
+{
+    for (int64_t b = 1; b < rows; b++)
+        if (offsets[b + 1] - offsets[b] != offsets[1] - offsets[0]) {
+            PyErr_Format(PyExc_ValueError, "attentions: expected %s of one length, row 0 has %lld, row %lld has %lld",
+                         what, (long long)(offsets[1] - offsets[0]), (long long)b,
+                         (long long)(offsets[b + 1] - offsets[b]));
+            return -1;
+        }
+    return rows > 0 ? offsets[1] - offsets[0] : 0;
+}
+
+/* Prompts and decoder rows of an encoder-decoder; `queries` and `keys` are the rows' lengths. */
+static int watch_language(recorder *r, b2py_state *state, const b2_lm *lm, const b2_rows_in *in, wishes w)
+{
+    int decoder = lm->class_->encode != NULL, layers = lm->kv_layers, heads = lm->config.num_attention_heads;
+    const char *stage = decoder ? "decoder" : "language_model";
+    const int64_t *offsets = decoder ? in->decoder_offsets : in->offsets;
+    npy_intp hidden[] = {offsets[in->rows], lm->config.hidden_size};
+    npy_intp encoder_hidden[] = {in->offsets[in->rows], lm->config.hidden_size};
+    if (w.hidden_states &&
+        (watch_hidden(r, state, stage, decoder ? "decoder_hidden_states" : "hidden_states", layers, 2, hidden) < 0 ||
+         (decoder && watch_hidden(r, state, "encoder", "encoder_hidden_states", lm->config.num_hidden_layers, 2,
+                                  encoder_hidden) < 0)))
+        return -1;
+    if (!w.attentions)
+        return 0;
+    npy_intp queries = equal_length(decoder ? "decoder rows" : "rows", offsets, in->rows);
+    npy_intp keys = queries < 0 ? -1 : equal_length("rows", in->offsets, in->rows);
+    npy_intp self[] = {in->rows, heads, queries, queries}, cross[] = {in->rows, heads, queries, keys};
+    npy_intp encoder[] = {in->rows, heads, keys, keys};
+    if (keys < 0 ||
+        watch_attention(r, state, stage, decoder ? "decoder_attentions" : "attentions", layers, 1, self) < 0)
+        return -1;
+    if (!decoder)
+        return 0;
+    return watch_attention(r, state, "decoder_cross", "cross_attentions", layers, 1, cross) < 0 ||
+                   watch_attention(r, state, "encoder", "encoder_attentions", lm->config.num_hidden_layers, 1,
+                                   encoder) < 0
+               ? -1
+               : 0;
+}
+
+static PyObject *run_forward(PyObject *self, const b2_blip2 *model, const b2_rows_in *in, wishes w)
+{
+    const int64_t *offsets = model->lm->class_->encode ? in->decoder_offsets : in->offsets;
+    npy_intp shape[] = {offsets[in->rows], model->lm->config.vocab_size};
+    recorder r = {0};
+    b2_tensor view;
+    PyObject *logits = NULL, *result = NULL;
+    if (watch_language(&r, state_of(self), model->lm, in, w) == 0 && (logits = new_float_array(2, shape, &view))) {
+        b2py_run run;
+        b2py_run_begin(&run, self, recorder_tap(&r));
+        int status = b2_session_forward(&run.ctx, model, in, view, &run.err);
+        if (b2py_run_end(&run, self, status) == 0)
+            result = Py_BuildValue("{s:O}", "logits", logits);
+    }
+    if (result && recorder_result(&r, result) < 0)
+        Py_CLEAR(result);
+    Py_XDECREF(logits);
+    recorder_release(&r);
+    return result;
+}
+
+PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"image_features", "ids", "offsets", "mask", "hidden_states", "attentions", "decoder_ids",
+                            "decoder_offsets", "decoder_mask", NULL};
+    const b2_blip2 *model = b2py_loaded_model(self);
+    b2py_row_objects o = {0};
+    wishes w = {0};
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OppOOO", names, &o.features, &o.ids, &o.offsets,
+                                               &o.mask, &w.hidden_states, &w.attentions, &o.decoder_ids,
+                                               &o.decoder_offsets, &o.decoder_mask))
+        return NULL;
+    b2py_rows arrays;
+    b2_rows_in in;
+    PyObject *result = NULL;
+    if (b2py_read_rows(&arrays, &in, model, &o) == 0)
+        result = run_forward(self, model, &in, w);
+    b2py_rows_release(&arrays);
+    return result;
+}
+
+/* ---- small parts ---- */
+
+PyObject *b2py_model_project(PyObject *self, PyObject *object)
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    PyArrayObject *x = model ? b2py_array(object, "x", NPY_FLOAT32, 2) : NULL;
+    if (!x)
+        return NULL;
+    npy_intp rows = PyArray_DIM(x, 0), width = PyArray_DIM(x, 1);
+    npy_intp shape[] = {rows, model->lm->config.hidden_size};
+    b2_tensor view;
+    PyObject *out = new_float_array(2, shape, &view);
+    if (out) {
+        b2py_run r;
+        b2py_run_begin(&r, self, NULL);
+        int status = b2_blip2_project(&r.ctx, model, view, b2_tensor_of(PyArray_DATA(x), rows, width), &r.err);
+        if (b2py_run_end(&r, self, status) < 0)
+            Py_CLEAR(out);
+    }
+    Py_DECREF(x);
+    return out;
+}
+
+PyObject *b2py_model_embed(PyObject *self, PyObject *object)
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    PyArrayObject *ids = model ? b2py_array(object, "ids", NPY_INT32, 1) : NULL;
+    if (!ids)
+        return NULL;
+    const int32_t *id = PyArray_DATA(ids);
+    npy_intp shape[] = {PyArray_DIM(ids, 0), model->lm->config.hidden_size};
+    b2_tensor view;
+    PyObject *out = NULL;
+    npy_intp negative = 0;
+    while (negative < shape[0] && id[negative] >= 0)
+        negative++;
+    if (negative < shape[0])
+        PyErr_Format(PyExc_IndexError, "ids[%zd] is %d, expected a token", negative, (int)id[negative]);
+    else
+        out = new_float_array(2, shape, &view);
+    if (out) {
+        b2py_run r;
+        b2py_run_begin(&r, self, NULL);
+        if (b2py_run_end(&r, self, model->lm->class_->embed(&r.ctx, model->lm, view, id, &r.err)) < 0)
+            Py_CLEAR(out);
+    }
+    Py_DECREF(ids);
+    return out;
+}
