@@ -23,6 +23,9 @@ ISA_FLAGS = {
     "csrc/ops/cpu/kernels_avx2.c": AVX2,
     "csrc/ops/cpu/kernels_avx512.c": AVX512,
     "csrc/ops/cpu/quads_avx2.c": AVX2,
+    "csrc/ops/cpu/quad_tiles_avx2.c": AVX2,
+    "csrc/ops/cpu/quad_tiles_avx512.c": AVX512,
+    "csrc/ops/cpu/quad_tiles_vnni.c": [*AVX512, "-mavx512vnni"],
     "csrc/ops/cpu/quads_vnni.c": [*AVX512, "-mavx512vnni"],
     "csrc/ops/cpu/pairs_bf16.c": AVX512,
 }

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
     from blip2c.modeling import Blip2ForConditionalGeneration
+    from blip2c.packed import quantize
     from blip2c.processing import AutoProcessor, Blip2Processor
     from blip2c.tokenizer import Blip2Tokenizer
 
@@ -52,6 +53,7 @@ _LAZY = {
     "PictureError": "images",
     "load": "api",
     "load_image": "images",
+    "quantize": "packed",
     "sample_path": "api",
 }
 
@@ -79,6 +81,7 @@ __all__ = [
     "kernels",
     "load",
     "load_image",
+    "quantize",
     "sample_path",
     "set_num_threads",
 ]

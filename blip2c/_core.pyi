@@ -17,6 +17,16 @@ def set_num_threads(n: int, /) -> None: ...
 def _allocation_count() -> int: ...
 def _fail_allocation_after(countdown: int, /) -> None: ...
 
+PackedTexts = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8] | None]
+"""ids [N], offsets [B + 1] (text b is ids[offsets[b]:offsets[b+1]]), mask [N] (0: a pad) or None."""
+
+PACKED_VERSION: str
+"""Of the layout of packed files."""
+
+def _policies(dtype: str | dict[str, str], /) -> str: ...
+
+"""How a dtype holds each part: "vision=int8,qformer=half,language=int4"."""
+
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
@@ -48,11 +58,14 @@ class Model:
     """Bytes of all weights as held."""
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
-    def read(self, image_embeds: NDArray[np.float32]) -> NDArray[np.float32]: ...
-    """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone."""
-    def encode(self, pixel_values: NDArray[np.float32], interpolate: bool = False) -> NDArray[np.float32]: ...
+    def read(self, image_embeds: NDArray[np.float32], text: PackedTexts | None = None) -> NDArray[np.float32]: ...
+    """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone. text: what the Q-Former
+    reads beside each picture, where it reads one (InstructBLIP)."""
+    def encode(
+        self, pixel_values: NDArray[np.float32], interpolate: bool = False, text: PackedTexts | None = None
+    ) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection. interpolate: pictures of any size,
-    [B, 3, height, width] of at least a patch, through interpolated positions."""
+    [B, 3, height, width] of at least a patch, through interpolated positions. text: as in read()."""
     def encode_stages(
         self,
         pixel_values: NDArray[np.float32] | None = None,
@@ -61,11 +74,14 @@ class Model:
         interpolate: bool = False,
         image_embeds: NDArray[np.float32] | None = None,
         qformer: bool = True,
+        text: PackedTexts | None = None,
     ) -> dict[str, Any]: ...
     """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
     "image_features": [B, Q, D_lm]}; when asked, lists "vision_hidden_states", "qformer_hidden_states" (layers + 1) and
     "vision_attentions" [B, H, T, T], "qformer_attentions" [B, H, Q, Q], "qformer_cross_attentions" [B, H, Q, T].
-    image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone."""
+    image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone. text: as in
+    read(); those of one length N can be watched as well: "qformer_text_hidden_states" and "qformer_text_attentions"
+    [B, H, N, Q + N], and the queries' attentions are [B, H, Q, Q + N]."""
     def forward(
         self,
         image_features: NDArray[np.float32] | None,
@@ -97,9 +113,14 @@ class Model:
         mask: NDArray[np.uint8] | None,
         rule_ids: NDArray[np.int32],
         options: Mapping[str, Any],
+        decoder_ids: NDArray[np.int32] | None = None,
+        decoder_offsets: NDArray[np.int64] | None = None,
+        decoder_mask: NDArray[np.uint8] | None = None,
     ) -> dict[str, Any]: ...
-    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has
-    -1, or -1 where there is none). options: every key of b2_generate_opts, see blip2c.generation.core_options().
+    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has -1, or -1 where
+    there is none; of an encoder-decoder the decoder's). options: every key of b2_generate_opts, see
+    blip2c.generation.core_options().
+
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
     "kv_bytes": int, "step_allocations": int}."""
     def weights(self) -> dict[str, NDArray[Any]]: ...
@@ -156,8 +177,10 @@ def apply_rules(
     /,
 ) -> NDArray[np.float32]: ...
 
-"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V]. ids [n, t]: prompt_length ids of
-the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the repetition penalty does not see."""
+"""The RULES from `first` to before `end` (None: to the last) on a copy of scores [n, V].
+
+ids [n, t]: prompt_length ids of the prompt (< 0: an image feature), then new tokens; skip [n]: leading ids that the
+repetition penalty does not see. NumericError if warpers would meet NaN or +Inf."""
 
 # kernels: see blip2c.kernels
 def _pack_weight(weight: NDArray[Any], dtype: str | None, pairs: bool, /) -> Any: ...
@@ -224,3 +247,4 @@ def _attention(
     /,
 ) -> NDArray[np.float32]: ...
 def _fma_peak() -> float: ...
+def _int8_peak() -> float: ...

@@ -18,6 +18,7 @@ from blip2c._core import CheckpointError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+PACKED_WEIGHTS = "model.blip2c.safetensors"
 CONFIG = "config.json"
 MAX_JSON_BYTES = 64 * 1024 * 1024
 # What a folder with weights in formats that need unpickling, or another program, looks like.
@@ -101,18 +102,24 @@ def _kind(value: object) -> str:
 def resolve_files(folder: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files that hold the folder's weights, in the order of their names.
 
-    model.safetensors if it is there, else the shards of model.safetensors.index.json (upstream:
-    transformers.modeling_utils, which looks in the same order). Of a sharded checkpoint the headers are read: every key
-    of the index must be in the shard that is named for it, and in no other. Tensors that the index does not list are
-    reported with a UserWarning and stay: what the model does not know it reports again.
+    model.blip2c.safetensors (packed, see blip2c.packed) or model.safetensors if it is there, else the shards of
+    model.safetensors.index.json (upstream: transformers.modeling_utils, which looks in the same order). Of a sharded
+    checkpoint the headers are read: every key of the index must be in the shard that is named for it, and in no other.
+    Tensors that the index does not list are reported with a UserWarning and stay: what the model does not know it
+    reports again.
 
     Raises:
         FileNotFoundError: no folder, no weights in it (says what was looked for and what is there instead), or a shard
             is missing.
-        CheckpointError: the index or a shard breaks a rule.
+        CheckpointError: the index or a shard breaks a rule, or there are packed and plain weights.
     """
     folder = Path(folder)
     _require_folder(folder)
+    if (folder / PACKED_WEIGHTS).exists():
+        plain = [name for name in (WEIGHTS, WEIGHTS_INDEX) if (folder / name).exists()]
+        if plain:
+            raise CheckpointError(f"{folder}: holds {PACKED_WEIGHTS} and {plain[0]}: one folder, one model")
+        return [folder / PACKED_WEIGHTS]
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if (folder / WEIGHTS_INDEX).exists():

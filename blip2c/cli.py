@@ -1,4 +1,4 @@
-"""The command line: blip2c caption PICTURE_OR_FOLDER..., blip2c ask PICTURE QUESTION, blip2c info [MODEL].
+"""The command line: blip2c caption PICTURE_OR_FOLDER..., ask PICTURE QUESTION, info [MODEL], quantize MODEL OUT, cache.
 
 Results go to stdout, one line a picture (or a JSON object a line with --json), everything else to stderr. Exit codes:
 0 all went well, 1 some pictures failed, 2 wrong usage or a model that can not be loaded, 130 interrupted.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,15 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, found {text!r}")
     return value
+
+
+def _dtype(text: str) -> Any:
+    from blip2c.dtypes import parse_dtype
+
+    try:
+        return parse_dtype(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,6 +67,24 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("model", nargs="?", metavar="MODEL", help="folder or Hub id (default: the sample inside)")
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.add_argument("--local-files-only", action="store_true", help="never go to the Hub")
+
+    what = "write a copy of a model with packed, quantised weights, which loads at once"
+    quantize = commands.add_parser(
+        "quantize", help="make a model small and fast to load", description=what.capitalize()
+    )
+    quantize.add_argument("model", metavar="MODEL", help="folder or Hub id of a plain checkpoint")
+    quantize.add_argument("out", metavar="OUT", help="the folder to write")
+    quantize.add_argument(
+        "--dtype", type=_dtype, default="int8", help='default int8; "int4", "vision=int8,language=int4"'
+    )
+    quantize.add_argument("--revision", help="branch, tag or commit on the Hub")
+    quantize.add_argument("--local-files-only", action="store_true", help="never go to the Hub")
+    quantize.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
+
+    cache = commands.add_parser(
+        "cache", help="packed weights kept for the next load", description="Packed weights kept for the next load."
+    )
+    cache.add_argument("--clear", action="store_true", help="remove them")
     return parser
 
 
@@ -65,7 +93,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", help="folder or Hub id (default: the small sample inside the package)")
     group.add_argument("--revision", help="branch, tag or commit on the Hub")
     group.add_argument("--local-files-only", action="store_true", help="never go to the Hub")
-    group.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto")
+    group.add_argument(
+        "--dtype",
+        type=_dtype,
+        default="auto",
+        help="how weights are held: auto (as stored, the default), float32, float16, bfloat16, int8, int4, or by part:"
+        ' "vision=int8,language=int4"',
+    )
+    group.add_argument("--no-cache", action="store_true", help="keep no packed weights for the next load, use none")
     group.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
     group.add_argument("--json", action="store_true", help="a JSON object a line")
     group.add_argument("--no-progress", action="store_true", help="no bar")
@@ -89,6 +124,16 @@ def _version() -> str:
 def say(message: str) -> None:
     """A line on stderr."""
     print(f"blip2c: {message}", file=sys.stderr, flush=True)
+
+
+def _log_to_stderr() -> None:
+    """What takes long, and warnings, as lines of ours."""
+    logger = logging.getLogger("blip2c")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("blip2c: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 def _encodable(text: str) -> bool:
@@ -129,7 +174,13 @@ def _load(args: argparse.Namespace) -> Any:
 
     if args.threads is not None:
         _core.set_num_threads(args.threads)
-    return load(args.model, dtype=args.dtype, revision=args.revision, local_files_only=args.local_files_only)
+    return load(
+        args.model,
+        dtype=args.dtype,
+        cache=False if args.no_cache else None,
+        revision=args.revision,
+        local_files_only=args.local_files_only,
+    )
 
 
 def _report(results: Iterator[Any], names: Sequence[str], key: str, text_key: str, args: argparse.Namespace) -> int:
@@ -198,10 +249,13 @@ def _ask(args: argparse.Namespace) -> int:
 def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any]:
     """What `blip2c info` says of this machine and of a checkpoint, whose weights are not read for it."""
     from blip2c.api import sample_path
+    from blip2c.cache import cache_folder, entries
     from blip2c.checkpoint import resolve_files
     from blip2c.config import Blip2Config, core_config
     from blip2c.hub import resolve
+    from blip2c.packed import describe_packed
 
+    kept = cache_folder()
     folder = sample_path() if model is None else resolve(model, local_files_only=local_files_only)
     config = Blip2Config.from_pretrained(folder)
     core = core_config(config)
@@ -209,7 +263,11 @@ def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any
     for path in resolve_files(folder):
         file = _core.SafetensorsFile(str(path))
         size += os.path.getsize(path)
-        for name in file.names():
+        packed = describe_packed(file)
+        if packed:
+            count += packed["parameters"]
+            dtypes.update(packed["dtypes"].split(","))
+        for name in file.names() if not packed else ():
             dtype, shape = file.info(name)
             dtypes.add(dtype)
             elements = 1
@@ -220,6 +278,7 @@ def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any
         "blip2c": _version(),
         "threads": _core.get_num_threads(),
         "cpu": _core.cpu_info(),
+        "cache": {"folder": None if kept is None else str(kept), "bytes": sum(entry.size for entry in entries())},
         "model": {
             "folder": str(folder),
             "parameters": count,
@@ -239,6 +298,8 @@ def _info(args: argparse.Namespace) -> int:
     vision, qformer, text = model["vision"], model["qformer"], model["text"]
     print(f"blip2c {facts['blip2c']}, {facts['threads']} threads")
     print("cpu:      " + ", ".join(f"{key} {value}" for key, value in facts["cpu"].items()))
+    cache = facts["cache"]
+    print(f"cache:    {cache['folder']}, {cache['bytes'] / 1e6:.1f} MB" if cache["folder"] else "cache:    off")
     print(f"model:    {model['folder']}")
     print(
         f"weights:  {model['parameters'] / 1e6:.1f} M, {model['bytes'] / 1e6:.1f} MB as {', '.join(model['stored_as'])}"
@@ -258,10 +319,38 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(args: argparse.Namespace) -> int:
+    from blip2c.checkpoint import PACKED_WEIGHTS
+    from blip2c.packed import quantize
+
+    if args.threads is not None:
+        _core.set_num_threads(args.threads)
+    out = quantize(args.model, args.out, args.dtype, revision=args.revision, local_files_only=args.local_files_only)
+    print(f"{out}: {os.path.getsize(out / PACKED_WEIGHTS) / 1e6:.1f} MB")
+    return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from blip2c.cache import cache_folder, clear, entries
+
+    folder = cache_folder()
+    if folder is None:
+        print("the cache is off")
+    elif args.clear:
+        print(f"{folder}: {clear() / 1e6:.1f} MB removed")
+    else:
+        found = entries()
+        for entry in found:
+            print(_one_line(f"{entry.size / 1e6:10.1f} MB  {entry.dtypes}  {', '.join(entry.sources)}"))
+        print(_one_line(f"{sum(entry.size for entry in found) / 1e6:10.1f} MB  in {folder}"))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    command = {"caption": _caption, "ask": _ask, "info": _info}[args.command]
+    command = {"caption": _caption, "ask": _ask, "info": _info, "quantize": _quantize, "cache": _cache}[args.command]
+    _log_to_stderr()
     try:
         code = command(args)
         sys.stdout.flush()

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from blip2c._core import CheckpointError, UnsupportedError
 from blip2c.checkpoint import read_json
@@ -157,6 +157,32 @@ class Blip2QFormerConfig(PretrainedConfig):
     cross_attention_frequency: int = 2
     encoder_hidden_size: int = 1408
     use_qformer_text_input: bool = False
+
+
+class InstructBlipVisionConfig(Blip2VisionConfig):
+    """The same vision transformer (transformers: InstructBlipVisionConfig)."""
+
+    model_type = "instructblip_vision_model"
+
+
+class InstructBlipQFormerConfig(PretrainedConfig):
+    """The Q-Former that reads an instruction too (transformers: InstructBlipQFormerConfig)."""
+
+    model_type = "instructblip_qformer"
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    cross_attention_frequency: int = 2
+    encoder_hidden_size: int = 1408
 
 
 class OPTConfig(PretrainedConfig):
@@ -376,20 +402,21 @@ class Blip2Config(PretrainedConfig):
     initializer_factor: float = 1.0
     initializer_range: float = 0.02
 
-    vision_config: Blip2VisionConfig = None  # type: ignore[assignment]
-    qformer_config: Blip2QFormerConfig = None  # type: ignore[assignment]
+    vision_config: Any = None
+    qformer_config: Any = None
     text_config: Any = None
+    parts: ClassVar[tuple[type[PretrainedConfig], type[PretrainedConfig]]] = (Blip2VisionConfig, Blip2QFormerConfig)
 
     def __init__(
         self,
-        vision_config: Mapping[str, Any] | Blip2VisionConfig | None = None,
-        qformer_config: Mapping[str, Any] | Blip2QFormerConfig | None = None,
+        vision_config: Mapping[str, Any] | PretrainedConfig | None = None,
+        qformer_config: Mapping[str, Any] | PretrainedConfig | None = None,
         text_config: Mapping[str, Any] | PretrainedConfig | None = None,
         **values: Any,
     ) -> None:
         super().__init__(**values)
-        self.vision_config = _part(Blip2VisionConfig, "vision_config", vision_config)  # type: ignore[assignment]
-        self.qformer_config = _part(Blip2QFormerConfig, "qformer_config", qformer_config)  # type: ignore[assignment]
+        self.vision_config = _part(self.parts[0], "vision_config", vision_config)
+        self.qformer_config = _part(self.parts[1], "qformer_config", qformer_config)
         self.text_config = _text_part(text_config)
         # transformers overrides whatever the file says here.
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
@@ -405,23 +432,25 @@ class Blip2Config(PretrainedConfig):
         return self.text_config
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> Blip2Config:
+    def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> Self:
         """From config.json's object. Raises CheckpointError if it is of another model."""
         if not isinstance(values, Mapping):
             raise CheckpointError(f"config.json: expected an object, found {type(values).__name__}")
-        model_type = values.get("model_type", "blip-2")
-        if model_type != "blip-2":
-            raise UnsupportedError(f"config.json: model_type is {model_type!r}; this class reads 'blip-2' only")
+        model_type = values.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise UnsupportedError(
+                f"config.json: model_type is {model_type!r}; this class reads {cls.model_type!r} only"
+            )
         known = {k: v for k, v in values.items() if k not in ("model_type", "is_encoder_decoder")}
         return cls(**{**known, **changes})
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str]) -> Blip2Config:
+    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
         """From a config.json."""
         return cls.from_dict(read_json(path))
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Blip2Config:
+    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Self:
         """From a folder, a config.json or a Hub id; options as in `Blip2ForConditionalGeneration.from_pretrained`."""
         from blip2c.hub import pop_hub_options, resolve
 
@@ -435,8 +464,8 @@ class Blip2Config(PretrainedConfig):
 
     @classmethod
     def from_vision_qformer_text_configs(
-        cls, vision_config: Blip2VisionConfig, qformer_config: Blip2QFormerConfig, text_config: Any, **values: Any
-    ) -> Blip2Config:
+        cls, vision_config: PretrainedConfig, qformer_config: PretrainedConfig, text_config: Any, **values: Any
+    ) -> Self:
         """From its three parts."""
         return cls(vision_config, qformer_config, text_config, **values)
 
@@ -445,6 +474,13 @@ class Blip2Config(PretrainedConfig):
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / "config.json")
+
+
+class InstructBlipConfig(Blip2Config):
+    """A whole InstructBLIP (transformers: InstructBlipConfig): a BLIP-2 whose Q-Former reads the instruction too."""
+
+    model_type = "instructblip"
+    parts = (InstructBlipVisionConfig, InstructBlipQFormerConfig)
 
 
 ENCODER_DECODERS = frozenset({"t5", "mt5", "umt5", "bart", "mbart", "pegasus", "longt5", "switch_transformers"})
@@ -540,7 +576,11 @@ def _qformer_core(config: Blip2QFormerConfig) -> dict[str, Any]:
         "encoder_hidden_size": _integer(
             "qformer_config.encoder_hidden_size", config.encoder_hidden_size, 1, MAX_DIMENSION
         ),
-        "use_qformer_text_input": _flag("qformer_config.use_qformer_text_input", config.use_qformer_text_input),
+        "reads_text": config.model_type == InstructBlipQFormerConfig.model_type,
+        "vocab_size": _integer("qformer_config.vocab_size", config.vocab_size, 1, MAX_VOCABULARY),
+        "max_position_embeddings": _integer(
+            "qformer_config.max_position_embeddings", config.max_position_embeddings, 1, MAX_VOCABULARY
+        ),
     }
 
 

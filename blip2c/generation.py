@@ -1,24 +1,27 @@
 """Generation options with transformers' names, defaults, warnings and errors.
 
-`GenerationConfig` holds them; `core_options` decides, as transformers 5.23's `GenerationMixin.generate` does, what a
-call really asks for, and hands the C part a dict in which nothing is left to guess.
+`GenerationConfig` holds them; `resolve` decides, as transformers 5.23's `GenerationMixin.generate` does, what a call
+really asks for, and gives the C part a dict in which nothing is left to guess.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-import operator
 import os
+import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from blip2c import options as check
 from blip2c._core import UnsupportedError
 
-__all__ = ["GenerationConfig", "core_options"]
+__all__ = ["Call", "GenerationConfig", "core_options", "resolve"]
 
 FILE_NAME = "generation_config.json"
 
@@ -51,12 +54,15 @@ DEFAULTS: dict[str, Any] = {
 
 # Options that are done here.
 DONE = [
-    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "num_beams",
-    "num_return_sequences", "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids",
-    "suppress_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "early_stopping",
+    "do_sample", "num_beams", "num_return_sequences", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
+    "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "renormalize_logits",
+    "guidance_scale", "watermarking_config", "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id",
+    "decoder_start_token_id",
 ]  # fmt: skip
 
-# They choose among sampled tokens, which is not done here: without do_sample transformers ignores them, with a warning.
+# They choose among sampled tokens: without do_sample transformers ignores them, with a warning.
 SAMPLING = [
     "temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff",
 ]  # fmt: skip
@@ -79,22 +85,9 @@ INERT = [
 
 # Known to transformers, not done here: the values, beside None, that mean "off".
 NOT_DONE: dict[str, tuple[Any, ...]] = {
-    "do_sample": (False,),
     "use_mtp": (False,),
-    "max_time": (),
-    "stop_strings": (),
     "cache_implementation": ("dynamic",),
-    "renormalize_logits": (False,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "remove_invalid_values": (False,),
-    "exponential_decay_length_penalty": (),
-    "begin_suppress_tokens": (),
-    "sequence_bias": (),
     "token_healing": (False,),
-    "guidance_scale": (1,),
-    "watermarking_config": (),
-    "return_dict_in_generate": (False,),
     "prompt_lookup_num_tokens": (),
     "assistant_early_exit": (),
     "low_memory": (False,),
@@ -105,21 +98,24 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
     "constraints": (),
     "force_words_ids": (),
 }
+# transformers 5.23 runs these by code from the Hub, or not at all.
+DROPPED_UPSTREAM = {
+    "penalty_alpha", "dola_layers", "diversity_penalty", "num_beam_groups", "constraints", "force_words_ids",
+    "low_memory",
+}  # fmt: skip
 
-# Arguments of generate() itself, not of its configuration.
+# Arguments of generate() itself, not of its configuration. `seed` is blip2c's own.
+ARGUMENTS = (
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer", "tokenizer", "seed",
+    "negative_prompt_ids", "negative_prompt_attention_mask",
+)  # fmt: skip
 NOT_DONE_ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "logits_processor": ([],),
-    "stopping_criteria": ([],),
-    "prefix_allowed_tokens_fn": (),
     "synced_gpus": (False,),
     "assistant_model": (),
     "assistant_tokenizer": (),
-    "streamer": (),
-    "negative_prompt_ids": (),
-    "negative_prompt_attention_mask": (),
     "custom_generate": (),
 }
-INERT_ARGUMENTS = ("tokenizer", "trust_remote_code")
+INERT_ARGUMENTS = ("trust_remote_code",)
 
 NAMES: tuple[str, ...] = (*DONE, *SAMPLING, *ENCODER_ONLY, *EXTRA_OUTPUTS, *INERT, *NOT_DONE)
 # Options that transformers 5.23 drops when it reads them in a model's config.json: they were written into every one of
@@ -163,9 +159,9 @@ class GenerationConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the option that is wrong whatever else a call asks for."""
-        _check_early_stopping(self.early_stopping)
+        check.early_stopping(self.early_stopping)
         if self.max_new_tokens is not None:
-            _integer("max_new_tokens", self.max_new_tokens, 1)
+            check.integer("max_new_tokens", self.max_new_tokens, 1)
         for name in ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"):
             if name in self.__dict__:
                 raise ValueError(
@@ -195,6 +191,8 @@ class GenerationConfig:
     def to_json_string(self, use_diff: bool = True) -> str:
         """JSON of the options that are set, or of all of them."""
         values = self.to_diff_dict() if use_diff else self.to_dict()
+        if isinstance(values.get("sequence_bias"), Mapping):  # JSON's keys are strings
+            values["sequence_bias"] = [[list(ids), bias] for ids, bias in values["sequence_bias"].items()]
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, path: str | os.PathLike[str], use_diff: bool = True) -> None:
@@ -244,6 +242,30 @@ class GenerationConfig:
         return cls(**options)
 
 
+@dataclass(frozen=True)
+class Call:
+    """What one call of generate() asks for.
+
+    core: the C part's options (csrc/python/py_search.h lists the keys). options: every option of GenerationConfig, None
+    where it keeps its default. arguments: the callables and whatever else belongs to the call and not to its options.
+    """
+
+    core: dict[str, Any]
+    options: dict[str, Any]
+    arguments: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        """An option's or argument's value, its default where it is unset."""
+        return self.arguments[name] if name in self.arguments else _or_default(self.options, name)
+
+
+# They need more than ids and scores, or Python between the steps: only models do them (blip2c.callables).
+IN_MODELS_ONLY = (
+    "max_time", "stop_strings", "guidance_scale", "watermarking_config", "return_dict_in_generate", "logits_processor",
+    "stopping_criteria", "prefix_allowed_tokens_fn", "streamer",
+)  # fmt: skip
+
+
 def core_options(
     config: GenerationConfig,
     kwargs: Mapping[str, Any],
@@ -251,42 +273,117 @@ def core_options(
     *,
     max_positions: int | None = None,
 ) -> dict[str, Any]:
-    """The options of one call as the C part wants them (csrc/python/py_search.h lists the keys).
+    """`resolve(...).core`, for callers without Python between the steps: what needs that is refused by name."""
+    call = resolve(config, kwargs, prompt_lengths, max_positions=max_positions)
+    for name in IN_MODELS_ONLY:
+        value = call[name]
+        if value is not None and value is not False and not (isinstance(value, list) and not value):
+            raise UnsupportedError(f"{name}={value!r}: done by a model's generate() only")
+    return call.core
+
+
+def resolve(
+    config: GenerationConfig,
+    kwargs: Mapping[str, Any],
+    prompt_lengths: Sequence[int],
+    *,
+    max_positions: int | None = None,
+) -> Call:
+    """Decides what a call of generate() asks for.
 
     config: the language model's own configuration. kwargs: what the caller gave to generate() beside the model's
     inputs, `generation_config=` included: its values win over `config`, all other arguments win over both.
     prompt_lengths: decoder tokens of each prompt, image tokens included. max_positions: the language model's
     `max_position_embeddings`, which bounds the default length only, as in transformers.
 
+    Sampling draws from `seed=` (0 to 2**64 - 1, blip2c's own option). Without one the seed comes from torch's default
+    generator where torch is loaded, else from NumPy's: a script is reproducible after `torch.manual_seed` (or
+    `transformers.set_seed`, or `numpy.random.seed`). The draws themselves are not torch's.
+
     Raises ValueError naming an option that is unknown, out of range or contradicts another, UnsupportedError
     (a NotImplementedError) naming one that transformers knows and blip2c does not do. Warns where transformers does.
     """
-    arguments = {name: value for name, value in kwargs.items() if name != "generation_config"}
-    given = kwargs.get("generation_config")
-    _refuse_unknown(arguments)
-    options = _merge(config, given, arguments)
-    _refuse_not_done(options, arguments)
-    _warn_of_ignored(options, arguments)
-    beams = _integer("num_beams", _or_default(options, "num_beams"), 1)
-    eos = _eos_ids(options["eos_token_id"])
-    result: dict[str, Any] = {
+    given_arguments = {name: value for name, value in kwargs.items() if name != "generation_config"}
+    _refuse_unknown(given_arguments)
+    options = _merge(config, kwargs.get("generation_config"), given_arguments)
+    _refuse_not_done(options, given_arguments)
+    _warn_of_ignored(options, given_arguments)
+    do_sample = check.flag("do_sample", options["do_sample"])
+    core = _search_options(options, do_sample)
+    core.update(_rule_options(options, core["eos_ids"]))
+    core.update(_lengths(options, prompt_lengths, max_positions))
+    if do_sample:
+        core.update(_sampling_options(options))
+        core["seed"] = _seed(given_arguments.get("seed"))
+    for name in ("return_dict_in_generate", *EXTRA_OUTPUTS):
+        check.flag(name, options[name])
+    arguments = {name: given_arguments.get(name) for name in ARGUMENTS}
+    return Call(core, options, arguments)
+
+
+def _search_options(options: Mapping[str, Any], do_sample: bool) -> dict[str, Any]:
+    beams = check.integer("num_beams", _or_default(options, "num_beams"), 1)
+    eos = check.eos_ids(options["eos_token_id"])
+    return {
+        "do_sample": do_sample,
         "num_beams": beams,
-        "num_return_sequences": _return_sequences(_or_default(options, "num_return_sequences"), beams),
-        "length_penalty": _number("length_penalty", _or_default(options, "length_penalty")),
-        "early_stopping": _check_early_stopping(_or_default(options, "early_stopping")),
-        "repetition_penalty": _penalty(_or_default(options, "repetition_penalty")),
-        "no_repeat_ngram_size": _integer("no_repeat_ngram_size", _or_default(options, "no_repeat_ngram_size"), 0),
+        "num_return_sequences": check.return_sequences(_or_default(options, "num_return_sequences"), beams, do_sample),
+        "length_penalty": check.number("length_penalty", _or_default(options, "length_penalty")),
+        "early_stopping": check.early_stopping(_or_default(options, "early_stopping")),
         "eos_ids": eos,
-        "pad_id": _pad_id(options["pad_token_id"], eos, beams),
-        "bad_words": _bad_words(options["bad_words_ids"], eos),
-        "suppress_ids": _id_list("suppress_tokens", options["suppress_tokens"]),
+        "pad_id": check.pad_id(options["pad_token_id"], eos, beams),
     }
-    result.update(_lengths(options, prompt_lengths, max_positions))
-    return result
+
+
+def _rule_options(options: Mapping[str, Any], eos: list[int]) -> dict[str, Any]:
+    suppressed = check.id_list("suppress_tokens", options["suppress_tokens"])
+    penalty = _or_default(options, "repetition_penalty")
+    ngram = _or_default(options, "no_repeat_ngram_size")
+    rules: dict[str, Any] = {
+        "repetition_penalty": check.above_zero("repetition_penalty", penalty),
+        "no_repeat_ngram_size": check.integer("no_repeat_ngram_size", ngram, 0),
+        "bad_words": check.bad_words(options["bad_words_ids"], eos),
+        "suppress_ids": suppressed,
+        "begin_suppress_ids": check.id_list("begin_suppress_tokens", options["begin_suppress_tokens"]),
+        "forced_bos_ids": check.forced_ids("forced_bos_token_id", options["forced_bos_token_id"], suppressed),
+        "forced_eos_ids": check.forced_ids("forced_eos_token_id", options["forced_eos_token_id"], suppressed),
+        "remove_invalid_values": check.flag("remove_invalid_values", options["remove_invalid_values"]),
+        "renormalize_logits": check.flag("renormalize_logits", options["renormalize_logits"]),
+    }
+    rules.update(check.biased_sequences(options["sequence_bias"]))
+    rules.update(check.decay(options["exponential_decay_length_penalty"], eos))
+    return rules
+
+
+def _sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    hint = "; for greedy decoding set do_sample=False"
+    top_h, min_p = options["top_h"], options["min_p"]
+    return {
+        "temperature": check.above_zero("temperature", _or_default(options, "temperature"), hint),
+        "top_h": 0.0 if top_h is None else check.share("top_h", top_h, 0, 1, ends="(]"),
+        "top_k": check.integer("top_k", _or_default(options, "top_k"), 0),
+        "top_p": check.share("top_p", _or_default(options, "top_p"), 0, 1, ends="(]"),
+        "min_p": 0.0 if min_p is None else check.share("min_p", min_p, 0, 1, ends="[]"),
+        "typical_p": check.share("typical_p", _or_default(options, "typical_p"), 0, 1, ends="(]"),
+        "epsilon_cutoff": check.share("epsilon_cutoff", _or_default(options, "epsilon_cutoff"), 0, 1, ends="[)"),
+        "eta_cutoff": check.share("eta_cutoff", _or_default(options, "eta_cutoff"), 0, 1, ends="[)"),
+    }
+
+
+def _seed(value: Any) -> int:
+    if value is not None:
+        seed = check.integer("seed", value, 0)
+        if seed >= 2**64:
+            raise ValueError(f"seed: expected at most 2**64 - 1, found {seed}")
+        return seed
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "randint"):
+        return int(torch.randint(0, 2**63 - 1, (1,)).item())
+    return int(np.random.randint(0, 2**63 - 1, dtype=np.int64))
 
 
 def _refuse_unknown(arguments: Mapping[str, Any]) -> None:
-    known = {*NAMES, *NOT_DONE_ARGUMENTS, *INERT_ARGUMENTS}
+    known = {*NAMES, *ARGUMENTS, *NOT_DONE_ARGUMENTS, *INERT_ARGUMENTS}
     unused = [name for name, value in arguments.items() if name not in known and value is not None]
     if unused:
         raise ValueError(
@@ -301,7 +398,8 @@ def _merge(config: GenerationConfig, given: Any, arguments: Mapping[str, Any]) -
     if given is not None:
         if not hasattr(given, "to_dict"):
             raise TypeError(f"generation_config: expected a GenerationConfig, found {type(given).__name__}")
-        options.update({name: value for name, value in given.to_dict().items() if name in NAMES and value is not None})
+        values = {name: getattr(given, name, None) for name in NAMES}
+        options.update({name: value for name, value in values.items() if value is not None})
         both = sorted(name for name in arguments if name in NAMES)
         if both:
             warnings.warn(
@@ -315,7 +413,7 @@ def _merge(config: GenerationConfig, given: Any, arguments: Mapping[str, Any]) -
 
 def _or_default(options: Mapping[str, Any], name: str) -> Any:
     value = options[name]
-    return DEFAULTS[name] if value is None else value
+    return DEFAULTS.get(name) if value is None else value
 
 
 def _is_off(value: Any, off: tuple[Any, ...]) -> bool:
@@ -332,13 +430,16 @@ def _refuse_not_done(options: Mapping[str, Any], arguments: Mapping[str, Any]) -
     checks += [(name, arguments.get(name), off) for name, off in NOT_DONE_ARGUMENTS.items()]
     for name, value, off in checks:
         if not _is_off(value, off):
-            raise UnsupportedError(f"{name}={value!r}: transformers knows this option, blip2c does not do it")
+            reason = "blip2c does not do it"
+            if name in DROPPED_UPSTREAM:
+                reason = "transformers 5.23 has dropped it from its library, and blip2c does not do it"
+            raise UnsupportedError(f"{name}={value!r}: transformers knows this option, {reason}")
 
 
 def _warn_of_ignored(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """transformers' "minor issues": options that have no effect in the mode that the others choose."""
     issues = []
-    for name in SAMPLING:
+    for name in SAMPLING if options["do_sample"] is not True else ():
         if _matters(name, options[name], "do_sample", arguments):
             issues.append((name, f"`do_sample` is not set to `True`. However, `{name}` is set to `{options[name]}`"))
     if _or_default(options, "num_beams") == 1:
@@ -348,7 +449,7 @@ def _warn_of_ignored(options: Mapping[str, Any], arguments: Mapping[str, Any]) -
     issues += [
         (name, f"`return_dict_in_generate` is NOT set to `True`, but `{name}` is")
         for name in EXTRA_OUTPUTS
-        if options[name] is True
+        if options[name] is True and options["return_dict_in_generate"] is not True
     ]
     if issues:
         names = [name for name, _ in issues]
@@ -370,109 +471,13 @@ def _matters(name: str, value: Any, mode: str, arguments: Mapping[str, Any]) -> 
     return value is not None and value != DEFAULTS.get(name) and (name in arguments or mode not in arguments)
 
 
-def _integer(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool):
-        raise ValueError(f"{name}: expected an integer, found {value!r}")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}: expected an integer, found {value!r}") from None
-    if number < low:
-        raise ValueError(f"{name}: expected at least {low}, found {number}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, str | bytes):
-        raise ValueError(f"{name}: expected a number, found {value!r}")
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: expected a number, found {value!r}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, found {value!r}")
-    return number
-
-
-def _penalty(value: Any) -> float:
-    number = _number("repetition_penalty", value)
-    if not number > 0:
-        raise ValueError(f"repetition_penalty: expected a number above 0, found {value!r}")
-    return number
-
-
-def _check_early_stopping(value: Any) -> Any:
-    if value is None or isinstance(value, bool) or (isinstance(value, str) and value == "never"):
-        return value
-    raise ValueError(f"`early_stopping` must be a boolean or 'never', but is {value}.")
-
-
-def _return_sequences(value: Any, beams: int) -> int:
-    count = _integer("num_return_sequences", value, 1)
-    if count > 1 and beams == 1:
-        raise ValueError(
-            "Greedy methods (do_sample != True) without beam search do not support `num_return_sequences` different "
-            f"than 1 (got {count})."
-        )
-    if count > beams:
-        raise ValueError(f"`num_return_sequences` ({count}) has to be smaller or equal to `num_beams` ({beams}).")
-    return count
-
-
-def _id_list(name: str, value: Any) -> list[int]:
-    """Ids of any iterable of integers, tensors and arrays included; [] for None."""
-    if value is None:
-        return []
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"{name}: expected a list of integers, found {value!r}")
-    return [_integer(name, item, -(2**31)) for item in value]
-
-
-def _eos_ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    is_one = not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0
-    ids = [_integer("eos_token_id", value, -(2**31))] if is_one else _id_list("eos_token_id", value)
-    if any(i < 0 for i in ids):
-        warnings.warn(
-            f"`eos_token_id` should consist of positive integers, but is {value}. Your generation will not stop until "
-            "the maximum length is reached.",
-            stacklevel=4,
-        )
-    return ids
-
-
-def _pad_id(value: Any, eos: list[int], beams: int) -> int:
-    """What ended rows are filled with. Beam search upstream takes a pad id of 0 for "unset"."""
-    pad = None if value is None else _integer("pad_token_id", value, -(2**31))
-    if beams > 1:
-        return (pad or eos[0]) if eos else -1
-    if pad is not None:
-        return pad
-    return eos[0] if eos else -1
-
-
-def _bad_words(value: Any, eos: list[int]) -> list[list[int]]:
-    if value is None:
-        return []
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"`bad_words_ids` has to be a non-empty list, but is {value!r}.")
-    if any(not isinstance(word, list) or not word for word in value):
-        raise ValueError(f"`bad_words_ids` has to be a list of non-empty lists, but is {value!r}.")
-    words = [[_integer("bad_words_ids", item, 0) for item in word] for word in value]
-    words = [word for word in words if not (len(word) == 1 and word[0] in eos)]
-    if not words:
-        warnings.warn(f"bad_words_ids: {value!r} are end tokens, which are not forbidden, as upstream", stacklevel=4)
-    return words
-
-
 def _lengths(options: Mapping[str, Any], prompt_lengths: Sequence[int], max_positions: int | None) -> dict[str, Any]:
     """max_new_tokens wins over max_length, min_new_tokens over min_length; without either, 20 new tokens."""
     max_length, max_new = options["max_length"], options["max_new_tokens"]
     min_length, min_new = options["min_length"], options["min_new_tokens"]
-    max_length = None if max_length is None else _integer("max_length", max_length, 0)
-    max_new = None if max_new is None else _integer("max_new_tokens", max_new, 1)
-    min_new = None if min_new is None else _integer("min_new_tokens", min_new, 0)
+    max_length = None if max_length is None else check.integer("max_length", max_length, 0)
+    max_new = None if max_new is None else check.integer("max_new_tokens", max_new, 1)
+    min_new = None if min_new is None else check.integer("min_new_tokens", min_new, 0)
     if max_new is not None:
         if max_length is not None:
             _warn_both("max_new_tokens", max_new, "max_length", max_length)
@@ -486,7 +491,7 @@ def _lengths(options: Mapping[str, Any], prompt_lengths: Sequence[int], max_posi
         )
     if min_new is not None and min_length is not None:
         _warn_both("min_new_tokens", min_new, "min_length", min_length)
-    min_length = _integer("min_length", min_length, 0) if min_length is not None and min_new is None else 0
+    min_length = check.integer("min_length", min_length, 0) if min_length is not None and min_new is None else 0
     _check_feasible(prompt_lengths, max_length, max_new, min_length, min_new)
     return {"max_length": max_length, "max_new_tokens": max_new, "min_length": min_length, "min_new_tokens": min_new}
 

@@ -15,7 +15,12 @@ CONFIG_FILES = [
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
 ]  # fmt: skip
-WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"]
+WEIGHT_FILES = [
+    "model.safetensors",
+    "model.blip2c.safetensors",
+    "model.safetensors.index.json",
+    "model-?????-of-?????.safetensors",
+]
 HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token", "force_download", "subfolder")
 
 _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")

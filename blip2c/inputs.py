@@ -28,6 +28,15 @@ class PackedRows(NamedTuple):
     rule_ids: NDArray[np.int32]
 
 
+class DecoderRows(NamedTuple):
+    """What an encoder-decoder has written so far, packed as PackedRows are; shown [B, T] are the same ids as given."""
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    mask: NDArray[np.uint8] | None
+    shown: NDArray[np.int64]
+
+
 def to_numpy(value: Any) -> NDArray[Any]:
     """An array of an array, list or tensor; bfloat16 tensors, which NumPy has no type for, become float32."""
     if is_torch(value):
@@ -76,17 +85,62 @@ def check_ids(value: Any, vocabulary: int, name: str = "input_ids") -> NDArray[n
     return ids.astype(np.int64)
 
 
-def check_mask(value: Any, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def check_mask(
+    value: Any, shape: tuple[int, ...], name: str = "attention_mask", ids: str = "input_ids"
+) -> NDArray[np.uint8]:
     """attention_mask [B, T] of zeros and ones. Raises ValueError."""
     mask = to_numpy(value)
     if mask.shape != shape:
-        raise ValueError(f"attention_mask has shape {mask.shape}, input_ids has {shape}")
+        raise ValueError(f"{name} has shape {mask.shape}, {ids} has {shape}")
     if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("attention_mask must hold zeros and ones only")
+        raise ValueError(f"{name} must hold zeros and ones only")
     mask = mask.astype(np.uint8)
     if not mask.any(axis=1).all():
-        raise ValueError(f"attention_mask is all zeros in row {int(np.argmin(mask.any(axis=1)))}")
+        raise ValueError(f"{name} is all zeros in row {int(np.argmin(mask.any(axis=1)))}")
     return mask
+
+
+def decoder_rows(ids: Any, mask: Any, rows: int, vocabulary: int) -> DecoderRows:
+    """decoder_input_ids [B, T] and decoder_attention_mask [B, T] or None as packed rows. Raises as check_ids does."""
+    shown = check_ids(ids, vocabulary, "decoder_input_ids")
+    if len(shown) != rows:
+        raise ValueError(f"decoder_input_ids has {len(shown)} rows, input_ids has {rows}")
+    if mask is not None:
+        mask = check_mask(mask, shown.shape, "decoder_attention_mask", "decoder_input_ids")
+    offsets = np.arange(rows + 1, dtype=np.int64) * shown.shape[1]
+    seen = None if mask is None or mask.all() else np.ascontiguousarray(mask.reshape(-1))
+    return DecoderRows(shown.astype(np.int32).reshape(-1), offsets, seen, shown)
+
+
+def begin_decoder(ids: Any, mask: Any, start: Any, rows: int, vocabulary: int) -> DecoderRows:
+    """What generate() starts the decoder with, as transformers does it: `start` where nothing is given.
+
+    start: the decoder_start_token_id, or one for each row. It is put in front of decoder_input_ids (and 1 in front of
+    their mask) where every row begins with something else.
+    """
+    starts = np.asarray(to_numpy(start))
+    if starts.ndim > 1 or not np.issubdtype(starts.dtype, np.integer):
+        raise TypeError(f"decoder_start_token_id must be an integer, or one for each row, found {start!r}")
+    if starts.ndim == 1 and len(starts) != rows:
+        raise ValueError(f"decoder_start_token_id has {len(starts)} entries, expected one for each of {rows} rows")
+    first = np.broadcast_to(starts.reshape(-1, 1), (rows, 1)).astype(np.int64)
+    if ids is None:
+        check_ids(first, vocabulary, "decoder_start_token_id")
+        return decoder_rows(first, mask, rows, vocabulary)
+    given = decoder_rows(ids, mask, rows, vocabulary)
+    if (given.shown[:, :1] == first).any():
+        return given
+    check_ids(first, vocabulary, "decoder_start_token_id")
+    if mask is not None:
+        seen = to_numpy(mask)
+        mask = np.concatenate([np.ones_like(seen[:, :1]), seen], axis=1)
+    return decoder_rows(np.concatenate([first, given.shown], axis=1), mask, rows, vocabulary)
+
+
+def shift_right(labels: NDArray[np.int64], start: int, pad: int) -> NDArray[np.int64]:
+    """labels [B, T] as the decoder reads them while it is taught: start in front, the last dropped, pad for -100."""
+    shifted = np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+    return np.where(shifted == -100, pad, shifted)
 
 
 def pack(

@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c.generation import core_options
-from blip2c.inputs import PackedRows, check_ids, check_mask, check_pixels, check_positions, pack
+from blip2c.inputs import (
+    DecoderRows,
+    PackedRows,
+    begin_decoder,
+    check_ids,
+    check_mask,
+    check_pixels,
+    check_positions,
+    decoder_rows,
+    pack,
+)
 from blip2c.outputs import Like, ModelOutput
 from blip2c.pretrained import Blip2PreTrainedModel, refuse_options
 
@@ -61,15 +71,29 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         pixel_values [B, 3, S, S]; input_ids [B, T] with num_query_tokens image tokens a row (without an image token in
         the config the queries go in front, and T grows by them); attention_mask [B, T]. NumPy results are float32;
         tensors have the model's dtype. return_dict=False gives a tuple. Raises as generate() does.
+
+        Encoder-decoders (T5): input_ids go to the encoder; decoder_input_ids [B, Td] (with decoder_attention_mask) must
+        be given, and logits [B, Td, V] are of these.
         """
+        decoder_ids, decoder_mask = None, None
+        if self.config.is_encoder_decoder:
+            decoder_ids, decoder_mask = (
+                options.pop("decoder_input_ids", None),
+                options.pop("decoder_attention_mask", None),
+            )
         refuse_options("forward", options, FORWARD_OPTIONS)
         pixels = self._pixels(pixel_values)
         if input_ids is None:
             raise ValueError("input_ids must be given: forward() gives logits for them")
         rows = self._rows(input_ids, attention_mask, pixels.shape[0])
         check_positions(rows, self._positions)
+        decoder: dict[str, Any] = {}
+        if self.config.is_encoder_decoder:
+            if decoder_ids is None:
+                raise ValueError("decoder_input_ids must be given: forward() gives logits for them")
+            decoder = _decoder_arguments(decoder_rows(decoder_ids, decoder_mask, pixels.shape[0], self._vocabulary))
         stages = self._core.encode_stages(pixels)
-        out = self._core.forward(stages["image_features"], rows.ids, rows.offsets, rows.mask)
+        out = self._core.forward(stages["image_features"], rows.ids, rows.offsets, rows.mask, **decoder)
         like = Like(pixel_values, self._dtype)
         logits = like.floats(out["logits"].reshape(pixels.shape[0], -1, out["logits"].shape[-1]))
         vision, qformer = self._stage_outputs(stages, like)
@@ -121,6 +145,8 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
     ) -> Any:
         """Ids [B * num_return_sequences, T + new] int64: the prompt with its image tokens, then what was generated.
 
+        Of encoder-decoders (T5) the decoder's ids: decoder_start_token_id, or decoder_input_ids where they are given
+        (with decoder_attention_mask), then what was generated; it is these that lengths count and penalties see.
         Without input_ids the prompt is the image tokens and bos. Options: see `blip2c.generation.GenerationConfig`.
         Rows that end early are filled with the pad id. In checkpoints without an image token the result has no ids for
         the picture, but max_length counts it.
@@ -136,12 +162,17 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         pixels = self._pixels(pixel_values)
         ids = self._start_ids(pixels.shape[0]) if input_ids is None else self._ids(input_ids)
         rows = self._rows(ids, attention_mask, pixels.shape[0])
-        length = int(rows.offsets[1])
+        length, prompts, rule_ids = int(rows.offsets[1]), ids, rows.rule_ids
+        decoder: dict[str, Any] = {}
+        if self.config.is_encoder_decoder:
+            begun = self._begin_decoder(generate_kwargs, pixels.shape[0])
+            length, prompts, rule_ids = begun.shown.shape[1], begun.shown, begun.ids
+            decoder = _decoder_arguments(begun)
         options = self._options(generate_kwargs, [length])
         check_positions(rows, self._positions, new_tokens(options, length))
         features = self._core.encode(pixels)
-        out = self._core.generate(features, rows.ids, rows.offsets, rows.mask, rows.rule_ids, options)
-        prompts = np.repeat(ids, out["ids"].shape[0] // ids.shape[0], axis=0)
+        out = self._core.generate(features, rows.ids, rows.offsets, rows.mask, rule_ids, options, **decoder)
+        prompts = np.repeat(prompts, out["ids"].shape[0] // prompts.shape[0], axis=0)
         sequences = np.concatenate([prompts, np.asarray(out["ids"], np.int64)], axis=1)
         return Like(pixel_values, self._dtype).ids(sequences)
 
@@ -153,10 +184,28 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         return int(self._core_config["text"].get("max_position_embeddings", NO_POSITIONS))
 
     @property
+    def _vocabulary(self) -> int:
+        return int(self._core_config["text"]["vocab_size"])
+
+    def _begin_decoder(self, generate_kwargs: dict[str, Any], rows: int) -> DecoderRows:
+        """The decoder's rows before the first new token; takes what says so out of generate()'s arguments."""
+        ids, mask = generate_kwargs.pop("decoder_input_ids", None), generate_kwargs.pop("decoder_attention_mask", None)
+        given = generate_kwargs.get("generation_config")
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            for value in (
+                generate_kwargs.get(name),
+                getattr(given, name, None),
+                getattr(self.language_model.generation_config, name, None),
+            ):
+                if value is not None:
+                    return begin_decoder(ids, mask, value, rows, self._vocabulary)
+        raise ValueError("decoder_start_token_id or bos_token_id must be given: the text config has neither")
+
+    @property
     def _image_token(self) -> int | None:
         # As it is now: scripts that bring old checkpoints up to date set it after loading.
         token = self.config.image_token_index
-        vocabulary = int(self._core_config["text"]["vocab_size"])
+        vocabulary = self._vocabulary
         if token is None:
             return None
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
@@ -167,7 +216,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         return check_pixels(value, int(self._core_config["vision"]["image_size"]))
 
     def _ids(self, value: Any) -> NDArray[np.int64]:
-        return check_ids(value, int(self._core_config["text"]["vocab_size"]))
+        return check_ids(value, self._vocabulary)
 
     def _rows(self, input_ids: Any, attention_mask: Any, pictures: int) -> PackedRows:
         ids = self._ids(input_ids)
@@ -209,6 +258,11 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
             cross_attentions=None,
         )
         return vision, qformer
+
+
+def _decoder_arguments(rows: DecoderRows) -> dict[str, Any]:
+    """As the C part takes them."""
+    return {"decoder_ids": rows.ids, "decoder_offsets": rows.offsets, "decoder_mask": rows.mask}
 
 
 def new_tokens(options: Mapping[str, Any], length: int) -> int:

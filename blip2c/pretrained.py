@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 from blip2c import _core
 from blip2c._core import CheckpointError, UnsupportedError
 from blip2c.batch import dtype_name, is_torch_dtype
-from blip2c.checkpoint import read_json, resolve_files
+from blip2c.cache import open_model
+from blip2c.checkpoint import PACKED_WEIGHTS, read_json, resolve_files
 from blip2c.config import Blip2Config, core_config
+from blip2c.dtypes import QUANTISED, Dtype, read_dtype, warn_of_missing_instructions
 from blip2c.generation import GenerationConfig
+from blip2c.packed import check_packed, refuse_other_weights, write_packed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,8 +54,6 @@ LOADING_OPTIONS: dict[str, tuple[Any, ...]] = {
     "gguf_file": (None,),
     "adapter_kwargs": (None,),
 }
-# Where a tied head's values stand, too.
-TOKEN_TABLES = {"language_model.model.decoder.embed_tokens.weight", "language_model.model.embed_tokens.weight"}
 FILE_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 
@@ -77,13 +78,6 @@ def check_device(device: Any) -> None:
             raise UnsupportedError(f"device {place!r}: this version of blip2c computes on the CPU only")
 
 
-def _requested_dtype(dtype: Any, torch_dtype: Any) -> str:
-    wanted = torch_dtype if dtype is None else dtype
-    if wanted is None or (isinstance(wanted, str) and wanted == "auto"):
-        return "auto"
-    return dtype_name(wanted)
-
-
 class LanguageModel:
     """What of `model.language_model` scripts look at: its config and the generation defaults that really count."""
 
@@ -100,17 +94,23 @@ class Blip2PreTrainedModel:
 
     main_input_name = "pixel_values"
 
-    def __init__(self, config: Blip2Config, files: list[str], *, dtype: str = "auto") -> None:
-        """config: checked here. files: safetensors paths. dtype: "auto" (as stored), float32, float16 or bfloat16."""
+    def __init__(self, config: Blip2Config, files: list[str], *, dtype: Dtype = "auto", cache: Any = None) -> None:
+        """config: checked here. files: safetensors paths. dtype: see blip2c.dtypes. cache: see blip2c.cache."""
         self.config = config
         self._core_config = core_config(config)
         self._files = [str(file) for file in files]
-        self._core = _core.Model(self._files, self._core_config, dtype)
+        warn_of_missing_instructions(dtype, stacklevel=3)
+        if [Path(file).name for file in self._files] == [PACKED_WEIGHTS]:
+            check_packed(self._files[0], self._core_config)
+            self._core = _core.Model(self._files, self._core_config, dtype)
+        else:
+            self._core = open_model(self._files, self._core_config, dtype, cache)
         # Keeps a folder of converted weights, where the files no longer hold the values (see `to`).
         self._converted: tempfile.TemporaryDirectory[str] | None = None
         # What it goes by. The C part holds matrices that were stored in half precision so, whatever is asked for.
-        self._dtype = self._core.dtype if dtype == "auto" else dtype
-        self._rounded = self._dtype != "float32" and dtype != "auto"
+        named = isinstance(dtype, str) and dtype != "auto" and dtype not in QUANTISED
+        self._dtype = "float32" if self.is_quantized else str(dtype) if named else self._core.dtype
+        self._rounded = dtype not in ("auto", "float32")
         self._lock = threading.Lock()
         self.training = False
         self.name_or_path = ""
@@ -133,13 +133,16 @@ class Blip2PreTrainedModel:
         torch_dtype: Any = None,
         device: Any = None,
         device_map: Any = None,
+        cache: Any = None,
         **options: Any,
     ) -> Self:
         """Load a folder or Hub id; of the latter only json, txt and safetensors files are fetched.
 
         config: a Blip2Config (blip2c's or transformers') instead of the folder's config.json.
-        dtype (torch_dtype): how matrices are held: None or "auto" as stored, else float32, float16 or bfloat16 as a
-        string, NumPy or torch dtype; arithmetic is float32 always. revision, cache_dir, local_files_only, token,
+        dtype (torch_dtype): how matrices are held: None or "auto" as stored, else float32, float16, bfloat16, "int8" or
+        "int4" (names, NumPy or torch dtypes), or a mapping from "vision", "qformer", "language" to those. Arithmetic is
+        float32, but for bfloat16 by name and quantised weights; see docs/DTYPES.md. cache: whether a quantised model is
+        kept packed for the next load; see blip2c.cache. revision, cache_dir, local_files_only, token,
         force_download, subfolder: as in huggingface_hub. device, device_map: what means the CPU.
 
         Raises FileNotFoundError or OSError where there is no checkpoint, CheckpointError where it is damaged or
@@ -151,7 +154,7 @@ class Blip2PreTrainedModel:
         refuse_options("from_pretrained", options, LOADING_OPTIONS)
         check_device(device)
         check_device(device_map)
-        requested = _requested_dtype(dtype, torch_dtype)
+        requested = read_dtype(torch_dtype if dtype is None else dtype)
         folder = resolve(pretrained_model_name_or_path, **hub)
         if config is None:
             config = Blip2Config.from_pretrained(folder)
@@ -160,7 +163,7 @@ class Blip2PreTrainedModel:
                 raise TypeError(f"config must be a Blip2Config, found {type(config).__name__}")
             config = Blip2Config.from_dict(config.to_dict())
         core_config(config)  # refuse what can not be computed before looking for its weights
-        model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested)
+        model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested, cache=cache)
         model.name_or_path = str(pretrained_model_name_or_path)
         file = folder / "generation_config.json"
         if file.is_file():
@@ -171,14 +174,24 @@ class Blip2PreTrainedModel:
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write config.json, generation_config.json and model.safetensors, which transformers loads."""
+        """Write config.json, generation_config.json and model.safetensors, which transformers loads.
+
+        Of a quantised model: its packed weights as they are (model.blip2c.safetensors), which blip2c loads;
+        transformers says that it does not know this quantisation. What rounding took away can not be saved: for plain
+        weights save the model that it was made from.
+        """
         refuse_options("save_pretrained", options, {"safe_serialization": (None, True), "push_to_hub": (None, False)})
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self._write_weights(folder / "model.safetensors")
         values = self.config.to_dict()
         values["architectures"] = [type(self).__name__]
-        values["dtype"] = self._dtype
+        if self.is_quantized:
+            refuse_other_weights(folder)
+            write_packed(self._core, folder / PACKED_WEIGHTS, self._core_config)
+            values["quantization_config"] = {"quant_method": "blip2c", **self.dtypes}
+        else:
+            self._write_weights(folder / "model.safetensors")
+            values["dtype"] = self._dtype
         type(self.config).from_dict(values).save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
 
@@ -190,8 +203,21 @@ class Blip2PreTrainedModel:
     # -- dtype and device ----------------------------------------------------------------------------------------
 
     @property
+    def dtypes(self) -> dict[str, str]:
+        """How the matrices of each part are held: {"vision": "int8", "qformer": "float16", "language": "int4"}."""
+        return self._core.dtypes
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some part is held in int8 or int4."""
+        return not set(self._core.dtypes.values()).isdisjoint(QUANTISED)
+
+    @property
     def dtype(self) -> Any:
-        """What the model goes by and gives tensors in: a torch.dtype where torch is loaded, else its name."""
+        """What the model goes by and gives tensors in: a torch.dtype where torch is loaded, else its name.
+
+        float32 for a quantised model: what it takes and gives is not rounded. How it is held: `dtypes`.
+        """
         torch = sys.modules.get("torch")
         return self._dtype if torch is None else getattr(torch, self._dtype)
 
@@ -205,7 +231,8 @@ class Blip2PreTrainedModel:
         """In place, as in torch: (device), (dtype), (device, dtype), keywords. Returns self.
 
         A conversion to a narrower dtype rounds the weights for good: `.half().float()` gives float32 matrices of
-        float16 values, as in torch. Load again for the values of the file.
+        float16 values, as in torch. Load again for the values of the file. Raises ValueError for a dtype where the
+        model is quantised, as transformers does.
         """
         device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
         kwargs.pop("non_blocking", None)
@@ -226,9 +253,19 @@ class Blip2PreTrainedModel:
         return self
 
     def _convert(self, dtype: str) -> None:
+        if self.is_quantized:
+            raise ValueError(
+                f"a quantised model ({self._held()}) can not be converted to {dtype}: load the checkpoint again with"
+                f" dtype={dtype!r}"
+            )
         with self._lock:
-            # Arithmetic is float32 always, so widening changes no value and needs no other copy of the weights.
-            if dtype not in ("float32", self._core.dtype):
+            mixed = len(set(self._core.dtypes.values()) - {"float32"}) > 1
+            # Arithmetic is float32, so widening changes no value and needs no other copy of the weights; but where
+            # bfloat16 was asked for by name (pairs), arithmetic is in it too.
+            if dtype == "float32" and "-pairs" in self._core.policies:
+                self._core, self._converted = self._from_current("auto")
+            elif dtype != "float32" and (dtype != self._core.dtype or mixed):
+                warn_of_missing_instructions(dtype, stacklevel=4)
                 if self._rounded:
                     self._core, self._converted = self._from_current(dtype)
                 else:
@@ -288,16 +325,7 @@ class Blip2PreTrainedModel:
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the weights are, a tied head counted once."""
-        unexpected = set(self._core.unexpected)
-        sizes: dict[str, int] = {}
-        for path in self._files:
-            file = _core.SafetensorsFile(path)
-            for name in file.names():
-                if name not in unexpected:
-                    sizes[name] = int(np.prod(file.info(name)[1], dtype=np.int64))
-        if self._core_config["text"]["tie_word_embeddings"] and TOKEN_TABLES & sizes.keys():
-            sizes.pop("language_model.lm_head.weight", None)
-        return sum(sizes.values())
+        return self._core.parameters
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None) -> None:
         """Nothing where the vocabulary has that size already; UnsupportedError where rows would be made up."""
@@ -333,9 +361,12 @@ class Blip2PreTrainedModel:
         """Bytes of all weights as held."""
         return int(self._core.nbytes)
 
+    def _held(self) -> str:
+        return ", ".join(f"{part} {name}" for part, name in self.dtypes.items()) if self.is_quantized else self._dtype
+
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self.name_or_path!r}, dtype={self._dtype}, {self._core.nbytes / 1e6:.1f} MB,"
+            f"{type(self).__name__}({self.name_or_path!r}, dtype={self._held()}, {self._core.nbytes / 1e6:.1f} MB,"
             f" text={self.config.text_config.model_type})"
         )
 

@@ -39,8 +39,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", **_LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"model_type": "qwen3", **_LLAMA, "head_dim": 12},
     "t5": {
-        "model_type": "t5", "vocab_size": 320, "d_model": 20, "d_kv": 7, "num_heads": 3, "d_ff": 36, "num_layers": 2,
-        "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8,
+        "model_type": "t5", "vocab_size": 320, "d_model": 20, "d_kv": 7, "num_heads": 3, "d_ff": 36, "num_layers": 3,
+        "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 12, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
         "decoder_start_token_id": 0,
     },
@@ -111,6 +111,15 @@ def random_config(
     )
 
 
+def random_instruct_config(**overrides: Any) -> transformers.InstructBlipConfig:
+    """As random_config(), of an InstructBLIP."""
+    values = random_config(**overrides).to_dict()
+    for part in ("vision_config", "qformer_config"):
+        values[part].pop("model_type")
+    values.pop("model_type")
+    return transformers.InstructBlipConfig(**values)
+
+
 def randomize(model: torch.nn.Module, seed: int, gain: float = 1.3) -> None:
     """Draw every parameter anew: matrices by their fan-in, norms around one, biases and embeddings of visible size."""
     generator = torch.Generator().manual_seed(seed)
@@ -134,13 +143,19 @@ def randomize(model: torch.nn.Module, seed: int, gain: float = 1.3) -> None:
             parameter.copy_(value.to(parameter.dtype))
 
 
-def random_model(config: transformers.Blip2Config, seed: int = 0, gain: float = 1.3, own_head: bool = False) -> Any:
-    """transformers' Blip2ForConditionalGeneration with every parameter random, float32, ready to compare with.
+def reference_class(config: Any) -> Any:
+    """transformers' class for a config of either kind."""
+    instruct = config.model_type == "instructblip"
+    return transformers.InstructBlipForConditionalGeneration if instruct else transformers.Blip2ForConditionalGeneration
+
+
+def random_model(config: Any, seed: int = 0, gain: float = 1.3, own_head: bool = False) -> Any:
+    """transformers' model with every parameter random, float32, ready to compare with.
 
     own_head: the head is not the embedding, whatever the config says (T5's always says it is).
     """
     torch.manual_seed(seed)
-    model = transformers.Blip2ForConditionalGeneration(config).eval().float()
+    model = reference_class(config)(config).eval().float()
     if own_head:
         head = model.language_model.lm_head
         head.weight = torch.nn.Parameter(head.weight.clone())
@@ -157,15 +172,16 @@ def random_checkpoint(
     max_shard_size: str | None = None,
     gain: float = 1.3,
     own_head: bool = False,
+    instruct: bool = False,
     **overrides: Any,
 ) -> Path:
     """Write a random checkpoint with transformers and return its folder.
 
-    overrides go to random_config(). dtype is what the weights are stored as. tokenizer=True adds a Blip2Processor.
+    overrides go to random_config(); instruct makes it an InstructBLIP. dtype is what the weights are stored as. tokenizer=True adds a Blip2Processor.
     Load the reference with reference_model(path): the stored values in float32.
     """
     path = Path(path)
-    config = random_config(**overrides)
+    config = random_instruct_config(**overrides) if instruct else random_config(**overrides)
     model = random_model(config, seed, gain, own_head).to(getattr(torch, dtype))
     # One dtype throughout, as the Hub's files have it: transformers alone would keep the Q-Former in float32.
     shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -175,8 +191,28 @@ def random_checkpoint(
     return path
 
 
-def random_processor(config: transformers.Blip2Config) -> transformers.Blip2Processor:
-    """transformers' processor (the exact, Pillow one) for a random_config()."""
+def word_tokenizer(vocab_size: int = 64) -> transformers.PreTrainedTokenizerFast:
+    """A WordPiece tokenizer of BERT's kind: [CLS] text [SEP], pads at the right."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, mask_token="[MASK]", model_max_length=int(1e30), **names
+    )
+
+
+def random_processor(config: Any) -> Any:
+    """transformers' processor (the exact, Pillow one) for a random_config() or random_instruct_config()."""
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     size = config.vision_config.image_size
@@ -184,15 +220,17 @@ def random_processor(config: transformers.Blip2Config) -> transformers.Blip2Proc
     text = small_tokenizer(config.text_config.vocab_size, has_image_token)
     image = BlipImageProcessorPil(size={"height": size, "width": size})
     queries = config.num_query_tokens if has_image_token else None
+    if config.model_type == "instructblip":
+        words = word_tokenizer(config.qformer_config.vocab_size)
+        return transformers.InstructBlipProcessor(image, text, words, num_query_tokens=queries)
     return transformers.Blip2Processor(image, text, num_query_tokens=queries)
 
 
 def reference_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """The checkpoint in transformers with exactly its stored values, computing in `dtype` (float32 or float64)."""
     # Eager attention: one formula everywhere, and the only one that returns attention weights.
-    model = transformers.Blip2ForConditionalGeneration.from_pretrained(
-        str(path), dtype=torch.float32, attn_implementation="eager"
-    )
+    config = transformers.AutoConfig.from_pretrained(str(path))
+    model = reference_class(config).from_pretrained(str(path), dtype=torch.float32, attn_implementation="eager")
     return model.eval().to(dtype)
 
 

@@ -147,7 +147,7 @@ def test_info(folder: Path, capfd: Any) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [[], ["caption"], ["ask", "x.png"], ["dance"], ["caption", "x.png", "--num-beams", "0"],
-     ["caption", "x.png", "--dtype", "int8"], ["caption", "x.png", "--threads", "many"]],
+     ["caption", "x.png", "--dtype", "int7"], ["caption", "x.png", "--threads", "many"]],
     ids=str,
 )  # fmt: skip
 def test_wrong_usage_exits_2(arguments: list[str], capfd: Any) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from blip2c import _core, kernels
 from blip2c.kernels import PackedWeight
@@ -22,7 +23,7 @@ FEW = 15
 SHAPES = [(1, 1), (17, 31), (50, 100), (33, 600), (16, 2560)]
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
+def normal(seed: int, *shape: int) -> NDArray[F32]:
     return np.random.default_rng(seed).standard_normal(shape, dtype=F32)
 
 

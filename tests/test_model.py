@@ -257,7 +257,9 @@ def test_narrowed_weights_equal_transformers_rounded_ones(tmp_path: Path, dtype:
     with torch.no_grad():
         expected = reference(pixel_values=torch.from_numpy(pixels), input_ids=torch.from_numpy(ids)).logits
     assert core.dtype == dtype
-    assert np.abs(found - expected.flatten(0, 1).numpy()).max() <= LOGITS_TOLERANCE
+    # bfloat16 by name also rounds activations, to 8 bits, where the processor multiplies bfloat16.
+    tolerance = 0.03 * float(expected.abs().max()) if "-pairs" in core.policies else LOGITS_TOLERANCE
+    assert np.abs(found - expected.flatten(0, 1).numpy()).max() <= tolerance
 
 
 def test_a_stored_half_read_as_float32_is_the_same_model(tmp_path: Path) -> None:

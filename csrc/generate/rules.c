@@ -81,8 +81,9 @@ static void forbid_bad_words(float *scores, int64_t vocabulary, const b2_history
         int64_t length = opts->bad_word_offsets[w + 1] - opts->bad_word_offsets[w];
         if (length == 1 && b2_rules_is_eos(opts, word[0]))
             continue;
-        if (tail_is(history, word, length - 1))
-            forbid(scores, vocabulary, word[length - 1]);
+        int32_t last = word[length - 1];
+        if (tail_is(history, word, length - 1) && last < vocabulary)
+            scores[last] += -INFINITY; /* a bias upstream: NaN and Inf become NaN, which remove_invalid_values sees */
     }
 }
 
@@ -178,7 +179,7 @@ static int64_t tokens_to_keep(const b2_generate_opts *opts)
 static void warp(float *scores, int64_t vocabulary, const b2_generate_opts *opts, b2_rule rule, void *scratch)
 {
     int64_t keep = tokens_to_keep(opts);
-    if (rule == B2_RULE_TEMPERATURE && opts->temperature != 1.0)
+    if (rule == B2_RULE_TEMPERATURE)
         b2_warp_temperature(scores, vocabulary, (float)opts->temperature);
     if (rule == B2_RULE_TOP_H && opts->top_h > 0.0)
         b2_warp_top_h(scores, vocabulary, opts->top_h, scratch);

@@ -1,9 +1,11 @@
 /* Probabilities are fp32 values of sums taken in double, cumulative sums are double and compared in fp32, as torch does
  * on the CPU; its softmax differs from this one by the order of an fp32 sum, so a token whose probability meets a
  * threshold within an ulp or two may fall on the other side. Where upstream sorts the whole vocabulary, a heap gives
- * up just the tokens that are kept. */
+ * up just the tokens that are kept. Of equal scores at the edge of top_p the ones with larger ids are kept; torch.sort is
+ * not stable, and keeps what its CPU's instruction set leaves there. */
 #include "generate/warpers.h"
 
+#include <float.h>
 #include <math.h>
 
 #include "generate/scores.h"
@@ -77,8 +79,10 @@ static float kth_largest(const float *scores, int64_t vocabulary, int64_t k, b2_
 
 void b2_warp_temperature(float *scores, int64_t vocabulary, float temperature)
 {
-    for (int64_t i = 0; i < vocabulary; i++)
-        scores[i] /= temperature;
+    for (int64_t i = 0; i < vocabulary; i++) {
+        float score = scores[i] / temperature;
+        scores[i] = score > FLT_MAX ? FLT_MAX : score; /* an infinity would make every probability NaN */
+    }
 }
 
 void b2_warp_top_k(float *scores, int64_t vocabulary, int64_t top_k, void *scratch)

@@ -284,13 +284,13 @@ void b2_blip2_release(b2_blip2 *model)
     *model = (b2_blip2){0};
 }
 
-/* `group`: the pictures that go through together; `tokens` of each. */
-static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, b2_pictures group, int64_t tokens)
+/* `group`: the pictures that go through together; `tokens` of each, and at most `text` of each one's text. */
+static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, b2_pictures group, int64_t tokens, int64_t text)
 {
     int64_t queries = model->qformer.config.num_query_tokens;
     size_t vit = group.data ? b2_vit_scratch(ctx, &model->vit, group) : 0;
     size_t positions = group.data ? b2_vit_positions_scratch(&model->vit, group.height, group.width) : 0;
-    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, tokens);
+    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, tokens, text);
     return positions + (vit > qformer ? vit : qformer) +
            b2_arena_cost((size_t)(group.count * tokens * model->vit.config.hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(group.count * queries * model->qformer.config.hidden_size), sizeof(float));
@@ -309,9 +309,9 @@ static int output_rows(b2_ctx *ctx, b2_tensor *out, b2_tensor wanted, int64_t fi
     return data ? 0 : -1;
 }
 
-/* Pictures [first, first + group.count), whose pixels are `group`; positions [T, D_v]. */
+/* Pictures [first, first + group.count), whose pixels are `group`; positions [T, D_v]; texts of all pictures or NULL. */
 static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group, int64_t first,
-                        b2_tensor positions, b2_err *err)
+                        b2_tensor positions, const b2_texts *texts, b2_err *err)
 {
     int64_t tokens = positions.rows, queries = model->qformer.config.num_query_tokens, count = group.count;
     b2_tensor vision, qformer;
@@ -326,7 +326,8 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
         return -1;
     if (!out->features.data)
         return 0;
-    if (b2_qformer_forward(ctx, &model->qformer, qformer, vision, count, err) < 0)
+    b2_texts own = texts ? b2_texts_from(*texts, first) : (b2_texts){0};
+    if (b2_qformer_forward(ctx, &model->qformer, qformer, vision, count, texts ? &own : NULL, err) < 0)
         return -1;
     b2_tensor features = b2_rows(out->features, first * queries, count * queries);
     return b2_linear(ctx, features, qformer, &model->projection_weight, &project, err);
@@ -346,8 +347,25 @@ static int64_t clamp64(int64_t value, int64_t low, int64_t high)
     return value < low ? low : value > high ? high : value;
 }
 
-int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures, b2_err *err)
+int b2_blip2_prepare(b2_ctx *ctx, b2_blip2 *model, b2_err *err)
 {
+    return b2_qformer_prepare(ctx, &model->qformer, err);
+}
+
+static int64_t longest_text(const b2_texts *texts, int64_t count)
+{
+    int64_t longest = 0;
+    for (int64_t b = 0; texts && b < count; b++)
+        if (texts->offsets[b + 1] - texts->offsets[b] > longest)
+            longest = texts->offsets[b + 1] - texts->offsets[b];
+    return longest;
+}
+
+int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures,
+                    const b2_texts *texts, b2_err *err)
+{
+    if (out->features.data && b2_texts_check(&model->qformer.config, texts, pictures.count, err) < 0)
+        return -1;
     if (pictures.count == 0)
         return 0;
     int64_t tokens = pictures.data ? b2_vit_tokens(&model->vit.config, pictures.height, pictures.width)
@@ -355,7 +373,8 @@ int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b
     int64_t each = pictures.channels * pictures.height * pictures.width;
     b2_pictures group = pictures;
     group.count = clamp64(clamp64(TOKENS_AT_ONCE / tokens, 1, PICTURES_AT_ONCE), 1, pictures.count);
-    if (b2_arena_reserve(ctx->scratch, encode_scratch(ctx, model, group, tokens), err) < 0)
+    if (b2_arena_reserve(ctx->scratch, encode_scratch(ctx, model, group, tokens, longest_text(texts, pictures.count)),
+                         err) < 0)
         return -1;
     b2_tensor positions = {.rows = tokens, .cols = model->vit.config.hidden_size};
     if (pictures.data && b2_vit_positions(ctx, &model->vit, &positions, pictures.height, pictures.width, err) < 0)
@@ -364,7 +383,7 @@ int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b
     for (int64_t first = 0; first < pictures.count; first += group.count) {
         group.count = clamp64(pictures.count - first, 0, group.count);
         group.data = pictures.data ? pictures.data + first * each : NULL;
-        if (encode_group(ctx, model, out, group, first, positions, err) < 0)
+        if (encode_group(ctx, model, out, group, first, positions, texts, err) < 0)
             return -1;
         b2_arena_reset(ctx->scratch, mark);
     }

@@ -36,6 +36,8 @@ typedef struct b2_blip2 {
  * (io/packed.h) is used where it lies: the policies must be those that it was made for, or B2_HOLD_STORED all. */
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
                   const b2_dtype_policy policies[B2_PART_COUNT], b2_pool *pool, b2_cancel *cancel, b2_err *err);
+/* Computes what every picture shares, once, after loading. Reserves the arena itself. */
+int b2_blip2_prepare(b2_ctx *ctx, b2_blip2 *model, b2_err *err);
 void b2_blip2_release(b2_blip2 *model);
 
 /* All weights as they are held into one file, which b2_blip2_load maps. `metadata` [2 * metadata_count] key, value: what
@@ -55,9 +57,11 @@ typedef struct b2_encoded {
 } b2_encoded;
 
 /* Pictures -> out. Where they have not the size that the model was trained on, its positions are interpolated.
- * pictures.data NULL: out->vision holds `count` pictures' image embeddings already, of any number of tokens each. Reserves
- * the arena itself; pictures go through in groups that bound its size, which changes no bit. */
-int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures, b2_err *err);
+ * pictures.data NULL: out->vision holds `count` pictures' image embeddings already, of any number of tokens each.
+ * texts: what the Q-Former reads beside each picture, or NULL where it reads none. Reserves the arena itself; pictures go
+ * through in groups that bound its size, which changes no bit. */
+int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures,
+                    const b2_texts *texts, b2_err *err);
 
 /* out [N, D_lm] = language_projection(x [N, D_q]) alone. Reserves the arena itself. */
 int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err);

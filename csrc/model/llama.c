@@ -291,7 +291,8 @@ static int head(b2_ctx *ctx, const llama *m, b2_lm_batch *batch, b2_err *err)
         return 0;
     if (b2_stage_take(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
         b2_copy_rows(ctx, last, NULL, batch->x, batch->logit_rows, last.rows, err) < 0 ||
-        b2_rms_norm(ctx, last, last, &m->norm, m->base.config.norm_eps, err) < 0)
+        b2_rms_norm(ctx, last, last, &m->norm, m->base.config.norm_eps, err) < 0 ||
+        b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, last, err) < 0)
         return -1;
     return b2_linear(ctx, batch->logits, last, weight, &opts, err);
 }

@@ -1,10 +1,13 @@
-/* The Q-Former (BLIP-2 paper, section 3.1; transformers' Blip2QFormerModel): a BERT whose learned queries read the
- * picture through cross-attention in every cross_attention_frequency-th layer.
+/* The Q-Former (BLIP-2 paper, section 3.1; transformers' Blip2QFormerModel, InstructBlipQFormerModel): a BERT whose
+ * learned queries read the picture through cross-attention in every cross_attention_frequency-th layer. Texts may go
+ * through beside them: then queries and text see each other in self-attention.
  *
- *     x = LN(queries)
- *     x = LN(x + dense(self_attention(x)))
+ *     x = LN(queries);  y = LN(word(ids) + position(0, 1, ...))
+ *     x, y = LN(. + dense(self_attention(. over x and y)))
  *     x = LN(x + dense(cross_attention(x, image)))        in layers 0, f, 2f, ...
- *     x = LN(x + output_query(gelu(intermediate_query(x)))) */
+ *     x = LN(x + output_query(gelu(intermediate_query(x))));  y = LN(y + output(gelu(intermediate(y))))
+ *
+ * Texts are packed, of unequal length: each gives what it gives alone. */
 #ifndef B2_MODEL_QFORMER_H
 #define B2_MODEL_QFORMER_H
 
@@ -21,6 +24,9 @@ typedef struct b2_qformer_config {
     int cross_attention_frequency;
     float layer_norm_eps;
     b2_act act;
+    int reads_text;                  /* InstructBLIP: the next two are read */
+    int64_t vocab_size;              /* V */
+    int64_t max_position_embeddings; /* P: tokens that a text may have */
 } b2_qformer_config;
 
 typedef struct b2_qformer_attention {
@@ -37,24 +43,56 @@ typedef struct b2_qformer_layer {
     b2_weight intermediate_weight, intermediate_bias; /* [F, D], [F] */
     b2_weight output_weight, output_bias;             /* [D, F], [D] */
     b2_weight norm_weight, norm_bias;                 /* [D] */
+    /* The same for text; absent unless the model reads text. */
+    b2_weight text_intermediate_weight, text_intermediate_bias; /* [F, D], [F] */
+    b2_weight text_output_weight, text_output_bias;             /* [D, F], [D] */
+    b2_weight text_norm_weight, text_norm_bias;                 /* [D] */
 } b2_qformer_layer;
 
 typedef struct b2_qformer {
     b2_qformer_config config;
     b2_weight query_tokens;            /* [Q, D] */
     b2_weight norm_weight, norm_bias;  /* [D] */
+    b2_weight word_embeddings;         /* [V, D]; absent unless the model reads text */
+    b2_weight position_embeddings;     /* [P, D]; the same */
     b2_qformer_layer *layers;          /* [num_hidden_layers], owned */
+    float *start;                      /* [Q, D], owned: the queries behind layer 0's self-attention, which without a text
+                                        * are the same for every picture; NULL before b2_qformer_prepare */
 } b2_qformer;
+
+/* Texts, one an item. */
+typedef struct b2_texts {
+    const int32_t *ids;      /* [N] */
+    const int64_t *offsets;  /* [B + 1]: item b's are ids[offsets[b] - offsets[0] .. offsets[b + 1] - offsets[0]) */
+    const uint8_t *mask;     /* [N], 0: a pad that nobody sees; NULL: none */
+} b2_texts;
+
+/* Items [first, ...) alone. */
+static inline b2_texts b2_texts_from(b2_texts texts, int64_t first)
+{
+    int64_t skipped = texts.offsets[first] - texts.offsets[0];
+    return (b2_texts){texts.ids + skipped, texts.offsets + first, texts.mask ? texts.mask + skipped : NULL};
+}
+
+/* Ids in range, no item longer than the model has positions for; whether this model reads texts at all (texts NULL: the
+ * caller has none). */
+int b2_texts_check(const b2_qformer_config *config, const b2_texts *texts, int64_t items, b2_err *err);
 
 int b2_qformer_bind(b2_qformer *qformer, const b2_qformer_config *config, b2_binder *binder, b2_err *err);
 int b2_qformer_visit(const b2_qformer *qformer, b2_weight_visitor *visitor, b2_err *err);
 void b2_qformer_release(b2_qformer *qformer);
 
-/* Arena bytes for `pictures` at once, each with `image_tokens` (T) embeddings. */
-size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t pictures, int64_t image_tokens);
+/* Computes what every picture shares. Reserves the arena itself. */
+int b2_qformer_prepare(b2_ctx *ctx, b2_qformer *qformer, b2_err *err);
 
-/* out [B*Q, D] = last hidden state of the queries; image [B*T, E]. Taps: "qformer". */
+/* Arena bytes for `pictures` at once, each with `image_tokens` (T) embeddings and a text of at most `longest_text`. */
+size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t pictures, int64_t image_tokens,
+                          int64_t longest_text);
+
+/* out [B*Q, D] = last hidden state of the queries; image [B*T, E]; texts: one a picture, or NULL. Taps: "qformer" the
+ * queries (and their attention over queries and text), "qformer_text" the texts, "qformer_cross" the attention to the
+ * picture. */
 int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *qformer, b2_tensor out, b2_tensor image, int64_t pictures,
-                       b2_err *err);
+                       const b2_texts *texts, b2_err *err);
 
 #endif

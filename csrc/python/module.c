@@ -1,6 +1,7 @@
 /* blip2c._core: the module object, its state and what it says of the machine. */
 #define B2_PY_MODULE_FILE
 #include "python/py_common.h"
+#include "python/py_dtype.h"
 
 #include "core/memory.h"
 #include "ops/cpu/cpu_ops.h"
@@ -54,7 +55,7 @@ static int module_exec(PyObject *module)
     if (add_exceptions(module, state) < 0 || choose_machine(state) < 0)
         return -1;
     if (b2py_add_kernels(module) < 0 || b2py_add_search(module) < 0 || b2py_add_rules(module) < 0 ||
-        b2py_add_safetensors(module) < 0 || b2py_add_model(module) < 0)
+        b2py_add_safetensors(module) < 0 || b2py_add_model(module) < 0 || b2py_add_dtype(module) < 0)
         return -1;
     return 0;
 }

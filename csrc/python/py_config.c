@@ -110,7 +110,10 @@ static int read_qformer(b2py_state *state, PyObject *config, b2_qformer_config *
         read_small(config, s, "num_attention_heads", 1, MAX_WIDTH, &c->num_attention_heads) < 0 ||
         read_small(config, s, "cross_attention_frequency", 1, MAX_LAYERS, &c->cross_attention_frequency) < 0 ||
         read_float(config, s, "layer_norm_eps", &c->layer_norm_eps) < 0 ||
-        read_act(state, config, s, "hidden_act", &c->act) < 0)
+        read_act(state, config, s, "hidden_act", &c->act) < 0 ||
+        read_small(config, s, "reads_text", 0, 1, &c->reads_text) < 0 ||
+        read_int(config, s, "vocab_size", 1, MAX_VOCABULARY, &c->vocab_size) < 0 ||
+        read_int(config, s, "max_position_embeddings", 1, MAX_VOCABULARY, &c->max_position_embeddings) < 0)
         return -1;
     return check_heads(s, c->hidden_size, c->num_attention_heads);
 }

@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include "io/packed.h"
+
 static const char *const part_names[B2_PART_COUNT] = {"vision", "qformer", "language"};
 
 static int read_name(const b2py_state *state, PyObject *object, const char *what, b2_dtype_policy *policy)
@@ -23,7 +25,7 @@ static int read_name(const b2py_state *state, PyObject *object, const char *what
                      object);
         return -1;
     }
-    (void)state;
+    policy->pairs = policy->dtype == B2_BF16 && state->isa >= B2_ISA_AVX512_BF16;
     return 0;
 }
 
@@ -71,4 +73,27 @@ int b2py_read_policies(const b2py_state *state, PyObject *dtype, b2_dtype_policy
         policies[B2_PART_QFORMER] = (b2_dtype_policy){.hold = B2_HOLD_HALF};
     }
     return 0;
+}
+
+static PyObject *policies_of(PyObject *module, PyObject *dtype)
+{
+    b2_dtype_policy policies[B2_PART_COUNT];
+    char text[B2_POLICIES_TEXT];
+    if (b2py_read_policies(b2py_state_of_module(module), dtype, policies) < 0)
+        return NULL;
+    b2_policies_name(text, policies);
+    return PyUnicode_FromString(text);
+}
+
+static PyMethodDef functions[] = {
+    {"_policies", policies_of, METH_O,
+     "_policies(dtype) -> str\n\nHow a dtype holds each part: \"vision=int8,qformer=half,language=int4\"."},
+    {0},
+};
+
+int b2py_add_dtype(PyObject *module)
+{
+    if (PyModule_AddStringConstant(module, "PACKED_VERSION", B2_PACKED_VERSION) < 0)
+        return -1;
+    return PyModule_AddFunctions(module, functions);
 }

@@ -15,4 +15,7 @@
  * bfloat16 means bfloat16 arithmetic where the processor has it. 0, or -1 with an exception. */
 int b2py_read_policies(const b2py_state *state, PyObject *dtype, b2_dtype_policy policies[B2_PART_COUNT]);
 
+/* _policies(dtype) -> the text of b2_policies_name, and the constant PACKED_VERSION. */
+int b2py_add_dtype(PyObject *module);
+
 #endif

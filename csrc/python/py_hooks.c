@@ -5,6 +5,7 @@
 
 #include "core/memory.h"
 #include "generate/rules.h"
+#include "generate/scores.h"
 #include "python/py_search.h"
 
 static PyObject *ids_array(const b2_view *view)
@@ -226,10 +227,20 @@ static int check_rows(const rows_in *in)
     return 0;
 }
 
+/* Warpers sort, and no order has a place for NaN. */
+static int check_scores(const rows_in *in, const b2_generate_opts *opts, b2_rule first, b2_rule end, b2_err *err)
+{
+    int removes = opts->remove_invalid_values && first <= B2_RULE_REMOVE_INVALID && end > B2_RULE_REMOVE_INVALID;
+    int64_t count = (int64_t)PyArray_SIZE(in->scores);
+    if (end > B2_RULE_CUSTOM && !removes && b2_scores_broken(PyArray_DATA(in->scores), count))
+        return b2_fail(err, B2_E_NUMERIC, "scores: NaN or Inf");
+    return 0;
+}
+
 static int apply_range(const rows_in *in, const b2_generate_opts *opts, b2_rule first, b2_rule end, b2_err *err)
 {
     int64_t vocabulary = PyArray_DIM(in->scores, 1), length = PyArray_DIM(in->ids, 1);
-    if (b2_rules_check(opts, vocabulary, err) < 0)
+    if (b2_rules_check(opts, vocabulary, err) < 0 || check_scores(in, opts, first, end, err) < 0)
         return -1;
     void *scratch = b2_alloc(1, (size_t)b2_rules_scratch(opts, vocabulary, length), "rules", err);
     if (!scratch)

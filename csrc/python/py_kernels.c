@@ -783,7 +783,7 @@ done:
 /* ---- the machine's ceiling ---- */
 
 typedef struct peak_job {
-    const b2_cpu_kernels *kernels;
+    double (*peak)(int64_t rounds, float *sink);
     double flops;
     float sinks[B2_MAX_THREADS];
 } peak_job;
@@ -791,16 +791,14 @@ typedef struct peak_job {
 static void peak_tile(void *argument, int64_t index, int worker)
 {
     peak_job *job = argument;
-    double flops = job->kernels->fma_peak(2 * 1000 * 1000, &job->sinks[worker]);
+    double flops = job->peak(2 * 1000 * 1000, &job->sinks[worker]);
     if (index == 0)
         job->flops = flops;
 }
 
-static PyObject *fma_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
+static PyObject *run_peak(b2py_state *state, double (*peak)(int64_t, float *))
 {
-    b2py_state *state = b2py_state_of_module(module);
-    const b2_ctx ctx = {.ops = state->ops};
-    peak_job job = {.kernels = b2_cpu_kernels_of(&ctx)};
+    peak_job job = {.peak = peak};
     b2_err err = {0};
     int64_t tiles = 8 * b2_pool_threads(state->pool);
     double start;
@@ -811,6 +809,20 @@ static PyObject *fma_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
     start = seconds() - start;
     Py_END_ALLOW_THREADS
     return status < 0 ? b2py_raise(state, &err) : PyFloat_FromDouble(job.flops * (double)tiles / start);
+}
+
+static PyObject *fma_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    b2py_state *state = b2py_state_of_module(module);
+    const b2_ctx ctx = {.ops = state->ops};
+    return run_peak(state, b2_cpu_kernels_of(&ctx)->fma_peak);
+}
+
+static PyObject *int8_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    b2py_state *state = b2py_state_of_module(module);
+    const b2_ctx ctx = {.ops = state->ops};
+    return run_peak(state, b2_cpu_quad_tiles_of(&ctx)->peak);
 }
 
 static PyMethodDef kernel_methods[] = {
@@ -834,6 +846,7 @@ static PyMethodDef kernel_methods[] = {
     {"_add_rows", add_rows, METH_VARARGS, "_add_rows(x, rows) -> array"},
     {"_attention", attention, METH_VARARGS, "_attention(...) -> array; see blip2c.kernels.packed_attention"},
     {"_fma_peak", fma_peak, METH_NOARGS, "_fma_peak() -> flops per second of multiply-adds in registers"},
+    {"_int8_peak", int8_peak, METH_NOARGS, "_int8_peak() -> operations per second of int8 products in registers"},
     {0},
 };
 

@@ -28,6 +28,15 @@ static int refuse_second_load(const model_object *self)
     return self->loaded ? -1 : 0;
 }
 
+static int prepare(const b2py_state *state, b2_blip2 *model, b2_cancel *cancel, b2_err *err)
+{
+    b2_arena arena = {0};
+    b2_ctx ctx = {.ops = state->ops, .pool = state->pool, .scratch = &arena, .cancel = cancel};
+    int status = b2_blip2_prepare(&ctx, model, err);
+    b2_arena_release(&arena);
+    return status;
+}
+
 static int load(model_object *self, const b2_blip2_config *config, PyObject *path_list,
                 const b2_dtype_policy policies[B2_PART_COUNT])
 {
@@ -50,6 +59,8 @@ static int load(model_object *self, const b2_blip2_config *config, PyObject *pat
     b2py_call call;
     b2_cancel *cancel = b2py_call_begin(&call);
     int status = b2_blip2_load(&model, config, paths, count, policies, state->pool, cancel, &err);
+    if (status == 0 && (status = prepare(state, &model, cancel, &err)) < 0)
+        b2_blip2_release(&model);
     b2py_call_end(&call);
     b2_free(paths);
     if (status < 0) {
@@ -319,9 +330,11 @@ static PyObject *model_unexpected(PyObject *self, void *Py_UNUSED(closure))
 #define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef model_methods[] = {
-    {"encode", KEYWORDS(b2py_model_encode), "encode(pixel_values, interpolate=False) -> image features [B, Q, D]"},
+    {"encode", KEYWORDS(b2py_model_encode),
+     "encode(pixel_values, interpolate=False, text=None) -> image features [B, Q, D]"},
     {"vision", b2py_model_vision, METH_O, "vision(pixel_values) -> last hidden state of the vision encoder [B, T, D]"},
-    {"read", b2py_model_read, METH_O, "read(image_embeds) -> image features [B, Q, D]: Q-Former and projection alone"},
+    {"read", KEYWORDS(b2py_model_read),
+     "read(image_embeds, text=None) -> image features [B, Q, D]: Q-Former and projection alone"},
     {"encode_stages", KEYWORDS(b2py_model_encode_stages),
      "encode_stages(pixel_values=None, hidden_states=False, attentions=False, interpolate=False, image_embeds=None,"
      " qformer=True) -> dict of every stage's output"},

@@ -39,7 +39,7 @@ void b2py_rows_release(b2py_rows *arrays);
 PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_vision(PyObject *self, PyObject *object);
-PyObject *b2py_model_read(PyObject *self, PyObject *object);
+PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_project(PyObject *self, PyObject *object);
 PyObject *b2py_model_embed(PyObject *self, PyObject *object);

@@ -215,6 +215,74 @@ static int read_embeds(picture_input *in, PyObject *object, const b2_vit_config 
     return 0;
 }
 
+/* What the Q-Former reads beside the pictures. */
+typedef struct text_input {
+    PyArrayObject *ids, *offsets, *mask; /* owned */
+    b2_texts texts;
+    const b2_texts *given; /* NULL: none */
+} text_input;
+
+static void text_release(text_input *in)
+{
+    Py_XDECREF(in->ids);
+    Py_XDECREF(in->offsets);
+    Py_XDECREF(in->mask);
+}
+
+/* One text a picture, packed: offsets run from 0 to the number of ids. */
+static int check_text(const text_input *in, int64_t pictures)
+{
+    const int64_t *offsets = PyArray_DATA(in->offsets);
+    npy_intp tokens = PyArray_DIM(in->ids, 0), rows = PyArray_DIM(in->offsets, 0) - 1;
+    int fits = rows == pictures && offsets[0] == 0 && offsets[rows] == tokens;
+    for (npy_intp b = 0; fits && b < rows; b++)
+        fits = offsets[b] <= offsets[b + 1];
+    if (!fits) {
+        PyErr_Format(PyExc_ValueError, "text: expected offsets of %lld texts that run from 0 to %zd", (long long)pictures,
+                     (Py_ssize_t)tokens);
+        return -1;
+    }
+    if (in->mask && PyArray_DIM(in->mask, 0) != tokens) {
+        PyErr_Format(PyExc_ValueError, "text: %zd ids, a mask of %zd", (Py_ssize_t)tokens,
+                     (Py_ssize_t)PyArray_DIM(in->mask, 0));
+        return -1;
+    }
+    return 0;
+}
+
+/* `object`: None, or a tuple (ids, offsets, mask or None). */
+static int read_text(text_input *in, PyObject *object, int64_t pictures)
+{
+    PyObject *ids, *offsets, *mask;
+    if (object == Py_None)
+        return 0;
+    if (!PyTuple_Check(object) || !PyArg_ParseTuple(object, "OOO", &ids, &offsets, &mask)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "text: expected None or a tuple (ids, offsets, mask)");
+        return -1;
+    }
+    if (!(in->ids = b2py_array(ids, "text ids", NPY_INT32, 1)) ||
+        !(in->offsets = b2py_array(offsets, "text offsets", NPY_INT64, 1)) ||
+        (mask != Py_None && !(in->mask = b2py_array(mask, "text mask", NPY_UINT8, 1))) || check_text(in, pictures) < 0)
+        return -1;
+    in->texts = (b2_texts){PyArray_DATA(in->ids), PyArray_DATA(in->offsets), in->mask ? PyArray_DATA(in->mask) : NULL};
+    in->given = &in->texts;
+    return 0;
+}
+
+/* Tokens of each text where all have the same number, which is what watching them needs; -1 with the exception set. */
+static int64_t text_length(const text_input *in, int64_t pictures)
+{
+    if (!in->given)
+        return 0;
+    for (int64_t b = 1; b < pictures; b++)
+        if (in->texts.offsets[b + 1] - in->texts.offsets[b] != in->texts.offsets[1]) {
+            PyErr_SetString(PyExc_ValueError, "text: hidden states and attentions need texts of one length");
+            return -1;
+        }
+    return in->texts.offsets[1];
+}
+
 /* The arrays of encode. */
 typedef struct stages {
     PyObject *vision, *pooled, *qformer, *features; /* owned; NULL where not wanted */
@@ -242,18 +310,26 @@ static int watch_vision(stages *s, b2py_state *state, const b2_vit_config *c, np
                         : 0;
 }
 
+/* `text` tokens beside the queries of each picture; those are reported apart. */
 static int watch_qformer(stages *s, b2py_state *state, const b2_qformer_config *c, npy_intp *shape, int64_t tokens,
-                         wishes w)
+                         int64_t text, wishes w)
 {
-    npy_intp self[] = {shape[0], c->num_attention_heads, shape[1], shape[1]};
-    npy_intp cross[] = {shape[0], c->num_attention_heads, shape[1], tokens};
+    npy_intp queries = shape[1], heads = c->num_attention_heads;
+    npy_intp self[] = {shape[0], heads, queries, queries + text}, of_text[] = {shape[0], heads, text, queries + text};
+    npy_intp cross[] = {shape[0], heads, queries, tokens}, text_hidden[] = {shape[0], text, shape[2]};
     int layers = c->num_hidden_layers;
+    if (text < 0)
+        return -1;
     if (w.hidden_states &&
-        watch_hidden(&s->recorder, state, "qformer", "qformer_hidden_states", layers, 3, shape) < 0)
+        (watch_hidden(&s->recorder, state, "qformer", "qformer_hidden_states", layers, 3, shape) < 0 ||
+         (text > 0 && watch_hidden(&s->recorder, state, "qformer_text", "qformer_text_hidden_states", layers, 3,
+                                   text_hidden) < 0)))
         return -1;
     if (!w.attentions)
         return 0;
     return watch_attention(&s->recorder, state, "qformer", "qformer_attentions", layers, 1, self) < 0 ||
+                   (text > 0 && watch_attention(&s->recorder, state, "qformer_text", "qformer_text_attentions", layers,
+                                                1, of_text) < 0) ||
                    watch_attention(&s->recorder, state, "qformer_cross", "qformer_cross_attentions", layers,
                                    c->cross_attention_frequency, cross) < 0
                ? -1
@@ -261,8 +337,8 @@ static int watch_qformer(stages *s, b2py_state *state, const b2_qformer_config *
 }
 
 /* "vision", "pooled" and the Q-Former's arrays, each where it is to be computed. */
-static int stages_make(stages *s, b2py_state *state, const b2_blip2 *model, const picture_input *in, int with_qformer,
-                       wishes w)
+static int stages_make(stages *s, b2py_state *state, const b2_blip2 *model, const picture_input *in,
+                       const text_input *text, int with_qformer, wishes w)
 {
     const b2_qformer_config *q = &model->qformer.config;
     npy_intp count = in->pictures.count, width = model->vit.config.hidden_size;
@@ -282,7 +358,9 @@ static int stages_make(stages *s, b2py_state *state, const b2_blip2 *model, cons
     if (!(s->qformer = new_float_array(3, qformer, &s->out.qformer)) ||
         !(s->features = new_float_array(3, features, &s->out.features)))
         return -1;
-    return watch_qformer(s, state, q, qformer, in->tokens, w);
+    if (!w.hidden_states && !w.attentions)
+        return 0;
+    return watch_qformer(s, state, q, qformer, in->tokens, text_length(text, count), w);
 }
 
 static PyObject *stages_result(const stages *s)
@@ -302,13 +380,14 @@ static PyObject *stages_result(const stages *s)
 
 PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"pixel_values", "hidden_states", "attentions", "interpolate", "image_embeds", "qformer", NULL};
+    static char *names[] = {"pixel_values", "hidden_states", "attentions", "interpolate", "image_embeds", "qformer", "text",
+                            NULL};
     const b2_blip2 *model = b2py_loaded_model(self);
-    PyObject *pixels = Py_None, *embeds = Py_None, *result = NULL;
+    PyObject *pixels = Py_None, *embeds = Py_None, *words = Py_None, *result = NULL;
     int interpolate = 0, with_qformer = 1;
     wishes w = {0};
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OpppOp", names, &pixels, &w.hidden_states, &w.attentions,
-                                               &interpolate, &embeds, &with_qformer))
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OpppOpO", names, &pixels, &w.hidden_states, &w.attentions,
+                                               &interpolate, &embeds, &with_qformer, &words))
         return NULL;
     if ((pixels == Py_None) == (embeds == Py_None)) {
         PyErr_SetString(PyExc_ValueError, "encode_stages: expected one of pixel_values and image_embeds");
@@ -316,32 +395,37 @@ PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwa
     }
     stages s = {0};
     picture_input in = {0};
+    text_input text = {0};
     int status = embeds == Py_None ? read_pixels(&in, pixels, &model->vit.config, interpolate)
                                    : read_embeds(&in, embeds, &model->vit.config);
     if (status == 0)
-        status = stages_make(&s, state_of(self), model, &in, with_qformer, w);
+        status = read_text(&text, words, in.pictures.count);
+    if (status == 0)
+        status = stages_make(&s, state_of(self), model, &in, &text, with_qformer, w);
     if (status == 0) {
         b2py_run r;
         b2py_run_begin(&r, self, recorder_tap(&s.recorder));
-        status = b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, &s.out, in.pictures, &r.err));
+        status = b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, &s.out, in.pictures, text.given, &r.err));
     }
     if (status == 0)
         result = stages_result(&s);
     stages_release(&s);
+    text_release(&text);
     Py_XDECREF(in.array);
     return result;
 }
 
 /* One array of a plain run: `view` points into `out` where its result goes. */
-static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input *in, PyObject *array,
+static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input *in, text_input *text, PyObject *array,
                             const b2_encoded *out)
 {
     if (array) {
         b2py_run r;
         b2py_run_begin(&r, self, NULL);
-        if (b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, out, in->pictures, &r.err)) < 0)
+        if (b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, out, in->pictures, text->given, &r.err)) < 0)
             Py_CLEAR(array);
     }
+    text_release(text);
     Py_XDECREF(in->array);
     return array;
 }
@@ -354,23 +438,25 @@ static PyObject *new_features(const b2_blip2 *model, int64_t pictures, b2_tensor
 
 PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"pixel_values", "interpolate", NULL};
+    static char *names[] = {"pixel_values", "interpolate", "text", NULL};
     const b2_blip2 *model = b2py_loaded_model(self);
-    PyObject *object, *features = NULL;
+    PyObject *object, *words = Py_None, *features = NULL;
     int interpolate = 0;
     picture_input in = {0};
+    text_input text = {0};
     b2_encoded out = {0};
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &object, &interpolate))
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|pO", names, &object, &interpolate, &words))
         return NULL;
-    if (read_pixels(&in, object, &model->vit.config, interpolate) == 0)
+    if (read_pixels(&in, object, &model->vit.config, interpolate) == 0 && read_text(&text, words, in.pictures.count) == 0)
         features = new_features(model, in.pictures.count, &out.features);
-    return encode_one(self, model, &in, features, &out);
+    return encode_one(self, model, &in, &text, features, &out);
 }
 
 PyObject *b2py_model_vision(PyObject *self, PyObject *object)
 {
     const b2_blip2 *model = b2py_loaded_model(self);
     picture_input in = {0};
+    text_input none = {0};
     b2_encoded out = {0};
     PyObject *hidden = NULL;
     if (!model)
@@ -379,22 +465,24 @@ PyObject *b2py_model_vision(PyObject *self, PyObject *object)
         npy_intp shape[] = {in.pictures.count, in.tokens, model->vit.config.hidden_size};
         hidden = new_float_array(3, shape, &out.vision);
     }
-    return encode_one(self, model, &in, hidden, &out);
+    return encode_one(self, model, &in, &none, hidden, &out);
 }
 
-PyObject *b2py_model_read(PyObject *self, PyObject *object)
+PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"image_embeds", "text", NULL};
     const b2_blip2 *model = b2py_loaded_model(self);
+    PyObject *object, *words = Py_None, *features = NULL;
     picture_input in = {0};
+    text_input text = {0};
     b2_encoded out = {0};
-    PyObject *features = NULL;
-    if (!model)
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &object, &words))
         return NULL;
-    if (read_embeds(&in, object, &model->vit.config) == 0) {
+    if (read_embeds(&in, object, &model->vit.config) == 0 && read_text(&text, words, in.pictures.count) == 0) {
         out.vision = b2_tensor_of(PyArray_DATA(in.array), in.pictures.count * in.tokens, model->vit.config.hidden_size);
         features = new_features(model, in.pictures.count, &out.features);
     }
-    return encode_one(self, model, &in, features, &out);
+    return encode_one(self, model, &in, &text, features, &out);
 }
 
 /* ---- the language model ---- */

@@ -12,7 +12,7 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
 /* On fp32 weights as the file stores them our kernels are as fast as OpenBLAS with AVX2 and twice as fast with AVX-512
  * (benchmarks/NOTES.md), and their bits do not depend on what an item is. Without wide vectors OpenBLAS, which brings
  * its own, is far ahead. */
-#define BACKEND(NAME, KERNELS, QUADS, PAIRS, BLAS)                                                                   \
+#define BACKEND(NAME, KERNELS, QUADS, TILES, PAIRS, BLAS)                                                             \
     {                                                                                                               \
         .ops = {.name = NAME,                                                                                       \
                 .items_by_blas = BLAS,                                                                              \
@@ -33,17 +33,21 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .scratch_bytes = scratch_bytes},                                                                    \
         .kernels = KERNELS,                                                                                         \
         .quads = QUADS,                                                                                             \
+        .quad_tiles = TILES,                                                                                        \
         .pairs = PAIRS                                                                                              \
     }
 
-static const b2_cpu_backend generic = BACKEND("cpu generic", &b2_cpu_kernels_generic, &b2_quad_kernels_generic, NULL, 1);
+static const b2_cpu_backend generic =
+    BACKEND("cpu generic", &b2_cpu_kernels_generic, &b2_quad_kernels_generic, &b2_quad_tiles_generic, NULL, 1);
 #if defined(__x86_64__)
-static const b2_cpu_backend avx2 = BACKEND("cpu avx2", &b2_cpu_kernels_avx2, &b2_quad_kernels_avx2, NULL, 0);
-static const b2_cpu_backend avx512 = BACKEND("cpu avx512", &b2_cpu_kernels_avx512, &b2_quad_kernels_avx2, NULL, 0);
+static const b2_cpu_backend avx2 =
+    BACKEND("cpu avx2", &b2_cpu_kernels_avx2, &b2_quad_kernels_avx2, &b2_quad_tiles_avx2, NULL, 0);
+static const b2_cpu_backend avx512 =
+    BACKEND("cpu avx512", &b2_cpu_kernels_avx512, &b2_quad_kernels_avx2, &b2_quad_tiles_avx512, NULL, 0);
 static const b2_cpu_backend avx512_vnni =
-    BACKEND("cpu avx512_vnni", &b2_cpu_kernels_avx512, &b2_quad_kernels_vnni, NULL, 0);
-static const b2_cpu_backend avx512_bf16 =
-    BACKEND("cpu avx512_bf16", &b2_cpu_kernels_avx512, &b2_quad_kernels_vnni, &b2_pair_kernels_bf16, 0);
+    BACKEND("cpu avx512_vnni", &b2_cpu_kernels_avx512, &b2_quad_kernels_vnni, &b2_quad_tiles_vnni, NULL, 0);
+static const b2_cpu_backend avx512_bf16 = BACKEND("cpu avx512_bf16", &b2_cpu_kernels_avx512, &b2_quad_kernels_vnni,
+                                                  &b2_quad_tiles_vnni, &b2_pair_kernels_bf16, 0);
 #endif
 
 const b2_ops *b2_cpu_ops(b2_isa isa)

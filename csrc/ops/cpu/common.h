@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 
 #include "ops/cpu/kernels.h"
+#include "ops/cpu/quad_tiles.h"
 #include "ops/cpu/quads.h"
 #include "ops/ops.h"
 
@@ -12,8 +13,9 @@
 typedef struct b2_cpu_backend {
     b2_ops ops;
     const b2_cpu_kernels *kernels;
-    const b2_quad_kernels *quads;
-    const b2_pair_kernels *pairs; /* NULL: no bfloat16 arithmetic */
+    const b2_quad_kernels *quads;    /* few rows */
+    const b2_quad_tiles *quad_tiles; /* many */
+    const b2_pair_kernels *pairs;    /* NULL: no bfloat16 arithmetic */
 } b2_cpu_backend;
 
 static inline const b2_cpu_kernels *b2_cpu_kernels_of(const b2_ctx *ctx)
@@ -24,6 +26,11 @@ static inline const b2_cpu_kernels *b2_cpu_kernels_of(const b2_ctx *ctx)
 static inline const b2_quad_kernels *b2_cpu_quads_of(const b2_ctx *ctx)
 {
     return ((const b2_cpu_backend *)(const void *)ctx->ops)->quads;
+}
+
+static inline const b2_quad_tiles *b2_cpu_quad_tiles_of(const b2_ctx *ctx)
+{
+    return ((const b2_cpu_backend *)(const void *)ctx->ops)->quad_tiles;
 }
 
 static inline const b2_pair_kernels *b2_cpu_pairs_of(const b2_ctx *ctx)

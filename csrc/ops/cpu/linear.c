@@ -4,7 +4,7 @@
  * fused multiply-adds over ascending k, so the choice never shows in the result:
  *   stream  few rows (one register tile): every weight is read once, straight from its panel;
  *   tiles   more rows: x is packed once for all threads; each tile of work widens a pair of panels into a block that stays
- *           in the cache and runs register tiles over them, KC steps of k at a time. Partial sums are stored and
+ *           in the cache and runs register tiles over them, KC (PAIR_KC) steps of k at a time. Partial sums are stored and
  *           reloaded exactly;
  *   rows    as tiles, for weights in B2_ROWS: the panels are made on the way;
  *   pairs   as tiles, for weights in B2_PAIRS met by PAIR_ROWS rows or more, where the processor multiplies bfloat16: x
@@ -19,6 +19,7 @@
 
 enum {
     KC = 256,               /* steps of k per block */
+    PAIR_KC = 512,          /* the same of bfloat16 pairs: half as large, and nothing is widened */
     CHUNK_PANELS = 8,       /* most panels per tile of work */
     CHUNK_ROWS = 280,       /* most rows per tile of work */
     GROUP_ROWS = 1120,      /* rows packed at a time */
@@ -39,6 +40,7 @@ typedef struct linear_job {
     b2_epilogue epilogue;      /* residual is that of the present group */
     const char *packed;        /* x as row blocks [k][rows of the block], one after another: fp32, or bfloat16 pairs
                                 * [ceil(k/2)][rows of the block][2] */
+    int64_t kc;                /* steps of k per block */
     int64_t blocks;            /* row blocks of the group */
     int64_t blocks_per_chunk;
     int64_t row_chunks;
@@ -188,7 +190,7 @@ static const char *block_after(const linear_job *job, const chunk *chunk, int64_
 {
     if (panel + job->kernels->tile_panels < chunk->panel_end)
         return block_at(job->w, panel + job->kernels->tile_panels, k0);
-    return block_at(job->w, chunk->panel, k0 + KC < job->w->k ? k0 + KC : k0);
+    return block_at(job->w, chunk->panel, k0 + job->kc < job->w->k ? k0 + job->kc : k0);
 }
 
 /* The first row block of a chunk brings the panels in: widened into the buffers, or (fp32) left where they lie. */
@@ -266,8 +268,8 @@ static void chunk_tile(void *argument, int64_t index, int worker)
                    .panel_end = min64(job->panels, panel + job->panels_per_chunk),
                    .widened = scratch,
                    .tiles = scratch + widened_floats()};
-    for (int64_t k0 = 0; k0 < job->w->k; k0 += KC)
-        run_block_of_k(job, &chunk, k0, min64(KC, job->w->k - k0));
+    for (int64_t k0 = 0; k0 < job->w->k; k0 += job->kc)
+        run_block_of_k(job, &chunk, k0, min64(job->kc, job->w->k - k0));
     b2_slot_release(&job->slots, scratch);
 }
 
@@ -328,6 +330,7 @@ static int run_own(b2_ctx *ctx, linear_job *job, const b2_linear_opts *opts, b2_
     int streams = x.rows <= job->kernels->tile_rows && job->w->layout != B2_ROWS;
     if (job->w->layout == B2_PAIRS && x.rows >= PAIR_ROWS)
         job->pairs = b2_cpu_pairs_of(ctx);
+    job->kc = job->pairs ? PAIR_KC : KC;
     float *buffer = NULL;
     if (x.rows > 1 && !(buffer = b2_arena_take(ctx->scratch, (size_t)(group * x.cols), sizeof(float), err)))
         return -1;
@@ -351,9 +354,6 @@ int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, c
     if (w->k < 1 || w->n < 1)
         return b2_fail(err, B2_E_VALUE, "linear: weight %s is empty: [%lld, %lld]", w->name ? w->name : "",
                        (long long)w->n, (long long)w->k);
-    if (w->layout == B2_QUADS && x.rows > B2_QUAD_FEW_ROWS)
-        return b2_fail(err, B2_E_UNSUPPORTED, "linear: weight %s: %s in this layout", w->name ? w->name : "",
-                       b2_dtype_name(w->dtype));
     linear_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .w = w, .item_rows = opts->item_rows};
     job.panels = ceil_div(w->n, B2_PANEL);
     job.epilogue = (b2_epilogue){.bias = opts->bias && opts->bias->data ? opts->bias->data : NULL,
@@ -362,6 +362,8 @@ int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, c
                                  .act = opts->act};
     if (w->layout == B2_QUADS && x.rows <= B2_QUAD_FEW_ROWS)
         return b2_cpu_quads_few(ctx, out, x, w, &job.epilogue, err);
+    if (w->layout == B2_QUADS)
+        return b2_cpu_quads_many(ctx, out, x, w, &job.epilogue, err);
     size_t mark = b2_arena_mark(ctx->scratch);
     int blas = w->layout == B2_ROWS && w->dtype == B2_F32 && opts->item_rows > 0;
     int status = blas ? run_blas(ctx, &job, err) : run_own(ctx, &job, opts, err);
@@ -376,6 +378,8 @@ size_t b2_cpu_linear_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_wi
                  threads * b2_arena_cost(chunk_scratch(b2_cpu_kernels_of(ctx)), 1);
     size_t blas = threads * b2_arena_cost(blas_scratch(max_rows), 1);
     size_t quads = b2_cpu_quads_few_scratch(max_rows, max_width);
+    size_t many = b2_cpu_quads_many_scratch(ctx, max_rows, max_width);
+    quads = quads > many ? quads : many;
     own = own > quads ? own : quads;
     return own > blas ? own : blas;
 }

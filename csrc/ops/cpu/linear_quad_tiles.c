@@ -1,0 +1,240 @@
+/* Many rows times a rounded weight (formula: quad_tiles.h). x is rounded once for all threads, in blocks of rows; each tile of
+ * work takes a few panels of weights and a stretch of row blocks, and runs register tiles over KC input channels at a time.
+ * Where the tile does not read weights as they are stored, each thread unpacks them into a block that stays in its cache.
+ *
+ * Memory: rounded x and one block per thread, from ctx->scratch, given back before returning. */
+#include "ops/cpu/linear_quads.h"
+
+#include <string.h>
+
+#include "ops/cpu/quad_tiles.h"
+
+enum {
+    KC = 2048,          /* input channels per block, a multiple of 32 */
+    KC_UNPACKED = 512,  /* the same where weights are unpacked */
+    CHUNK_ROWS = 288,   /* most rows per tile of work */
+    CHUNK_PANELS = 8,   /* most panels per tile of work */
+    GROUP_ROWS = 1152   /* most rows rounded at a time */
+};
+
+typedef struct tiles_job {
+    const b2_cpu_kernels *kernels;
+    const b2_quad_tiles *tiles;
+    b2_tensor out;                /* [rows, n] of the present group of rows */
+    b2_tensor x;                  /* [rows, k] of it */
+    const b2_weight *w;
+    b2_epilogue epilogue;         /* residual is that of the present group */
+    b2_quad_block rounded;        /* of all row blocks, one after another */
+    int64_t groups;               /* of k */
+    int64_t blocks, blocks_per_chunk, row_chunks;
+    int64_t panels, panels_per_chunk;
+    b2_slots slots;
+} tiles_job;
+
+static int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+static int64_t min64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Row blocks differ by one row at most: block i starts at row i * rows / blocks. */
+static int64_t block_start(const tiles_job *job, int64_t block)
+{
+    return block * job->x.rows / job->blocks;
+}
+
+/* The block of `rows` rows that starts at row `first`, from `group` on. */
+static b2_quad_block block_at(const tiles_job *job, int64_t first, int64_t rows, int64_t group)
+{
+    int64_t bytes = B2_QUAD_GROUP * job->tiles->value_bytes, at = first * job->groups + group * rows;
+    return (b2_quad_block){job->rounded.values + at * bytes, job->rounded.scales + at, job->rounded.offsets + at};
+}
+
+static void round_tile(void *argument, int64_t index, int worker)
+{
+    tiles_job *job = argument;
+    (void)worker;
+    int64_t first = block_start(job, index), rows = block_start(job, index + 1) - first;
+    b2_quad_block block = block_at(job, first, rows, 0);
+    job->tiles->round_rows(&block, job->x.data + first * job->x.ld, job->x.ld, (int)rows, job->x.cols,
+                           job->w->column_scales, job->w->dtype == B2_I8 ? 128 : 8);
+}
+
+/* ---- tiles ---- */
+
+typedef struct chunk {
+    int64_t block, block_end; /* row blocks */
+    int64_t panel, panel_end;
+    char *unpacked;           /* scratch: [2][KC_UNPACKED][16] values */
+    float *tiles;             /* scratch: [blocks_per_chunk][tile rows][32] */
+} chunk;
+
+static size_t unpacked_bytes(const b2_quad_tiles *tiles)
+{
+    return (size_t)2 * KC_UNPACKED * B2_PANEL * (size_t)tiles->value_bytes;
+}
+
+static size_t chunk_scratch(const b2_quad_tiles *tiles)
+{
+    int64_t blocks = ceil_div(CHUNK_ROWS, tiles->tile_rows);
+    return unpacked_bytes(tiles) + (size_t)(blocks * tiles->tile_rows * B2_QUAD_TILE_COLUMNS) * sizeof(float);
+}
+
+static int64_t panel_bytes(const tiles_job *job)
+{
+    return job->groups * B2_QUAD_GROUP * B2_PANEL / (job->w->dtype == B2_I4 ? 2 : 1);
+}
+
+/* The operand of panels [panel, panel + 2) from group g0 on; of a single panel twice that one. */
+static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int two, int64_t g0,
+                                    int64_t groups)
+{
+    const b2_quad_tiles *tiles = job->tiles;
+    b2_quad_operand operand;
+    int i4 = job->w->dtype == B2_I4;
+    void (*unpack)(char *, const uint8_t *, int64_t) = i4 ? tiles->unpack_i4 : tiles->unpack_i8;
+    for (int i = 0; i < 2; i++) {
+        int64_t from = panel + (two ? i : 0);
+        const uint8_t *stored = (const uint8_t *)job->w->data + from * panel_bytes(job) +
+                                g0 * B2_QUAD_GROUP * B2_PANEL / (i4 ? 2 : 1);
+        operand.values[i] = (const char *)stored;
+        if (unpack && (i == 0 || two))
+            unpack(chunk->unpacked + i * (int64_t)unpacked_bytes(tiles) / 2, stored, groups);
+        if (unpack)
+            operand.values[i] = chunk->unpacked + (two ? i : 0) * (int64_t)unpacked_bytes(tiles) / 2;
+        operand.scales[i] = i4 ? (const uint16_t *)job->w->scales + (from * job->groups + g0) * B2_PANEL : NULL;
+    }
+    return operand;
+}
+
+static void finish_tile(const tiles_job *job, float *tile, int64_t row, int64_t rows, int64_t panel, int two)
+{
+    int64_t column = panel * B2_PANEL, cols = min64(two ? 2 * B2_PANEL : B2_PANEL, job->w->n - column);
+    if (job->w->dtype == B2_I8) {
+        const float *scales = (const float *)job->w->scales + column;
+        job->tiles->scale(tile, scales, two ? scales + B2_PANEL : scales, (int)rows);
+    }
+    b2_epilogue e = job->epilogue;
+    e.bias = e.bias ? e.bias + column : NULL;
+    e.residual = e.residual ? e.residual + row * e.residual_ld + column : NULL;
+    job->kernels->finish(job->out.data + row * job->out.ld + column, job->out.ld, tile, B2_QUAD_TILE_COLUMNS, rows, cols,
+                         &e);
+}
+
+static void run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int two)
+{
+    int unpacks = job->w->dtype == B2_I4 || job->tiles->unpack_i8;
+    int64_t step = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_GROUP;
+    for (int64_t g0 = 0; g0 < job->groups; g0 += step) {
+        int64_t groups = min64(step, job->groups - g0);
+        b2_quad_operand operand = enter_panels(job, chunk, panel, two, g0, groups);
+        float *tile = chunk->tiles;
+        for (int64_t i = chunk->block; i < chunk->block_end; i++) {
+            int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
+            b2_quad_block x = block_at(job, first, rows, g0);
+            if (g0 == 0)
+                memset(tile, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *tile);
+            job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, groups);
+            if (g0 + groups == job->groups)
+                finish_tile(job, tile, first, rows, panel, two);
+            tile += job->tiles->tile_rows * B2_QUAD_TILE_COLUMNS;
+        }
+    }
+}
+
+static void chunk_tile(void *argument, int64_t index, int worker)
+{
+    tiles_job *job = argument;
+    char *scratch = b2_slot_claim(&job->slots, worker);
+    int64_t row_chunk = index % job->row_chunks, panel = index / job->row_chunks * job->panels_per_chunk;
+    chunk chunk = {.block = row_chunk * job->blocks_per_chunk,
+                   .block_end = min64(job->blocks, (row_chunk + 1) * job->blocks_per_chunk),
+                   .panel = panel,
+                   .panel_end = min64(job->panels, panel + job->panels_per_chunk),
+                   .unpacked = scratch,
+                   .tiles = (float *)(void *)(scratch + unpacked_bytes(job->tiles))};
+    for (int64_t p = chunk.panel; p < chunk.panel_end; p += job->tiles->tile_panels)
+        run_panels(job, &chunk, p, job->tiles->tile_panels == 2 && p + 1 < chunk.panel_end);
+    b2_slot_release(&job->slots, scratch);
+}
+
+static int run_group(b2_ctx *ctx, tiles_job *job, b2_err *err)
+{
+    /* Rough costs for choosing tiles, never for results. */
+    const double ns_per_op = 1.0 / 300, ns_per_rounding = 0.3;
+    int step = job->tiles->tile_panels;
+    job->blocks = ceil_div(job->x.rows, job->tiles->tile_rows);
+    if (b2_cpu_run(ctx, job->blocks, round_tile, job, (double)(job->x.rows * job->x.cols) * ns_per_rounding, err) < 0)
+        return -1;
+    job->row_chunks = ceil_div(job->blocks, ceil_div(CHUNK_ROWS, job->tiles->tile_rows));
+    job->blocks_per_chunk = ceil_div(job->blocks, job->row_chunks);
+    double panel_ns = 2.0 * (double)job->x.rows * (double)(job->w->k * B2_PANEL) * ns_per_op;
+    int64_t units = ceil_div(job->panels, step);
+    int64_t tiles = b2_cpu_tile_count(ctx, units, panel_ns * step, 50e3);
+    job->panels_per_chunk = min64(CHUNK_PANELS, ceil_div(units, tiles) * step);
+    return b2_cpu_run(ctx, job->row_chunks * ceil_div(job->panels, job->panels_per_chunk), chunk_tile, job,
+                      panel_ns * (double)job->panels, err);
+}
+
+/* ---- */
+
+static int64_t padded(int64_t k)
+{
+    return ceil_div(k, B2_QUAD_GROUP) * B2_QUAD_GROUP;
+}
+
+static int take_scratch(b2_ctx *ctx, tiles_job *job, int64_t rows, b2_err *err)
+{
+    size_t each = (size_t)(rows * job->groups);
+    job->rounded.values = b2_arena_take(ctx->scratch, each, (size_t)(B2_QUAD_GROUP * job->tiles->value_bytes), err);
+    job->rounded.scales = b2_arena_take(ctx->scratch, each, sizeof(float), err);
+    job->rounded.offsets = b2_arena_take(ctx->scratch, each, sizeof(int32_t), err);
+    if (!job->rounded.values || !job->rounded.scales || !job->rounded.offsets)
+        return -1;
+    return b2_slots_take(&job->slots, ctx, chunk_scratch(job->tiles), err);
+}
+
+size_t b2_cpu_quads_many_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width)
+{
+    const b2_quad_tiles *tiles = b2_cpu_quad_tiles_of(ctx);
+    int64_t rows = min64(GROUP_ROWS, max_rows), groups = padded(max_width) / B2_QUAD_GROUP;
+    return b2_arena_cost((size_t)(rows * groups), (size_t)(B2_QUAD_GROUP * tiles->value_bytes)) +
+           b2_arena_cost((size_t)(rows * groups), sizeof(float)) + b2_arena_cost((size_t)(rows * groups), sizeof(int32_t)) +
+           (size_t)b2_cpu_planned_threads(ctx) * b2_arena_cost(chunk_scratch(tiles), 1);
+}
+
+static int run_all(b2_ctx *ctx, tiles_job *job, b2_err *err)
+{
+    b2_tensor x = job->x, out = job->out;
+    const float *residual = job->epilogue.residual;
+    /* Groups of rows differ by one row at most, so that none is too small for a tile. */
+    int64_t count = ceil_div(x.rows, GROUP_ROWS);
+    if (take_scratch(ctx, job, ceil_div(x.rows, count), err) < 0)
+        return -1;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t row = i * x.rows / count, rows = (i + 1) * x.rows / count - row;
+        job->x = b2_rows(x, row, rows);
+        job->out = b2_rows(out, row, rows);
+        job->epilogue.residual = residual ? residual + row * job->epilogue.residual_ld : NULL;
+        if (run_group(ctx, job, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+int b2_cpu_quads_many(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_epilogue *epilogue,
+                      b2_err *err)
+{
+    tiles_job job = {.kernels = b2_cpu_kernels_of(ctx), .tiles = b2_cpu_quad_tiles_of(ctx), .out = out, .x = x, .w = w,
+                     .epilogue = *epilogue};
+    job.groups = padded(w->k) / B2_QUAD_GROUP;
+    job.panels = ceil_div(w->n, B2_PANEL);
+    size_t mark = b2_arena_mark(ctx->scratch);
+    int status = run_all(ctx, &job, err);
+    b2_arena_reset(ctx->scratch, mark);
+    return status;
+}
