@@ -1,8 +1,9 @@
-"""Writes a random checkpoint of the true size of blip2-opt-2.7b (float16, 7.5 GB), for timing.
+"""Writes a random checkpoint of true size (float16, 7.5 GB), for timing: blip2-opt-2.7b, or the same with a LLaMA.
 
 The weights are scaled so that activations stay finite; the captions are nonsense, the work is that of the real model.
 
     python benchmarks/make_checkpoint.py /tmp/blip2-opt-2.7b-random
+    python benchmarks/make_checkpoint.py /tmp/blip2-llama-2.7b-random --language llama
 """
 
 from __future__ import annotations
@@ -10,37 +11,45 @@ from __future__ import annotations
 import argparse
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 VISION = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39, "num_attention_heads": 16}
 QFORMER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-TEXT = {"hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32}
-VOCABULARY, IMAGE_TOKEN, QUERIES, POSITIONS = 50304, 50265, 32, 2048
+OPT = {
+    "model_type": "opt", "hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 50304, "max_position_embeddings": 2048, "bos_token_id": 2, "eos_token_id": 50118, "pad_token_id": 1,
+    "word_embed_proj_dim": 2560, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+QUERIES = 32
 IMAGE_SIZE, PATCH = 224, 14
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def config() -> dict[str, object]:
-    """config.json of blip2-opt-2.7b, as transformers writes it."""
+def config(text: dict[str, Any], image_token: int) -> dict[str, object]:
+    """config.json as transformers writes it."""
     return {
         "architectures": ["Blip2ForConditionalGeneration"],
         "model_type": "blip-2",
         "dtype": "float16",
         "num_query_tokens": QUERIES,
-        "image_token_index": IMAGE_TOKEN,
-        "tie_word_embeddings": True,
+        "image_token_index": image_token,
+        "tie_word_embeddings": text["tie_word_embeddings"],
         "vision_config": {"model_type": "blip_2_vision_model", "image_size": IMAGE_SIZE, "patch_size": PATCH, **VISION},
         "qformer_config": {
             "model_type": "blip_2_qformer", "cross_attention_frequency": 2, "encoder_hidden_size": 1408, **QFORMER,
         },
-        "text_config": {
-            "model_type": "opt", "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "bos_token_id": 2,
-            "eos_token_id": 50118, "pad_token_id": 1, "word_embed_proj_dim": 2560, "tie_word_embeddings": True, **TEXT,
-        },
+        "text_config": text,
     }  # fmt: skip
 
 
@@ -89,22 +98,51 @@ def qformer_shapes() -> Shapes:
     return shapes
 
 
-def text_shapes() -> Shapes:
-    width, inner = TEXT["hidden_size"], TEXT["ffn_dim"]
+def opt_shapes() -> Shapes:
+    width, inner, vocabulary = OPT["hidden_size"], OPT["ffn_dim"], OPT["vocab_size"]
     top = "language_model.model.decoder."
     shapes: Shapes = {
-        f"{top}embed_tokens.weight": (VOCABULARY, width),
-        f"{top}embed_positions.weight": (POSITIONS + 2, width),
+        f"{top}embed_tokens.weight": (vocabulary, width),
+        f"{top}embed_positions.weight": (OPT["max_position_embeddings"] + 2, width),
         **norm(f"{top}final_layer_norm", width),
-        **linear("language_projection", width, QFORMER["hidden_size"]),
     }
-    for i in range(TEXT["num_hidden_layers"]):
+    for i in range(OPT["num_hidden_layers"]):
         layer = f"{top}layers.{i}."
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes |= linear(f"{layer}self_attn.{part}", width, width)
         shapes |= norm(f"{layer}self_attn_layer_norm", width) | norm(f"{layer}final_layer_norm", width)
         shapes |= linear(f"{layer}fc1", inner, width) | linear(f"{layer}fc2", width, inner)
     return shapes
+
+
+def llama_shapes() -> Shapes:
+    width, inner, vocabulary = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["vocab_size"]
+    top = "language_model.model."
+    shapes: Shapes = {
+        f"{top}embed_tokens.weight": (vocabulary, width),
+        f"{top}norm.weight": (width,),
+        "language_model.lm_head.weight": (vocabulary, width),
+    }
+    for i in range(LLAMA["num_hidden_layers"]):
+        layer = f"{top}layers.{i}."
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"{layer}self_attn.{part}.weight"] = (width, width)
+        for part in ("gate_proj", "up_proj"):
+            shapes[f"{layer}mlp.{part}.weight"] = (inner, width)
+        shapes[f"{layer}mlp.down_proj.weight"] = (width, inner)
+        shapes[f"{layer}input_layernorm.weight"] = shapes[f"{layer}post_attention_layernorm.weight"] = (width,)
+    return shapes
+
+
+class Language(NamedTuple):
+    """A language model's config, where its vocabulary has room for the picture, and its weights."""
+
+    config: dict[str, Any]
+    image_token: int
+    shapes: Callable[[], Shapes]
+
+
+LANGUAGES = {"opt": Language(OPT, 50265, opt_shapes), "llama": Language(LLAMA, 32000, llama_shapes)}
 
 
 def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -125,10 +163,11 @@ def tensors(shapes: Shapes, seed: int) -> Iterator[np.ndarray]:
         yield values(name, shape, pool, rng)
 
 
-def write(folder: Path, seed: int) -> int:
+def write(folder: Path, seed: int, language: Language) -> int:
     """The checkpoint, streamed tensor by tensor; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = {**vision_shapes(), **qformer_shapes(), **text_shapes()}
+    projection = linear("language_projection", language.config["hidden_size"], QFORMER["hidden_size"])
+    shapes = {**vision_shapes(), **qformer_shapes(), **projection, **language.shapes()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -141,7 +180,7 @@ def write(folder: Path, seed: int) -> int:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in tensors(shapes, seed):
             file.write(array.tobytes())
-    (folder / "config.json").write_text(json.dumps(config(), indent=2))
+    (folder / "config.json").write_text(json.dumps(config(language.config, language.image_token), indent=2))
     preprocessor = {
         "image_processor_type": "BlipImageProcessor", "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -154,9 +193,10 @@ def write(folder: Path, seed: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--language", choices=sorted(LANGUAGES), default="opt")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    size = write(arguments.folder, arguments.seed)
+    size = write(arguments.folder, arguments.seed, LANGUAGES[arguments.language])
     print(f"{arguments.folder}: {size / 1e9:.2f} GB")
 
 

@@ -107,7 +107,7 @@ class Model:
     """[N] -> [N, D_lm]: the language model's token embeddings."""
     def generate(
         self,
-        image_features: NDArray[np.float32],
+        image_features: NDArray[np.float32] | None,
         ids: NDArray[np.int32],
         offsets: NDArray[np.int64],
         mask: NDArray[np.uint8] | None,
@@ -116,18 +116,70 @@ class Model:
         decoder_ids: NDArray[np.int32] | None = None,
         decoder_offsets: NDArray[np.int64] | None = None,
         decoder_mask: NDArray[np.uint8] | None = None,
+        prefixes: Sequence[Prefix | None] | None = None,
+        keys: NDArray[np.uint64] | None = None,
+        hooks: Mapping[str, Callable[..., Any]] | None = None,
+        tap: Callable[[str, str, int, NDArray[np.float32]], Any] | None = None,
+        keep: bool = False,
     ) -> dict[str, Any]: ...
-    """Rows as in forward(); rule_ids [N] are the ids that the rules see (the image token where ids has -1, or -1 where
-    there is none; of an encoder-decoder the decoder's). options: every key of b2_generate_opts, see
-    blip2c.generation.core_options().
+    """Rows as in forward(); rule_ids are the ids that the rules see, [N] (the image token where ids has -1, or -1 where
+    there is none), of an encoder-decoder the decoder's. options: every key of b2_generate_opts, see
+    blip2c.generation.core_options(). prefixes [B]: what stands before each row. keys [B]: a row's draws depend on the
+    seed and its key (its number, where none is given), not on the batch. hooks: see csrc/python/py_hooks.h.
+    tap("hidden" | "attention", stage, layer, array) sees every model call: hidden [tokens, D], weights flat, row after
+    row [H, queries, keys]. keep: "prefixes" [rows] are what each result has read and said, but for its last token.
+    {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "beam_indices": int32
+    [rows, max_new] or None, "kv_bytes" (at the most), "step_allocations", "steps", "items",
+    "items_advanced", "rows_advanced": int}."""
+    def generate_stream(
+        self,
+        next: Callable[[bool], tuple[Any, ...] | None],
+        done: Callable[[int, dict[str, Any]], Any],
+        options: Mapping[str, Any],
+        places: int,
+        longest: int,
+        longest_decoder: int = 0,
+        masked: bool = False,
+    ) -> dict[str, Any]: ...
+    """Continuous batching: items that finish leave their place and the next ones enter.
 
-    {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int,
-    "kv_bytes": int, "step_allocations": int}."""
+    next(wait) gives (image_features float32 [places, D_lm] | None, ids int32 [n], rule_ids int32, mask uint8 [n] |
+    None, prefix | None, decoder_ids int32 | None), or None where there is none yet (only if not wait: then
+    something runs); StopIteration ends. done(index, result) has each item when it is finished, counted from 0 as
+    they came; result has "ids", "lengths" and "scores" of its num_return_sequences rows. places: how many run
+    together. longest: tokens of the longest prompt, its prefix included (longest_decoder: of decoder_ids). masked:
+    whether prompts may have masks. Returns the counters of generate(); the batch was full where items_advanced ==
+    steps * places."""
+    def prefill(
+        self,
+        image_features: NDArray[np.float32] | None,
+        ids: NDArray[np.int32],
+        rule_ids: NDArray[np.int32],
+        prefix: Prefix | None = None,
+    ) -> Prefix: ...
+    """A prompt's beginning, read once: image_features [places, D_lm] for the ids of -1, ids and rule_ids [n] behind
+    what `prefix` holds. UnsupportedError for encoder-decoders, which read a prompt as a whole."""
     def weights(self) -> dict[str, NDArray[Any]]: ...
     """Every weight by its checkpoint name, unpacked: float32 (also where it is quantised), float16, or uint16 holding
     bfloat16 bits."""
     def save_packed(self, path: str | os.PathLike[str], metadata: dict[str, str], /) -> None: ...
     """All weights as they are held into one file, which Model() maps; docs/FORMATS.md has the form."""
+
+class Prefix:
+    """A beginning of a prompt that a model has read: immutable, to be shared by any number of prompts and threads.
+
+    From Model.prefill() and Model.generate(keep=True). len() is its number of tokens."""
+
+    def __len__(self) -> int: ...
+    @property
+    def ids(self) -> NDArray[np.int32]: ...
+    """[len(self)], -1 where an image feature stands."""
+    @property
+    def rule_ids(self) -> NDArray[np.int32]: ...
+    """[len(self)], as the rules of generation see them."""
+    @property
+    def nbytes(self) -> int: ...
+    """Bytes of its keys and values."""
 
 class SafetensorsFile:
     """A validated safetensors file, mapped."""
@@ -155,12 +207,14 @@ def search(
     offsets: NDArray[np.int64],
     options: Mapping[str, Any],
     stacked: bool,
+    hooks: Mapping[str, Callable[..., Any]] | None = None,
     /,
 ) -> dict[str, Any]: ...
 
 """Greedy or beam search over a step function, see blip2c.search. Packed prompts: row b is ids[offsets[b]:offsets[b+1]].
 step gets an int64 array [n, t] if `stacked` (all prompts equally long), else a list of n int64 arrays.
-{"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}"""
+{"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "beam_indices": int32 [rows, max_new]
+or None, "steps": int}"""
 
 RULES: tuple[str, ...]
 
@@ -225,6 +279,7 @@ def _copy_rows(
     /,
 ) -> NDArray[np.float32]: ...
 def _add_rows(x: NDArray[np.float32], rows: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+def _distance_bias(table: NDArray[np.float32], max_distance: int, bidirectional: bool, /) -> NDArray[np.float32]: ...
 def _attention(
     q: NDArray[np.float32],
     q_offsets: NDArray[np.int32],

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from blip2c._core import NumericError
 from blip2c.images import is_picture, is_torch, load_image
-from blip2c.inputs import check_pixels, check_positions, pack_ragged
-from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
+from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, repeat_decoder
+from blip2c.modeling import Blip2ForConditionalGeneration, decoder_arguments, new_tokens
 from blip2c.processing import Blip2Processor
 
 QUESTION = "Question: {} Answer:"
@@ -193,6 +193,8 @@ class Captioner:
         several = generate_options.get("num_return_sequences")
         if several not in (None, 1):
             raise ValueError(f"num_return_sequences={several}: one caption a picture; use model.generate for more")
+        # Of an encoder-decoder: what every text begins with. Its prompts go to the encoder.
+        decoder = self.model._begin_decoder(generate_options, 1) if self.model.config.is_encoder_decoder else None
         options = self.model._options(generate_options, [])
         features: dict[int, NDArray[np.float32] | Exception] = {}
         for start in range(0, len(rows), batch_size):
@@ -200,7 +202,7 @@ class Captioner:
             wanted = list(dict.fromkeys(index for index, _ in batch))
             features = {index: value for index, value in features.items() if index in wanted}
             self._encode(pictures, [index for index in wanted if index not in features], features)
-            yield from self._batch(batch, features, options)
+            yield from self._batch(batch, features, options, decoder)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -251,6 +253,7 @@ class Captioner:
         batch: Sequence[tuple[int, str | None]],
         features: dict[int, NDArray[np.float32] | Exception],
         options: dict[str, Any],
+        decoder: DecoderRows | None,
     ) -> Iterator[Any]:
         results: dict[int, Any] = {}
         ready: list[tuple[int, NDArray[np.float32], list[int]]] = []
@@ -259,21 +262,23 @@ class Captioner:
             try:
                 if isinstance(picture, Exception):
                     raise picture
-                ready.append((place, picture, self._prompt_ids(prompt, options)))
+                ready.append((place, picture, self._prompt_ids(prompt, options, decoder)))
             except ROW_ERRORS as error:
                 results[place] = error
         if ready:
-            captions = self._generate(np.stack([f for _, f, _ in ready]), [ids for _, _, ids in ready], options)
+            captions = self._generate(
+                np.stack([f for _, f, _ in ready]), [ids for _, _, ids in ready], options, decoder
+            )
             results.update(zip((place for place, _, _ in ready), captions, strict=True))
         for place in range(len(batch)):
             yield results[place]
 
-    def _prompt_ids(self, prompt: str | None, options: dict[str, Any]) -> list[int]:
+    def _prompt_ids(self, prompt: str | None, options: dict[str, Any], decoder: DecoderRows | None) -> list[int]:
         """Ids of a row behind its image. Raises ValueError for a prompt that the model has no room for."""
-        if prompt is None:
+        if prompt is None and self.model.config.text_config.get("bos_token_id") is not None:
             ids = [int(self.model._start_ids(1)[0, -1])]
-        elif isinstance(prompt, str):
-            ids = list(self.processor.tokenizer(prompt)["input_ids"])
+        elif prompt is None or isinstance(prompt, str):
+            ids = list(self.processor.tokenizer(prompt or "")["input_ids"])
         else:
             raise TypeError(f"a prompt must be a string, found {type(prompt).__name__}")
         vocabulary = int(self.model._core_config["text"]["vocab_size"])
@@ -284,20 +289,32 @@ class Captioner:
         if self.model._image_token is not None and self.model._image_token in ids:
             raise ValueError("the prompt holds <image>: the picture is put in front by itself")
         queries = int(self.model._core_config["num_query_tokens"])
-        room = new_tokens(options, queries + len(ids))
+        length = queries + len(ids) if decoder is None else len(decoder.ids)
+        room = new_tokens(options, length)
         if room == 0:
-            raise ValueError(
-                f"the prompt is {queries + len(ids)} tokens long, image included; max_length is {options['max_length']}"
+            what = (
+                "the prompt is {} tokens long, image included"
+                if decoder is None
+                else "the decoder begins with {} tokens"
             )
+            raise ValueError(f"{what.format(length)}; max_length is {options['max_length']}")
         check_positions(pack_ragged([ids], self.model._image_token, queries), self.model._positions, room)
         return ids
 
     def _generate(
-        self, features: NDArray[np.float32], prompts: list[list[int]], options: dict[str, Any]
+        self,
+        features: NDArray[np.float32],
+        prompts: list[list[int]],
+        options: dict[str, Any],
+        decoder: DecoderRows | None,
     ) -> list[Caption]:
-        """features [B, Q, D], a prompt each."""
+        """features [B, Q, D], a prompt each; decoder: one row, for all."""
         rows = pack_ragged(prompts, self.model._image_token, int(self.model._core_config["num_query_tokens"]))
-        out = self.model._core.generate(features, rows.ids, rows.offsets, None, rows.rule_ids, options)
+        rule_ids, beginning = rows.rule_ids, {}
+        if decoder is not None:
+            begun = repeat_decoder(decoder, len(prompts))
+            rule_ids, beginning = begun.ids, decoder_arguments(begun)
+        out = self.model._core.generate(features, rows.ids, rows.offsets, None, rule_ids, options, **beginning)
         ends = set(int(i) for i in np.atleast_1d(np.asarray(options.get("eos_ids", []), np.int64)))
         captions = []
         for ids, length in zip(np.asarray(out["ids"]), np.asarray(out["lengths"]), strict=True):

@@ -314,7 +314,7 @@ def _info(args: argparse.Namespace) -> int:
     )
     print(
         f"text:     {text['model_type']}, {text['num_hidden_layers']} layers of {text['hidden_size']},"
-        f" {text['vocab_size']} tokens, {text['max_position_embeddings']} positions"
+        f" {text['vocab_size']} tokens, {text.get('max_position_embeddings', 'any number of')} positions"
     )
     return 0
 

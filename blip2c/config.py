@@ -257,9 +257,12 @@ class T5Config(PretrainedConfig):
     def __init__(self, **values: Any) -> None:
         tied = values.pop("tie_word_embeddings", None)
         values.pop("is_encoder_decoder", None)
+        aliases = {name: values.pop(name) for name in list(values) if name in self.attribute_map}
         super().__init__(**values)
         if self.num_decoder_layers is None:
             self.num_decoder_layers = self.num_layers
+        for name, value in aliases.items():  # only now: num_hidden_layers says nothing about the decoder upstream
+            setattr(self, name, value)
         parts = str(self.feed_forward_proj).split("-")
         act = "gelu_new" if self.feed_forward_proj == "gated-gelu" else parts[-1]
         self.dense_act_fn = values.get("dense_act_fn", act)

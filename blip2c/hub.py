@@ -14,6 +14,9 @@ from typing import Any
 CONFIG_FILES = [
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    # InstructBLIP's second tokenizer
+    "qformer_tokenizer/tokenizer.json", "qformer_tokenizer/tokenizer_config.json",
+    "qformer_tokenizer/special_tokens_map.json", "qformer_tokenizer/added_tokens.json",
 ]  # fmt: skip
 WEIGHT_FILES = [
     "model.safetensors",

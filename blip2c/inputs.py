@@ -137,6 +137,13 @@ def begin_decoder(ids: Any, mask: Any, start: Any, rows: int, vocabulary: int) -
     return decoder_rows(np.concatenate([first, given.shown], axis=1), mask, rows, vocabulary)
 
 
+def repeat_decoder(row: DecoderRows, times: int) -> DecoderRows:
+    """The one row of `row`, `times` times."""
+    mask = None if row.mask is None else np.tile(row.mask, times)
+    offsets = np.arange(times + 1, dtype=np.int64) * len(row.ids)
+    return DecoderRows(np.tile(row.ids, times), offsets, mask, np.tile(row.shown, (times, 1)))
+
+
 def shift_right(labels: NDArray[np.int64], start: int, pad: int) -> NDArray[np.int64]:
     """labels [B, T] as the decoder reads them while it is taught: start in front, the last dropped, pad for -100."""
     shifted = np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)

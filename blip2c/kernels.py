@@ -29,6 +29,7 @@ __all__ = [
     "copy_rows",
     "cross_attention",
     "decode_attention",
+    "distance_bias",
     "embedding",
     "first_bad_row",
     "gate",
@@ -296,6 +297,16 @@ def packed_attention(
         q, q_offsets, k, v, prefix_starts, prefix_lens, k_suffix, v_suffix, suffix_slots, suffix_lens, key_mask,
         distance_bias, causal, heads, kv_heads, head_dim, scale or 0.0, window,
     )  # fmt: skip
+
+
+def distance_bias(table: F32, max_distance: int, bidirectional: bool) -> F32:
+    """T5's relative position bias by distance instead of by bucket, as attention() takes it (Raffel et al. 2020, 2.1).
+
+    table [buckets, H] float32, as a checkpoint's relative_attention_bias.weight; at least 4 buckets, max_distance
+    beyond half of them (ValueError). bidirectional: an encoder's, else a decoder's. Returns [H, 2 * max_distance + 1]:
+    column d + max_distance for a key d places behind its query (T5Attention._relative_position_bucket).
+    """
+    return _core._distance_bias(table, max_distance, bidirectional)
 
 
 def _mask_bytes(key_mask: NDArray[Any] | None, shape: tuple[int, int]) -> NDArray[np.uint8] | None:

@@ -91,7 +91,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         if self.config.is_encoder_decoder:
             if decoder_ids is None:
                 raise ValueError("decoder_input_ids must be given: forward() gives logits for them")
-            decoder = _decoder_arguments(decoder_rows(decoder_ids, decoder_mask, pixels.shape[0], self._vocabulary))
+            decoder = decoder_arguments(decoder_rows(decoder_ids, decoder_mask, pixels.shape[0], self._vocabulary))
         stages = self._core.encode_stages(pixels)
         out = self._core.forward(stages["image_features"], rows.ids, rows.offsets, rows.mask, **decoder)
         like = Like(pixel_values, self._dtype)
@@ -167,7 +167,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         if self.config.is_encoder_decoder:
             begun = self._begin_decoder(generate_kwargs, pixels.shape[0])
             length, prompts, rule_ids = begun.shown.shape[1], begun.shown, begun.ids
-            decoder = _decoder_arguments(begun)
+            decoder = decoder_arguments(begun)
         options = self._options(generate_kwargs, [length])
         check_positions(rows, self._positions, new_tokens(options, length))
         features = self._core.encode(pixels)
@@ -260,7 +260,7 @@ class Blip2ForConditionalGeneration(Blip2PreTrainedModel):
         return vision, qformer
 
 
-def _decoder_arguments(rows: DecoderRows) -> dict[str, Any]:
+def decoder_arguments(rows: DecoderRows) -> dict[str, Any]:
     """As the C part takes them."""
     return {"decoder_ids": rows.ids, "decoder_offsets": rows.offsets, "decoder_mask": rows.mask}
 

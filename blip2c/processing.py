@@ -1,4 +1,4 @@
-"""`Blip2Processor`: a BlipImageProcessor and a tokenizer in one, as transformers 5.23 has it.
+"""`Blip2Processor`, `InstructBlipProcessor`: a BlipImageProcessor and tokenizers in one, as transformers 5.23 has them.
 
     rows of input_ids = [<image>] * num_query_tokens + [pads ...] + [bos, text ...]
 
@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tokenizers import AddedToken
 
@@ -75,11 +75,6 @@ class Blip2Processor:
         if images is None and text is None:
             raise ValueError("images or text must be given")
         return_tensors, text_options, image_options = _split(options)
-        max_length = text_options.pop("max_length", None)
-        if max_length is not None:
-            if self.num_query_tokens is None:
-                raise ValueError("max_length needs num_query_tokens in the processor's configuration")
-            text_options["max_length"] = max_length - self.num_query_tokens
         data: dict[str, Any] = {}
         if text is not None:
             data.update(self._text(text, images is not None, text_options))
@@ -88,10 +83,12 @@ class Blip2Processor:
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _text(self, text: Any, with_images: bool, options: dict[str, Any]) -> dict[str, Any]:
-        texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
-            raise ValueError("text must be a string or a list of strings that is not empty")
-        encoded = self.tokenizer(texts, **options).data
+        max_length = options.get("max_length")
+        if max_length is not None:
+            if self.num_query_tokens is None:
+                raise ValueError("max_length needs num_query_tokens in the processor's configuration")
+            options = {**options, "max_length": max_length - self.num_query_tokens}
+        encoded = self.tokenizer(_texts(text), **options).data
         if not with_images or self.num_query_tokens is None:
             return encoded
         plain = {**options, "add_special_tokens": False, "padding": False, "truncation": False}
@@ -118,7 +115,7 @@ class Blip2Processor:
         return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **options)
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Blip2Processor:
+    def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Self:
         """From a folder or Hub id. Other options override the image processor's, or the tokenizer's padding_side etc.
 
         Raises CheckpointError naming the file that is missing or damaged.
@@ -135,14 +132,19 @@ class Blip2Processor:
         image_options = {key: options.pop(key) for key in list(options) if key in IMAGE_OPTIONS}
         image_processor = BlipImageProcessor.from_pretrained(folder, **image_options)
         tokenizer = Blip2Tokenizer.from_pretrained(folder, **options)
-        return cls(image_processor, tokenizer, num_query_tokens=queries)
+        return cls(image_processor, tokenizer, *cls._further_parts(folder), num_query_tokens=queries)
+
+    @classmethod
+    def _further_parts(cls, folder: Path) -> tuple[Any, ...]:
+        """What else __init__ takes."""
+        return ()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, tokenizer_config.json and processor_config.json (with the image processor inside)."""
         folder = Path(directory)
         self.tokenizer.save_pretrained(folder)
         config: dict[str, Any] = {
-            "processor_class": "Blip2Processor",
+            "processor_class": type(self).__name__,
             "image_processor": self.image_processor.to_dict(),
         }
         if self.num_query_tokens is not None:
@@ -151,10 +153,76 @@ class Blip2Processor:
         (folder / "processor_config.json").write_text(text, encoding="utf-8")
 
     def __repr__(self) -> str:
-        return f"Blip2Processor(num_query_tokens={self.num_query_tokens}, {self.image_processor}, {self.tokenizer})"
+        name = type(self).__name__
+        return f"{name}(num_query_tokens={self.num_query_tokens}, {self.image_processor}, {self.tokenizer})"
 
 
-AutoProcessor = Blip2Processor
+QFORMER_TOKENIZER = "qformer_tokenizer"
+
+
+class InstructBlipProcessor(Blip2Processor):
+    """As Blip2Processor, with the instruction a second time in the Q-Former's words (upstream: InstructBlipProcessor).
+
+    qformer_tokenizer lies in the folder of that name beside the other files.
+    """
+
+    def __init__(
+        self,
+        image_processor: BlipImageProcessor,
+        tokenizer: Blip2Tokenizer,
+        qformer_tokenizer: Blip2Tokenizer,
+        num_query_tokens: int | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, num_query_tokens)
+        self.qformer_tokenizer = qformer_tokenizer
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call may return."""
+        return [*super().model_input_names, "qformer_input_ids", "qformer_attention_mask"]
+
+    def _text(self, text: Any, with_images: bool, options: dict[str, Any]) -> dict[str, Any]:
+        """Ids and mask of the texts, and the same by the Q-Former's tokenizer; max_length holds for each."""
+        options = {"return_token_type_ids": False, **options}
+        words = self.qformer_tokenizer(_texts(text), **options).data
+        if "attention_mask" not in words:
+            raise ValueError("return_attention_mask=False: the Q-Former needs to know what is padding")
+        own = {"qformer_input_ids": words["input_ids"], "qformer_attention_mask": words["attention_mask"]}
+        return {**own, **super()._text(text, with_images, options)}
+
+    @classmethod
+    def _further_parts(cls, folder: Path) -> tuple[Any, ...]:
+        words = folder / QFORMER_TOKENIZER
+        if not words.is_dir():
+            raise FileNotFoundError(f"{words}: no such folder, so this is not an InstructBLIP processor")
+        return (Blip2Tokenizer.from_pretrained(words),)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """As Blip2Processor, and the second tokenizer into the folder qformer_tokenizer."""
+        super().save_pretrained(directory)
+        self.qformer_tokenizer.save_pretrained(Path(directory) / QFORMER_TOKENIZER)
+
+
+class AutoProcessor:
+    """Chooses between the two by what the folder holds."""
+
+    @staticmethod
+    def from_pretrained(path_or_id: str | os.PathLike[str], **options: Any) -> Blip2Processor:
+        """An InstructBlipProcessor where there is a second tokenizer, else a Blip2Processor; options as theirs."""
+        from blip2c.hub import pop_hub_options, resolve
+
+        folder = resolve(path_or_id, weights=False, **pop_hub_options(options))
+        kind = InstructBlipProcessor if (folder / QFORMER_TOKENIZER).is_dir() else Blip2Processor
+        return kind.from_pretrained(folder, **options)
+
+
+def _texts(text: Any) -> list[str] | tuple[str, ...]:
+    """One or several texts as several. Raises ValueError."""
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
+        raise ValueError("text must be a string or a list of strings that is not empty")
+    return texts
 
 
 def _split(options: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -101,7 +101,7 @@ def _search(step: Step, prompts: Any, options: dict[str, Any]) -> SearchResult:
     resolved = core_options(GenerationConfig(), options, lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     result = _core.search(step, np.concatenate(rows), offsets, resolved, len(set(lengths)) == 1)
-    return SearchResult(**result)
+    return SearchResult(**{name: result[name] for name in ("ids", "lengths", "scores", "steps")})
 
 
 def _prompt(row: Any, b: int) -> NDArray[np.int32]:

@@ -1,7 +1,7 @@
-"""`Blip2Tokenizer`: text to ids and back through the `tokenizers` package, as transformers' fast GPT-2 tokenizer does.
+"""`Blip2Tokenizer`: text to ids and back through the `tokenizers` package, as transformers' fast tokenizers do.
 
 It reads tokenizer.json (or vocab.json and merges.txt), tokenizer_config.json and special_tokens_map.json. Which special
-tokens a text gets is said by the file's post-processor: OPT's puts </s> in front.
+tokens a text gets is said by the file's post-processor: OPT's puts </s> in front, T5's puts it behind.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 # From here on transformers takes a length for "no limit".
 LARGE = int(1e20)
 NO_LIMIT = int(1e30)
+
+# What clean_up_tokenization_spaces replaces, in this order.
+CLEANED = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+    (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
 
 # Options of transformers' __call__ whose other values would need what is not computed here.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -56,7 +62,7 @@ def _added(value: Any) -> AddedToken | None:
 
 
 class Blip2Tokenizer:
-    """A byte-level BPE tokenizer (upstream: transformers' GPT2Tokenizer over TokenizersBackend).
+    """A tokenizer from a tokenizer.json (upstream: GPT2Tokenizer, T5Tokenizer, ... over TokenizersBackend).
 
     Settable: padding_side, truncation_side, model_max_length, pad_token, bos_token, eos_token, unk_token.
     """
@@ -303,15 +309,19 @@ class Blip2Tokenizer:
     ) -> Any:
         """Text of one row of ids [T] (or one id), or texts of rows [B, T].
 
-        clean_up_tokenization_spaces is without effect on byte-level BPE, as in transformers 5.23, where it would take
-        away spaces that belong to the text.
+        clean_up_tokenization_spaces (None: as the files say) takes away spaces before punctuation; it is without effect
+        on BPE, as in transformers 5.23, where it would take away spaces that belong to the text.
         """
+        clean = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
+        clean = clean and not isinstance(self.backend_tokenizer.model, models.BPE)
         ids = _as_lists(token_ids)
         if isinstance(ids, int):
             ids = [ids]
         if ids and isinstance(ids[0], list | tuple):
-            return [self._decode_row(row, skip_special_tokens) for row in ids]
-        return self._decode_row(ids, skip_special_tokens)
+            return [self._decode_row(row, skip_special_tokens, clean) for row in ids]
+        return self._decode_row(ids, skip_special_tokens, clean)
 
     def batch_decode(
         self, sequences: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
@@ -320,12 +330,15 @@ class Blip2Tokenizer:
         texts = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
         return [texts] if isinstance(texts, str) else list(texts)
 
-    def _decode_row(self, row: Sequence[int], skip_special_tokens: bool) -> str:
+    def _decode_row(self, row: Sequence[int], skip_special_tokens: bool, clean: bool) -> str:
         ids = [operator.index(index) for index in row]
         for index in ids:
             if index < 0:
                 raise ValueError(f"token id {index} is negative")
-        return str(self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        text = str(self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        for spaced, tight in CLEANED if clean else ():
+            text = text.replace(spaced, tight)
+        return text
 
     # -- files ---------------------------------------------------------------------------------------------------
 

@@ -78,6 +78,29 @@ def small_tokenizer(vocab_size: int = 320, image_token: bool = True) -> transfor
     return fast
 
 
+def small_t5_tokenizer(vocab_size: int = 320, image_token: bool = True) -> transformers.T5Tokenizer:
+    """A Unigram tokenizer of T5's kind: <pad> is 0, </s> (1) is put behind, <unk> is 2, the last id is <image>."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.Unigram())
+    trained.normalizer = normalizers.NFKC()
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(
+        CORPUS * 4, trainers.UnigramTrainer(vocab_size=vocab_size // 2, unk_token="<unk>", show_progress=False)
+    )
+    pieces = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"] if piece != "<unk>"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces]
+    sentinels, rest = 3, vocab_size - len(vocabulary) - (1 if image_token else 0)
+    vocabulary += [(f"\u2581filler{i}", -30.0) for i in range(rest - sentinels)]
+    vocabulary += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(sentinels))]
+    tokenizer = transformers.T5Tokenizer(vocab=vocabulary, extra_ids=sentinels, clean_up_tokenization_spaces=True)
+    if image_token:
+        tokenizer.add_tokens(
+            [transformers.AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True
+        )
+    return tokenizer
+
+
 def random_config(
     *,
     vision: dict[str, Any] | None = None,
@@ -177,7 +200,8 @@ def random_checkpoint(
 ) -> Path:
     """Write a random checkpoint with transformers and return its folder.
 
-    overrides go to random_config(); instruct makes it an InstructBLIP. dtype is what the weights are stored as. tokenizer=True adds a Blip2Processor.
+    overrides go to random_config(); instruct makes it an InstructBLIP. dtype is what the weights are stored as.
+    tokenizer=True adds a processor.
     Load the reference with reference_model(path): the stored values in float32.
     """
     path = Path(path)
@@ -217,7 +241,8 @@ def random_processor(config: Any) -> Any:
 
     size = config.vision_config.image_size
     has_image_token = config.image_token_index is not None
-    text = small_tokenizer(config.text_config.vocab_size, has_image_token)
+    make = small_t5_tokenizer if config.text_config.model_type == "t5" else small_tokenizer
+    text = make(config.text_config.vocab_size, has_image_token)
     image = BlipImageProcessorPil(size={"height": size, "width": size})
     queries = config.num_query_tokens if has_image_token else None
     if config.model_type == "instructblip":

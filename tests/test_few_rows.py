@@ -196,3 +196,33 @@ def test_the_same_bits_on_every_instruction_set(isa: str) -> None:
         assert f"UnsupportedError: BLIP2C_ISA={isa}" in run.stderr
         return
     assert json.loads(run.stdout) == digests()
+
+
+# ---- beams ----
+
+
+@pytest.mark.parametrize("case", ["no mask", "the same mask", "one mask differs", "groups of unequal size"])
+def test_rows_that_share_a_prefix_get_what_each_gets_alone(case: str) -> None:
+    """Their prefix is packed once for all of them: neither a mask nor another picture's prefix may slip in."""
+    heads, width, rows = 3, 20, 6
+    k, v, q = normal(1, 80, heads * width), normal(2, 80, heads * width), normal(3, rows, heads * width)
+    starts = np.repeat(np.array([0, 37], np.int32), 3)
+    if case == "groups of unequal size":
+        starts = np.repeat(np.array([0, 37], np.int32), [4, 2])
+    prefix, suffix = np.full(rows, 37, np.int32), np.array([1, 5, 6, 2, 3, 4], np.int32)
+    slots = np.random.default_rng(4).integers(0, 80, (rows, 6)).astype(np.int32)
+    mask = np.ones((rows, 43), np.uint8)
+    mask[:, 3:9] = case == "no mask"
+    mask[1, 20] = case != "one mask differs"
+
+    def attend(which: slice) -> NDArray[F32]:
+        part = q[which]
+        return kernels.packed_attention(
+            part, np.arange(len(part) + 1, dtype=np.int32), k, v, starts[which], prefix[which], heads=heads,
+            k_suffix=v, v_suffix=k, suffix_slots=slots[which], suffix_lens=suffix[which], causal=True,
+            key_mask=None if case == "no mask" else mask[which],
+        )  # fmt: skip
+
+    whole = attend(slice(0, rows))
+    for row in range(rows):
+        np.testing.assert_array_equal(whole[row], attend(slice(row, row + 1))[0])

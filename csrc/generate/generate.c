@@ -1,4 +1,5 @@
-/* b2_generate: checks that name the option, the memory of the result, the choice of the search. */
+/* b2_generate and b2_generate_stream: checks that name the option, and for prompts that are all there a source over them and
+ * a sink that makes one array of the results. */
 #include "generate/generate.h"
 
 #include <math.h>
@@ -7,18 +8,6 @@
 #include "core/memory.h"
 #include "generate/search.h"
 
-enum { SCORES_WORTH_THREADS = 32768 };
-
-int b2_search_run(const b2_search *search, int64_t tiles, int64_t scores_per_tile, b2_tile_fn fn, void *argument,
-                  b2_err *err)
-{
-    if (tiles > SCORES_WORTH_THREADS / scores_per_tile)
-        return b2_pool_run(search->pool, tiles, fn, argument, search->cancel, err);
-    for (int64_t i = 0; i < tiles; i++)
-        fn(argument, i, 0);
-    return 0;
-}
-
 static int check_beams(const b2_generate_opts *opts, b2_err *err)
 {
     if (opts->num_beams < 1)
@@ -26,7 +15,7 @@ static int check_beams(const b2_generate_opts *opts, b2_err *err)
     if (opts->num_return_sequences < 1)
         return b2_fail(err, B2_E_VALUE, "num_return_sequences: expected at least 1, found %d",
                        opts->num_return_sequences);
-    if (opts->num_return_sequences > opts->num_beams)
+    if (opts->num_return_sequences > opts->num_beams && !(opts->do_sample && opts->num_beams == 1))
         return b2_fail(err, B2_E_VALUE, "num_return_sequences (%d) must not exceed num_beams (%d)",
                        opts->num_return_sequences, opts->num_beams);
     if (opts->early_stopping != B2_EARLY_STOPPING_FALSE && opts->early_stopping != B2_EARLY_STOPPING_TRUE &&
@@ -48,12 +37,10 @@ static int check_lengths(const b2_generate_opts *opts, b2_err *err)
     return 0;
 }
 
-static int check_prompts(const b2_prompts *prompts, int64_t vocabulary, b2_err *err)
+static int check_prompts(const b2_prompts *prompts, b2_err *err)
 {
     if (prompts->rows < 1)
         return b2_fail(err, B2_E_VALUE, "prompts: expected at least 1 row, found %lld", (long long)prompts->rows);
-    if (vocabulary < 1 || vocabulary > INT32_MAX)
-        return b2_fail(err, B2_E_VALUE, "vocabulary: expected 1 to 2^31-1 tokens, found %lld", (long long)vocabulary);
     for (int64_t b = 0; b < prompts->rows; b++) {
         int64_t length = prompts->offsets[b + 1] - prompts->offsets[b];
         if (length < 0 || (prompts->skip && (prompts->skip[b] < 0 || prompts->skip[b] > length)))
@@ -76,85 +63,160 @@ static int check_size(const b2_generate_opts *opts, int64_t vocabulary, b2_err *
     return 0;
 }
 
-static int set_limits(b2_search *search, b2_err *err)
+int64_t b2_generate_rows_per_item(const b2_generate_opts *opts)
 {
-    const b2_prompts *prompts = search->prompts;
-    const b2_generate_opts *opts = search->opts;
+    return opts->num_beams > 1 ? opts->num_beams : opts->num_return_sequences;
+}
+
+b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t rows_at_once)
+{
+    int64_t most = rows_at_once / b2_generate_rows_per_item(opts);
+    b2_search_size size = {.places = most < 1 ? 1 : most};
+    if (prompts->rows < size.places || rows_at_once <= 0 || opts->hooks)
+        size.places = prompts->rows;
     for (int64_t b = 0; b < prompts->rows; b++) {
-        int64_t length = prompts->offsets[b + 1] - prompts->offsets[b];
-        int64_t limit = b2_rules_limit(opts, length);
-        if (limit < 1)
-            return b2_fail(err, B2_E_VALUE, "max_length: prompt %lld has %lld tokens already, max_length is %lld; "
-                           "raise it or set max_new_tokens", (long long)b, (long long)length,
-                           (long long)opts->max_length);
-        search->limits[b] = limit;
-        search->width = limit > search->width ? limit : search->width;
-        search->longest = length > search->longest ? length : search->longest;
+        int64_t length = prompts->offsets[b + 1] - prompts->offsets[b], limit = b2_rules_limit(opts, length);
+        size.width = limit > size.width ? limit : size.width;
+        size.longest = length > size.longest ? length : size.longest;
     }
-    return 0;
+    return size;
 }
 
-static int reserve_result(b2_search *search, b2_err *err)
+int b2_generate_check_options(const b2_generate_opts *opts, int64_t vocabulary, b2_err *err)
 {
-    b2_generated *out = search->out;
-    out->rows = search->prompts->rows * search->opts->num_return_sequences;
-    size_t rows = (size_t)out->rows, width = (size_t)search->width;
-    if (width > SIZE_MAX / rows)
-        return b2_fail(err, B2_E_MEMORY, "max_new_tokens: %lld tokens overflow the address space",
-                       (long long)search->width);
-    out->ids = b2_alloc(rows * width, sizeof *out->ids, "generated ids", err);
-    out->lengths = b2_alloc_zeroed(rows, sizeof *out->lengths, "generated lengths", err);
-    out->scores = b2_alloc_zeroed(rows, sizeof *out->scores, "generated scores", err);
-    return out->ids && out->lengths && out->scores ? 0 : -1;
-}
-
-/* Rows were written `width` apart; they move together to the width that was needed and get their pads. */
-static void tighten(b2_generated *out, int64_t width, int32_t pad)
-{
-    for (int64_t r = 0; r < out->rows; r++)
-        out->max_new = out->lengths[r] > out->max_new ? out->lengths[r] : out->max_new;
-    for (int64_t r = 0; r < out->rows; r++) {
-        int32_t *row = out->ids + r * out->max_new;
-        memmove(row, out->ids + r * width, (size_t)out->lengths[r] * sizeof *row);
-        for (int64_t i = out->lengths[r]; i < out->max_new; i++)
-            row[i] = pad;
-    }
-}
-
-static int search_and_tighten(b2_search *search, b2_err *err)
-{
-    search->limits = b2_alloc((size_t)search->prompts->rows, sizeof *search->limits, "length limits", err);
-    if (!search->limits || set_limits(search, err) < 0 || reserve_result(search, err) < 0)
-        return -1;
-    int status = search->opts->num_beams > 1 ? b2_search_beams(search, err) : b2_search_greedy(search, err);
-    if (status == 0)
-        tighten(search->out, search->width, search->opts->pad_id);
-    return status;
-}
-
-int b2_generate_check(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t vocabulary, b2_err *err)
-{
-    if (check_prompts(prompts, vocabulary, err) < 0 || check_beams(opts, err) < 0 || check_lengths(opts, err) < 0 ||
-        b2_rules_check(opts, vocabulary, err) < 0)
+    if (vocabulary < 1 || vocabulary > INT32_MAX)
+        return b2_fail(err, B2_E_VALUE, "vocabulary: expected 1 to 2^31-1 tokens, found %lld", (long long)vocabulary);
+    if (check_beams(opts, err) < 0 || check_lengths(opts, err) < 0 || b2_rules_check(opts, vocabulary, err) < 0)
         return -1;
     return check_size(opts, vocabulary, err);
 }
 
-int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_opts *opts, b2_step *step,
-                b2_pool *pool, b2_cancel *cancel, b2_err *err)
+/* What callables see is a rectangle, and rows that have ended go on in it with the pad. */
+static int check_hooks(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t vocabulary, b2_err *err)
+{
+    for (int64_t b = 0; opts->hooks && b < prompts->rows; b++)
+        if (prompts->offsets[b + 1] - prompts->offsets[b] != prompts->offsets[1])
+            return b2_fail(err, B2_E_VALUE, "prompts: logits_processor, stopping_criteria, streamer and recorded scores "
+                           "need prompts of one length; row %lld has %lld ids, row 0 has %lld", (long long)b,
+                           (long long)(prompts->offsets[b + 1] - prompts->offsets[b]), (long long)prompts->offsets[1]);
+    if (opts->hooks && opts->num_beams == 1 && opts->eos_count > 0 && (opts->pad_id < 0 || opts->pad_id >= vocabulary))
+        return b2_fail(err, B2_E_VALUE, "pad_token_id: rows that have ended go on with it, and %d is outside the "
+                       "vocabulary of %lld tokens", (int)opts->pad_id, (long long)vocabulary);
+    return 0;
+}
+
+int b2_generate_check(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t vocabulary, b2_err *err)
+{
+    if (check_prompts(prompts, err) < 0 || b2_generate_check_options(opts, vocabulary, err) < 0 ||
+        check_hooks(prompts, opts, vocabulary, err) < 0)
+        return -1;
+    for (int64_t b = 0; b < prompts->rows; b++) {
+        int64_t length = prompts->offsets[b + 1] - prompts->offsets[b];
+        if (b2_rules_limit(opts, length) < 1)
+            return b2_search_too_long(b, length, opts, err);
+    }
+    return 0;
+}
+
+/* The prompts in order. */
+typedef struct array_source {
+    b2_source base;
+    const b2_prompts *prompts;
+    int64_t next;
+} array_source;
+
+static int next_prompt(b2_source *source, b2_item *item, int wait, b2_sourced *found, b2_err *err)
+{
+    (void)wait, (void)err;
+    array_source *from = (array_source *)source;
+    const b2_prompts *prompts = from->prompts;
+    int64_t b = from->next++;
+    *found = b < prompts->rows ? B2_SOURCE_ITEM : B2_SOURCE_END;
+    if (b < prompts->rows)
+        *item = (b2_item){.index = b,
+                          .ids = prompts->ids + prompts->offsets[b],
+                          .length = prompts->offsets[b + 1] - prompts->offsets[b],
+                          .skip = prompts->skip ? prompts->skip[b] : 0,
+                          .key = prompts->keys ? prompts->keys[b] : (uint64_t)b,
+                          .prompt = prompts->prompts ? prompts->prompts[b] : NULL};
+    return 0;
+}
+
+/* Results at the place that their prompt has. */
+typedef struct array_sink {
+    b2_sink base;
+    b2_generated *out; /* arrays of [rows, width] */
+    int64_t width;
+    int beam_count;
+    b2_sink *also;
+} array_sink;
+
+static int take(b2_sink *sink, const b2_finished *finished, b2_err *err)
+{
+    array_sink *to = (array_sink *)sink;
+    b2_generated *out = to->out;
+    for (int64_t j = 0; j < finished->rows; j++) {
+        int64_t row = finished->index * finished->rows + j, length = finished->lengths[j];
+        out->lengths[row] = length;
+        out->scores[row] = finished->scores[j];
+        memcpy(out->ids + row * to->width, finished->ids + j * finished->ld, (size_t)length * sizeof *out->ids);
+        for (int64_t i = 0; out->beam_rows && i < length; i++)
+            out->beam_rows[row * to->width + i] =
+                (int32_t)(finished->index * to->beam_count) + finished->beams[j * finished->ld + i];
+    }
+    return to->also ? to->also->take(to->also, finished, err) : 0;
+}
+
+static int reserve_result(b2_generated *out, int64_t prompts, const b2_generate_opts *opts, int64_t width, b2_err *err)
+{
+    out->rows = prompts * opts->num_return_sequences;
+    size_t rows = (size_t)out->rows;
+    if ((size_t)width > SIZE_MAX / sizeof(int32_t) / rows)
+        return b2_fail(err, B2_E_MEMORY, "max_new_tokens: %lld tokens overflow the address space", (long long)width);
+    out->ids = b2_alloc(rows * (size_t)width, sizeof *out->ids, "generated ids", err);
+    out->lengths = b2_alloc_zeroed(rows, sizeof *out->lengths, "generated lengths", err);
+    out->scores = b2_alloc_zeroed(rows, sizeof *out->scores, "generated scores", err);
+    if (opts->num_beams > 1)
+        out->beam_rows = b2_alloc(rows * (size_t)width, sizeof *out->beam_rows, "beam indices", err);
+    return out->ids && out->lengths && out->scores && (out->beam_rows || opts->num_beams == 1) ? 0 : -1;
+}
+
+/* Rows were written `width` apart; they move together to the width that was needed and are filled up. */
+static void tighten(const b2_generated *out, int32_t *values, int64_t width, int32_t filling)
+{
+    for (int64_t r = 0; values && r < out->rows; r++) {
+        int32_t *row = values + r * out->max_new;
+        memmove(row, values + r * width, (size_t)out->lengths[r] * sizeof *row);
+        for (int64_t i = out->lengths[r]; i < out->max_new; i++)
+            row[i] = filling;
+    }
+}
+
+int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_search_size *size, const b2_generate_opts *opts,
+                b2_step *step, b2_sink *also, b2_pool *pool, b2_cancel *cancel, b2_err *err)
 {
     *out = (b2_generated){0};
     if (b2_generate_check(prompts, opts, step->vocabulary, err) < 0)
         return -1;
+    if (opts->hooks && size->places < prompts->rows)
+        return b2_fail(err, B2_E_INTERNAL, "hooks: %lld places for %lld prompts", (long long)size->places,
+                       (long long)prompts->rows);
     if (opts->hooks)
         opts->hooks->vocabulary = step->vocabulary;
-    b2_search search = {
-        .prompts = prompts, .opts = opts, .step = step, .pool = pool, .cancel = cancel, .out = out};
-    int status = search_and_tighten(&search, err);
-    b2_free(search.limits);
-    if (status < 0)
+    array_source source = {{next_prompt}, prompts, 0};
+    array_sink sink = {{take}, out, size->width, opts->num_beams, also};
+    b2_search search = {.opts = opts, .size = *size, .source = &source.base, .sink = &sink.base, .step = step,
+                        .pool = pool, .cancel = cancel};
+    if (reserve_result(out, prompts->rows, opts, size->width, err) < 0 || b2_search_run(&search, err) < 0) {
         b2_generated_release(out);
-    return status;
+        return -1;
+    }
+    out->stats = search.stats;
+    for (int64_t r = 0; r < out->rows; r++)
+        out->max_new = out->lengths[r] > out->max_new ? out->lengths[r] : out->max_new;
+    tighten(out, out->ids, size->width, opts->pad_id);
+    tighten(out, out->beam_rows, size->width, -1);
+    return 0;
 }
 
 void b2_generated_release(b2_generated *out)
@@ -162,5 +224,24 @@ void b2_generated_release(b2_generated *out)
     b2_free(out->ids);
     b2_free(out->lengths);
     b2_free(out->scores);
+    b2_free(out->beam_rows);
     *out = (b2_generated){0};
+}
+
+int b2_generate_stream(b2_search_stats *stats, const b2_search_size *size, b2_source *source, b2_sink *sink,
+                       const b2_generate_opts *opts, b2_step *step, b2_pool *pool, b2_cancel *cancel, b2_err *err)
+{
+    if (b2_generate_check_options(opts, step->vocabulary, err) < 0)
+        return -1;
+    if (opts->hooks)
+        return b2_fail(err, B2_E_UNSUPPORTED, "logits_processor, stopping_criteria, streamer and recorded scores need all "
+                       "rows to begin together; items that come one by one do not");
+    if (size->places < 1 || size->longest < 0 || size->width < 1)
+        return b2_fail(err, B2_E_VALUE, "places: expected at least 1 place and 1 new token, found %lld and %lld",
+                       (long long)size->places, (long long)size->width);
+    b2_search search = {.opts = opts, .size = *size, .source = source, .sink = sink, .step = step, .pool = pool,
+                        .cancel = cancel};
+    int status = b2_search_run(&search, err);
+    *stats = search.stats;
+    return status;
 }

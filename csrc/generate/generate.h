@@ -1,8 +1,12 @@
-/* Text generation: greedy and beam search with the exact semantics of transformers 5.23 (GenerationMixin).
+/* Text generation: greedy and beam search with the exact semantics of transformers 5.23 (GenerationMixin), sampling with
+ * its distributions.
  *
- * The search knows nothing of models. It asks a `b2_step` for logits: `prefill` once for the prompts, then `advance`
- * for the tokens that were chosen. Running rows are numbered r = b * num_beams + beam. A row that has ended is not
- * asked for any more. All memory of a search is allocated before its first step. */
+ * Items (a prompt each) come from a `b2_source`, take one of P places, and leave through a `b2_sink` as soon as they are
+ * finished; the next one enters where one has left. Every item counts its own steps and gets what it would get alone.
+ * The search knows nothing of models. It asks a `b2_step` for logits: `prefill` for the items that enter, then `advance`
+ * for the tokens that were chosen, all running rows together though their lengths differ. Running rows are numbered
+ * r = place * W + j, where W is num_beams, or num_return_sequences when sampling without beams. A row that has ended is
+ * not asked for any more (with hooks: see there). All memory of a search is allocated before its first step. */
 #ifndef B2_GENERATE_H
 #define B2_GENERATE_H
 
@@ -11,16 +15,56 @@
 #include "core/error.h"
 #include "core/pool.h"
 
+/* One prompt. What it points to stays valid until the sink has had the item. */
+typedef struct b2_item {
+    int64_t index;       /* how source and sink know it */
+    const int32_t *ids;  /* [length] as the rules see them (repetition penalty, n-grams, lengths); an id < 0 stands for an
+                          * image feature without a token and is ignored by every rule except that it counts for lengths */
+    int64_t length;
+    int64_t skip;        /* leading ids (masked pads) that the repetition penalty does not see */
+    uint64_t key;        /* names its draws: the same seed and key draw the same, whoever else is in the batch */
+    const void *prompt;  /* what the step reads; the search does not look at it */
+} b2_item;
+
+typedef enum b2_sourced { B2_SOURCE_END = 0, B2_SOURCE_ITEM, B2_SOURCE_LATER } b2_sourced;
+
+/* Where items come from. Asked whenever there is a free place, before each step. */
+typedef struct b2_source b2_source;
+struct b2_source {
+    /* *found = B2_SOURCE_ITEM: *item is filled in. B2_SOURCE_LATER: none yet, ask again; never where `wait` is 1, which is
+     * when nothing runs: the source then waits. B2_SOURCE_END: none any more; not asked again. */
+    int (*next)(b2_source *source, b2_item *item, int wait, b2_sourced *found, b2_err *err);
+};
+
+/* A finished item; the pointers are valid during the call. */
+typedef struct b2_finished {
+    int64_t index;
+    int32_t place;          /* it is still there */
+    int64_t rows;           /* num_return_sequences, best first */
+    const int32_t *ids;     /* [rows, ld] new tokens only (eos included) */
+    int64_t ld;
+    const int64_t *lengths; /* [rows] */
+    const float *scores;    /* [rows] sequences_scores of beam search; 0 without beams */
+    const int32_t *beams;   /* [rows, ld] the beam (0 .. num_beams-1) that each token was appended to; NULL without beams */
+} b2_finished;
+
+typedef struct b2_sink b2_sink;
+struct b2_sink {
+    int (*take)(b2_sink *sink, const b2_finished *finished, b2_err *err);
+};
+
 typedef struct b2_step b2_step;
 struct b2_step {
     int64_t vocabulary; /* V */
-    /* Logits of the last prompt token of each row of the batch: logits [B, V]. The caller owns the array. */
-    int (*prefill)(b2_step *step, float *logits, b2_err *err);
-    /* n running rows go on by one token: row[i] takes over the history of running row parent[i] (numbering of the
-     * step before; at the first advance: any row of the same batch row, which all hold just the prompt) and appends
-     * token[i]. logits [n, V] for the next token. `row` is ascending. */
+    /* n items enter at free places [n], ascending. logits [n, V] of the last token of each prompt. */
+    int (*prefill)(b2_step *step, int64_t n, const int32_t *places, const b2_item *items, float *logits, b2_err *err);
+    /* n running rows go on by one token: row[i] takes over the history of running row parent[i] (of the same place; at an
+     * item's first advance all its rows hold just the prompt) and appends token[i]. logits [n, V] for the next token.
+     * `row` is ascending. Rows of one place that go on have the same number of tokens. */
     int (*advance)(b2_step *step, int64_t n, const int32_t *row, const int32_t *parent, const int32_t *token,
                    float *logits, b2_err *err);
+    /* The item at this place is gone. */
+    void (*leave)(b2_step *step, int32_t place);
 };
 
 /* What a callable is shown: every row of the batch in transformers' order, item after item, those that have ended
@@ -111,13 +155,29 @@ typedef struct b2_generate_opts {
     double eta_cutoff;              /* (0, 1); 0: off */
 } b2_generate_opts;
 
-/* Prompts as the rules see them (repetition penalty, n-grams, lengths): packed ids; an id < 0 stands for an image
- * feature without a token and is ignored by every rule except that it counts for lengths. */
+/* How much a search has to be ready for. */
+typedef struct b2_search_size {
+    int64_t places;  /* P: items that run together */
+    int64_t longest; /* ids of the longest prompt that may come */
+    int64_t width;   /* the most new tokens that an item may get */
+} b2_search_size;
+
+/* How full the batch was: items_advanced / (steps * places). */
+typedef struct b2_search_stats {
+    int64_t steps;          /* calls of advance */
+    int64_t items;          /* that entered */
+    int64_t items_advanced; /* items that went on, summed over the steps */
+    int64_t rows_advanced;  /* rows likewise */
+} b2_search_stats;
+
+/* Prompts that are all there: packed ids. */
 typedef struct b2_prompts {
-    int64_t rows;           /* B */
-    const int32_t *ids;     /* [offsets[B]] */
-    const int64_t *offsets; /* [B + 1] */
-    const int64_t *skip;    /* [B] or NULL: leading ids (masked pads) that the repetition penalty does not see */
+    int64_t rows;               /* B */
+    const int32_t *ids;         /* [offsets[B]] as in b2_item */
+    const int64_t *offsets;     /* [B + 1] */
+    const int64_t *skip;        /* [B] or NULL */
+    const uint64_t *keys;       /* [B] or NULL: the numbers of the rows */
+    const void *const *prompts; /* [B] or NULL: b2_item.prompt */
 } b2_prompts;
 
 /* Owned by the caller, freed with b2_generated_release. Row o = b * num_return_sequences + j. */
@@ -129,15 +189,27 @@ typedef struct b2_generated {
     float *scores;      /* [rows] sequences_scores of beam search; 0 without beams */
     int32_t *beam_rows; /* [rows, max_new] transformers' beam_indices: the running row (item * num_beams + beam) that each
                          * token was appended to; -1 behind the end; NULL without beams */
-    int64_t steps;      /* model calls after the prefill */
+    b2_search_stats stats;
 } b2_generated;
 
+/* W. */
+int64_t b2_generate_rows_per_item(const b2_generate_opts *opts);
+/* What b2_generate has to be ready for with these prompts, with as many places as keep the rows of a step at most
+ * `rows_at_once` (but one item at least); 0, or with hooks: a place for each. */
+b2_search_size b2_generate_size(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t rows_at_once);
+
 /* B2_E_VALUE naming the option or the prompt. For callers who allocate by the options before they search. */
+int b2_generate_check_options(const b2_generate_opts *opts, int64_t vocabulary, b2_err *err);
 int b2_generate_check(const b2_prompts *prompts, const b2_generate_opts *opts, int64_t vocabulary, b2_err *err);
 
-/* b2_generate_check, then the search. */
-int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_generate_opts *opts, b2_step *step,
-                b2_pool *pool, b2_cancel *cancel, b2_err *err);
+/* b2_generate_check, then the search over all prompts. `also`, if not NULL, has every finished item too. */
+int b2_generate(b2_generated *out, const b2_prompts *prompts, const b2_search_size *size, const b2_generate_opts *opts,
+                b2_step *step, b2_sink *also, b2_pool *pool, b2_cancel *cancel, b2_err *err);
 void b2_generated_release(b2_generated *out);
+
+/* The search over whatever the source brings, until it ends. Hooks are refused: what they are shown needs all rows to
+ * begin together. */
+int b2_generate_stream(b2_search_stats *stats, const b2_search_size *size, b2_source *source, b2_sink *sink,
+                       const b2_generate_opts *opts, b2_step *step, b2_pool *pool, b2_cancel *cancel, b2_err *err);
 
 #endif

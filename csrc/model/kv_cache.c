@@ -2,19 +2,12 @@
 
 #include "core/memory.h"
 
-int b2_kv_cache_create(b2_kv_cache *cache, int layers, int64_t width, int64_t prefix_tokens, int64_t running,
-                       int64_t steps, b2_err *err)
+int b2_kv_cache_create(b2_kv_cache *cache, int layers, int64_t width, int64_t rows, b2_err *err)
 {
-    *cache = (b2_kv_cache){.layers = layers,
-                           .width = width,
-                           .prefix_tokens = prefix_tokens,
-                           .running = running,
-                           .steps = steps,
-                           .rows = prefix_tokens + running * steps};
-    if (cache->rows > INT32_MAX)
-        return b2_fail(err, B2_E_VALUE, "KV cache: %lld prompt tokens and %lld rows x %lld steps are too many",
-                       (long long)prefix_tokens, (long long)running, (long long)steps);
-    size_t count = (size_t)layers * (size_t)cache->rows;
+    *cache = (b2_kv_cache){.layers = layers, .width = width, .rows = rows};
+    if (rows > INT32_MAX)
+        return b2_fail(err, B2_E_VALUE, "KV cache: %lld tokens at once are too many", (long long)rows);
+    size_t count = (size_t)layers * (size_t)rows;
     cache->k = b2_alloc(count, (size_t)width * sizeof(float), "KV cache, keys", err);
     cache->v = cache->k ? b2_alloc(count, (size_t)width * sizeof(float), "KV cache, values", err) : NULL;
     if (cache->v)
@@ -38,10 +31,4 @@ b2_tensor b2_kv_cache_keys(const b2_kv_cache *cache, int layer)
 b2_tensor b2_kv_cache_values(const b2_kv_cache *cache, int layer)
 {
     return b2_tensor_of(cache->v + layer * cache->rows * cache->width, cache->rows, cache->width);
-}
-
-int64_t b2_kv_cache_bytes(const b2_kv_cache *cache, int64_t steps_taken)
-{
-    int64_t rows = cache->prefix_tokens + cache->running * steps_taken;
-    return 2 * cache->layers * rows * cache->width * (int64_t)sizeof(float);
 }

@@ -55,7 +55,8 @@ static int module_exec(PyObject *module)
     if (add_exceptions(module, state) < 0 || choose_machine(state) < 0)
         return -1;
     if (b2py_add_kernels(module) < 0 || b2py_add_search(module) < 0 || b2py_add_rules(module) < 0 ||
-        b2py_add_safetensors(module) < 0 || b2py_add_model(module) < 0 || b2py_add_dtype(module) < 0)
+        b2py_add_safetensors(module) < 0 || b2py_add_model(module) < 0 || b2py_add_dtype(module) < 0 ||
+        b2py_add_prefix(module) < 0)
         return -1;
     return 0;
 }
@@ -127,6 +128,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->unsupported_error);
     Py_VISIT(state->safetensors_type);
     Py_VISIT(state->model_type);
+    Py_VISIT(state->prefix_type);
     return 0;
 }
 
@@ -138,6 +140,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->unsupported_error);
     Py_CLEAR(state->safetensors_type);
     Py_CLEAR(state->model_type);
+    Py_CLEAR(state->prefix_type);
     return 0;
 }
 

@@ -25,6 +25,7 @@ typedef struct b2py_state {
     PyObject *unsupported_error; /* blip2c.UnsupportedError(NotImplementedError) */
     PyTypeObject *safetensors_type;
     PyTypeObject *model_type;
+    PyTypeObject *prefix_type;
     b2_pool *pool;
     b2_cpu cpu;
     b2_isa isa;
@@ -72,5 +73,6 @@ int b2py_add_search(PyObject *module);      /* py_search.c: greedy and beam sear
 int b2py_add_rules(PyObject *module);       /* py_hooks.c: the rules of generation on arrays */
 int b2py_add_safetensors(PyObject *module); /* py_safetensors.c: the SafetensorsFile type, write_safetensors */
 int b2py_add_model(PyObject *module);       /* py_model.c: the Model type */
+int b2py_add_prefix(PyObject *module);      /* py_generate.c: the Prefix type */
 
 #endif

@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "core/memory.h"
+#include "model/t5.h"
 #include "ops/cpu/common.h"
 #include "ops/weights.h"
 
@@ -677,6 +678,31 @@ static PyObject *add_rows(PyObject *module, PyObject *args)
 
 /* ---- attention ---- */
 
+static PyObject *distance_bias(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    Py_ssize_t max_distance;
+    int bidirectional;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Onp", &object, &max_distance, &bidirectional))
+        return NULL;
+    PyArrayObject *table = b2py_array(object, "table", NPY_FLOAT32, 2), *out = NULL;
+    if (!table)
+        return NULL;
+    npy_intp buckets = PyArray_DIM(table, 0), heads = PyArray_DIM(table, 1);
+    if (buckets < 4 || buckets > 1 << 20 || max_distance <= buckets / 2 || max_distance > 1 << 20) {
+        PyErr_Format(PyExc_ValueError, "table: %zd buckets for distances up to %zd; expected at least 4 buckets, and "
+                     "distances beyond half of them", (Py_ssize_t)buckets, max_distance);
+    } else {
+        npy_intp shape[2] = {heads, 2 * max_distance + 1};
+        if ((out = poisoned(2, shape)))
+            b2_t5_distance_bias(PyArray_DATA(out), PyArray_DATA(table), (int)buckets, (int)heads, max_distance,
+                                bidirectional);
+    }
+    Py_DECREF(table);
+    return (PyObject *)out;
+}
+
 enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_BIAS, A_COUNT };
 
 static const struct {
@@ -844,6 +870,7 @@ static PyMethodDef kernel_methods[] = {
     {"_patches", patches, METH_VARARGS, "_patches(pixels, patch) -> array"},
     {"_copy_rows", copy_rows, METH_VARARGS, "_copy_rows(out, out_rows, x, x_rows, n) -> array"},
     {"_add_rows", add_rows, METH_VARARGS, "_add_rows(x, rows) -> array"},
+    {"_distance_bias", distance_bias, METH_VARARGS, "_distance_bias(table, max_distance, bidirectional) -> array"},
     {"_attention", attention, METH_VARARGS, "_attention(...) -> array; see blip2c.kernels.packed_attention"},
     {"_fma_peak", fma_peak, METH_NOARGS, "_fma_peak() -> flops per second of multiply-adds in registers"},
     {"_int8_peak", int8_peak, METH_NOARGS, "_int8_peak() -> operations per second of int8 products in registers"},

@@ -1,4 +1,4 @@
-/* blip2c._core.Model: immutable weights; encode, forward, generate. */
+/* blip2c._core.Model: its life and what it holds. */
 #include "python/py_model.h"
 
 #include <string.h>
@@ -6,7 +6,6 @@
 #include "core/memory.h"
 #include "python/py_config.h"
 #include "python/py_dtype.h"
-#include "python/py_search.h"
 
 typedef struct model_object {
     PyObject_HEAD
@@ -251,63 +250,6 @@ int b2py_read_rows(b2py_rows *a, b2_rows_in *in, const b2_blip2 *model, const b2
     return read_features(a, in, o->features, model) < 0 || read_decoder_rows(a, in, model, o) < 0 ? -1 : 0;
 }
 
-static PyObject *run_generate(PyObject *self, const b2_blip2 *model, const b2_rows_in *in, const int32_t *rule_ids,
-                              const b2_generate_opts *opts)
-{
-    b2_generated out = {0};
-    b2_session_stats stats = {0};
-    b2py_run r;
-    b2py_run_begin(&r, self, NULL);
-    int status = b2_session_generate(&r.ctx, model, in, rule_ids, opts, &out, &stats, &r.err);
-    PyObject *result = b2py_run_end(&r, self, status) == 0 ? b2py_generated_dict(&out) : NULL;
-    b2_generated_release(&out);
-    PyObject *bytes = result ? PyLong_FromLongLong(stats.kv_bytes) : NULL;
-    PyObject *allocations = bytes ? PyLong_FromLongLong(stats.step_allocations) : NULL;
-    if (result && (!allocations || PyDict_SetItemString(result, "kv_bytes", bytes) < 0 ||
-                   PyDict_SetItemString(result, "step_allocations", allocations) < 0))
-        Py_CLEAR(result);
-    Py_XDECREF(bytes);
-    Py_XDECREF(allocations);
-    return result;
-}
-
-static PyObject *model_generate(PyObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"image_features", "ids", "offsets", "mask", "rule_ids", "options", "decoder_ids",
-                            "decoder_offsets", "decoder_mask", NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
-    b2py_row_objects o = {0};
-    PyObject *rules, *options;
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|OOO", names, &o.features, &o.ids, &o.offsets,
-                                               &o.mask, &rules, &options, &o.decoder_ids, &o.decoder_offsets,
-                                               &o.decoder_mask))
-        return NULL;
-    b2py_rows arrays;
-    b2_rows_in in;
-    b2_generate_opts opts;
-    b2py_options_storage storage = {0};
-    b2_err err = {0};
-    PyObject *result = NULL;
-    PyArrayObject *rule_ids = NULL;
-    if (b2py_read_rows(&arrays, &in, model, &o) == 0 &&
-        (rule_ids = b2py_array(rules, "rule_ids", NPY_INT32, 1))) {
-        npy_intp counted = PyArray_DIM(arrays.decoder_ids ? arrays.decoder_ids : arrays.ids, 0);
-        if (b2py_parse_options(options, &opts, &storage, &err) < 0)
-            b2py_raise(state_of(self), &err);
-        else if (PyArray_DIM(rule_ids, 0) != counted)
-            PyErr_Format(PyExc_ValueError, "rule_ids: expected %zd entries, found %zd", counted,
-                         PyArray_DIM(rule_ids, 0));
-        else
-            result = run_generate(self, model, &in, PyArray_DATA(rule_ids), &opts);
-    }
-    b2py_options_release(&storage);
-    Py_XDECREF(rule_ids);
-    b2py_rows_release(&arrays);
-    return result;
-}
-
-/* ---- what it holds ---- */
-
 static void append_name(void *owner, const char *name)
 {
     PyObject *text = PyUnicode_FromString(name);
@@ -343,8 +285,12 @@ static PyMethodDef model_methods[] = {
      " decoder_offsets=None, decoder_mask=None) -> {\"logits\": [N, V]}"},
     {"project", b2py_model_project, METH_O, "project(x) -> language_projection of x [N, Dq]"},
     {"embed", b2py_model_embed, METH_O, "embed(ids) -> token embeddings [N, D]"},
-    {"generate", (PyCFunction)(void (*)(void))model_generate, METH_VARARGS | METH_KEYWORDS,
-     "generate(image_features, ids, offsets, mask, rule_ids, options) -> dict"},
+    {"generate", KEYWORDS(b2py_model_generate),
+     "generate(image_features, ids, offsets, mask, rule_ids, options, decoder_ids=None, decoder_offsets=None,"
+     " decoder_mask=None, prefixes=None, keys=None, hooks=None, tap=None, keep=False) -> dict"},
+    {"generate_stream", KEYWORDS(b2py_model_generate_stream),
+     "generate_stream(next, done, options, places, longest, longest_decoder=0, masked=False) -> dict"},
+    {"prefill", KEYWORDS(b2py_model_prefill), "prefill(image_features, ids, rule_ids, prefix=None) -> Prefix"},
     {"weights", b2py_model_weights, METH_NOARGS, "weights() -> every weight by its checkpoint name, unpacked"},
     {"save_packed", b2py_model_save_packed, METH_VARARGS,
      "save_packed(path, metadata): all weights as they are held, in one file"},

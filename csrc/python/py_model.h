@@ -1,5 +1,5 @@
-/* What the files behind blip2c._core.Model share: py_model.c (life, generation), py_weights.c and py_stages.c (its parts one
- * by one: encode, forward). */
+/* What the files behind blip2c._core.Model share: py_model.c (life), py_weights.c, py_stages.c (its parts one by one: encode,
+ * forward), py_generate.c and py_stream.c (generation). */
 #ifndef B2_PY_MODEL_H
 #define B2_PY_MODEL_H
 
@@ -43,6 +43,16 @@ PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_project(PyObject *self, PyObject *object);
 PyObject *b2py_model_embed(PyObject *self, PyObject *object);
+
+/* In py_generate.c and py_stream.c. */
+PyObject *b2py_model_generate(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_generate_stream(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_prefill(PyObject *self, PyObject *args, PyObject *kwargs);
+
+/* A Prefix object's contents; NULL with TypeError naming `name` for anything else. None gives NULL without an exception. */
+b2_prefix *b2py_prefix_of(PyObject *model, PyObject *object, const char *name);
+/* Adds the counters of a search to a result. */
+int b2py_add_stats(PyObject *result, const b2_session_stats *stats);
 
 /* py_weights.c: the weights as arrays and as a packed file, and what they are held as. */
 PyObject *b2py_model_weights(PyObject *self, PyObject *ignored);

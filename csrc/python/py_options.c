@@ -384,24 +384,27 @@ static PyObject *ids_array(const b2_generated *generated)
     return array;
 }
 
-static PyObject *vector(const void *data, npy_intp count, int type, size_t size)
+static PyObject *copy_of(const void *data, int ndim, npy_intp *shape, int type)
 {
-    PyObject *array = PyArray_SimpleNew(1, &count, type);
+    PyObject *array = PyArray_SimpleNew(ndim, shape, type);
     if (array)
-        memcpy(PyArray_DATA((PyArrayObject *)array), data, (size_t)count * size);
+        memcpy(PyArray_DATA((PyArrayObject *)array), data, (size_t)PyArray_NBYTES((PyArrayObject *)array));
     return array;
 }
 
 PyObject *b2py_generated_dict(const b2_generated *generated)
 {
+    npy_intp rows = generated->rows, shape[2] = {rows, generated->max_new};
     PyObject *ids = ids_array(generated);
-    PyObject *lengths = vector(generated->lengths, generated->rows, NPY_INT64, sizeof(int64_t));
-    PyObject *scores = vector(generated->scores, generated->rows, NPY_FLOAT32, sizeof(float));
-    if (ids && lengths && scores)
-        return Py_BuildValue("{s:N,s:N,s:N,s:L}", "ids", ids, "lengths", lengths, "scores", scores, "steps",
-                             (long long)generated->steps);
+    PyObject *lengths = copy_of(generated->lengths, 1, &rows, NPY_INT64);
+    PyObject *scores = copy_of(generated->scores, 1, &rows, NPY_FLOAT32);
+    PyObject *beams = generated->beam_rows ? copy_of(generated->beam_rows, 2, shape, NPY_INT32) : Py_NewRef(Py_None);
+    if (ids && lengths && scores && beams)
+        return Py_BuildValue("{s:N,s:N,s:N,s:N,s:L}", "ids", ids, "lengths", lengths, "scores", scores, "beam_indices",
+                             beams, "steps", (long long)generated->stats.steps);
     Py_XDECREF(ids);
     Py_XDECREF(lengths);
     Py_XDECREF(scores);
+    Py_XDECREF(beams);
     return NULL;
 }

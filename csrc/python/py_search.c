@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "python/py_hooks.h"
 
 /* The b2_step that calls back. Owns `rows`; the rest belongs to run_search. */
 typedef struct python_step {
@@ -15,10 +16,10 @@ typedef struct python_step {
     PyArrayObject *first;   /* [B, V] logits of the prompts, asked for before the search to learn V */
     const b2_prompts *prompts;
     int64_t capacity;       /* ids a row may come to hold */
-    int64_t *rows[2];       /* [B*num_beams, capacity] what each running row has said; now and next */
-    int64_t *lengths[2];    /* [B*num_beams] */
+    int64_t *rows[2];       /* [B*W, capacity] what each running row has said; now and next */
+    int64_t *lengths[2];    /* [B*W] */
     int64_t row_count;
-    int beams;
+    int64_t rows_per_item;  /* W */
     int now;
 } python_step;
 
@@ -79,12 +80,21 @@ static PyArrayObject *ask(const python_step *s, int64_t n, const int32_t *row, i
     return NULL;
 }
 
-static int prefill(b2_step *step, float *logits, b2_err *err)
+/* Each prompt has the place of its number: there are as many. */
+static int prefill(b2_step *step, int64_t n, const int32_t *places, const b2_item *items, float *logits, b2_err *err)
 {
-    (void)err;
+    (void)places, (void)err;
     python_step *s = (python_step *)step;
-    memcpy(logits, PyArray_DATA(s->first), (size_t)(s->prompts->rows * step->vocabulary) * sizeof *logits);
+    const float *first = PyArray_DATA(s->first);
+    for (int64_t i = 0; i < n; i++)
+        memcpy(logits + i * step->vocabulary, first + items[i].index * step->vocabulary,
+               (size_t)step->vocabulary * sizeof *logits);
     return 0;
+}
+
+static void leave(b2_step *step, int32_t place)
+{
+    (void)step, (void)place;
 }
 
 static void say(python_step *s, int64_t n, const int32_t *row, const int32_t *parent, const int32_t *token)
@@ -132,8 +142,8 @@ static int64_t capacity_of(const b2_prompts *prompts, const b2_generate_opts *op
 
 static int reserve_rows(python_step *s, const b2_generate_opts *opts, b2_err *err)
 {
-    s->beams = opts->num_beams > 0 ? opts->num_beams : 1;
-    s->row_count = s->prompts->rows * s->beams;
+    s->rows_per_item = b2_generate_rows_per_item(opts);
+    s->row_count = s->prompts->rows * s->rows_per_item;
     s->capacity = capacity_of(s->prompts, opts);
     for (int i = 0; i < 2; i++) {
         if ((uint64_t)s->capacity > SIZE_MAX / sizeof(int64_t))
@@ -146,7 +156,7 @@ static int reserve_rows(python_step *s, const b2_generate_opts *opts, b2_err *er
     }
     for (int64_t r = 0; r < s->row_count; r++) {
         const b2_prompts *prompts = s->prompts;
-        int64_t b = r / s->beams, length = prompts->offsets[b + 1] - prompts->offsets[b];
+        int64_t b = r / s->rows_per_item, length = prompts->offsets[b + 1] - prompts->offsets[b];
         for (int64_t i = 0; i < length; i++)
             s->rows[0][r * s->capacity + i] = prompts->ids[prompts->offsets[b] + i];
         s->lengths[0][r] = length;
@@ -170,7 +180,7 @@ static int ask_first(python_step *s, b2_err *err)
     if (!row)
         return -1;
     for (int64_t b = 0; b < s->prompts->rows; b++)
-        row[b] = (int32_t)(b * s->beams);
+        row[b] = (int32_t)(b * s->rows_per_item);
     s->first = ask(s, s->prompts->rows, row, -1);
     b2_free(row);
     if (!s->first)
@@ -179,15 +189,24 @@ static int ask_first(python_step *s, b2_err *err)
     return 0;
 }
 
+/* As much as memory for the rows hangs on; the rest is judged once the vocabulary is known. */
+static int check_rows(const b2_generate_opts *opts, b2_err *err)
+{
+    if (opts->num_beams < 1 || opts->num_return_sequences < 1)
+        return b2_fail(err, B2_E_VALUE, "%s: expected at least 1, found %d",
+                       opts->num_beams < 1 ? "num_beams" : "num_return_sequences",
+                       opts->num_beams < 1 ? opts->num_beams : opts->num_return_sequences);
+    return 0;
+}
+
 static int run_search(b2py_state *state, python_step *s, const b2_generate_opts *opts, b2_generated *out, b2_err *err)
 {
-    if (reserve_rows(s, opts, err) < 0 || ask_first(s, err) < 0)
+    if (check_rows(opts, err) < 0 || reserve_rows(s, opts, err) < 0 || ask_first(s, err) < 0)
         return -1;
-    b2py_call call;
-    b2_cancel *cancel = b2py_call_begin(&call);
-    s->call = &call;
-    int status = b2_generate(out, s->prompts, opts, &s->base, state->pool, cancel, err);
-    b2py_call_end(&call);
+    b2_search_size size = b2_generate_size(s->prompts, opts, 0);
+    b2_cancel *cancel = b2py_call_begin(s->call);
+    int status = b2_generate(out, s->prompts, &size, opts, &s->base, NULL, state->pool, cancel, err);
+    b2py_call_end(s->call);
     return status;
 }
 
@@ -210,14 +229,21 @@ static int read_prompts(PyObject *ids, PyObject *offsets, b2_prompts *prompts, P
     return 0;
 }
 
-static int search_prompts(b2py_state *state, python_step *s, PyObject *options, b2_generated *out, b2_err *err)
+static int search_prompts(b2py_state *state, python_step *s, PyObject *options, PyObject *hook_dict, b2_generated *out,
+                          b2_err *err)
 {
     b2_generate_opts opts;
     b2py_options_storage storage;
+    b2py_hooks hooks = {0};
+    b2py_call call;
+    s->call = &call;
     int status = b2py_parse_options(options, &opts, &storage, err);
+    if (status == 0 && b2py_hooks_parse(&hooks, hook_dict, &call, &opts) < 0)
+        status = b2_fail(err, B2_E_CALLBACK, "hooks");
     if (status == 0)
         status = run_search(state, s, &opts, out, err);
     release_rows(s);
+    b2py_hooks_release(&hooks);
     b2py_options_release(&storage);
     return status;
 }
@@ -225,9 +251,10 @@ static int search_prompts(b2py_state *state, python_step *s, PyObject *options, 
 static PyObject *search(PyObject *module, PyObject *arguments)
 {
     b2py_state *state = b2py_state_of_module(module);
-    PyObject *function, *ids, *offsets, *options;
+    PyObject *function, *ids, *offsets, *options, *hooks = Py_None;
     int stacked;
-    if (!PyArg_ParseTuple(arguments, "OOOO!p:search", &function, &ids, &offsets, &PyDict_Type, &options, &stacked))
+    if (!PyArg_ParseTuple(arguments, "OOOO!p|O:search", &function, &ids, &offsets, &PyDict_Type, &options, &stacked,
+                          &hooks))
         return NULL;
     if (!PyCallable_Check(function))
         return PyErr_Format(PyExc_TypeError, "step: expected a callable, found %s", Py_TYPE(function)->tp_name);
@@ -237,9 +264,9 @@ static PyObject *search(PyObject *module, PyObject *arguments)
     if (read_prompts(ids, offsets, &prompts, held) == 0) {
         b2_err err = {0};
         b2_generated out = {0};
-        python_step step = {.base = {.prefill = prefill, .advance = advance},
+        python_step step = {.base = {.prefill = prefill, .advance = advance, .leave = leave},
                             .function = function, .stacked = stacked, .prompts = &prompts};
-        if (search_prompts(state, &step, options, &out, &err) == 0)
+        if (search_prompts(state, &step, options, hooks, &out, &err) == 0)
             result = b2py_generated_dict(&out);
         else
             b2py_raise(state, &err);
@@ -252,7 +279,7 @@ static PyObject *search(PyObject *module, PyObject *arguments)
 
 static PyMethodDef search_methods[] = {
     {"search", search, METH_VARARGS,
-     "search(step, ids, offsets, options, stacked, /) -> dict\n\nSee blip2c.search."},
+     "search(step, ids, offsets, options, stacked, hooks=None, /) -> dict\n\nSee blip2c.search."},
     {0},
 };
 

@@ -39,7 +39,8 @@ typedef struct b2py_options_storage {
 int b2py_parse_options(PyObject *options, b2_generate_opts *opts, b2py_options_storage *storage, b2_err *err);
 void b2py_options_release(b2py_options_storage *storage);
 
-/* {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "steps": int}, copied. */
+/* {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "beam_indices": int32 [rows, max_new] or
+ * None, "steps": int}, copied. */
 PyObject *b2py_generated_dict(const b2_generated *generated);
 
 #endif

@@ -2,7 +2,10 @@
  *
  * One code path for a picture, a prompt and a decoded token. For each row and each key head: list the visible keys
  * (those masked out are left out here and touch nothing afterwards), pack K as [Dh][16] panels and V as [keys][16]
- * panels, then for each block of queries: register tiles for the scores, softmax, register tiles for P.V.
+ * panels, then for each block of queries: register tiles for the scores, softmax, register tiles for P.V. Rows with the same
+ * prefix (the beams of a picture) follow each other head by head, and the prefix stays packed for all of them. Keys and values
+ * of one head are short pieces of long rows, which no hardware prefetcher finds: those of the next head are asked for
+ * while the present ones are packed.
  *
  * Same bits however the queries are cut into blocks: a score is one chain over d; the maximum does not depend on
  * order; sums add key j (counted among the visible keys from the row's first) to lane j mod 16; an output is one chain
@@ -12,6 +15,7 @@
  *
  * Memory: one block of scratch per thread from ctx->scratch. */
 #include <math.h>
+#include <string.h>
 
 #include "ops/cpu/common.h"
 
@@ -22,8 +26,9 @@ typedef struct attention_job {
     const b2_attention_args *args;
     int64_t max_keys;       /* longest row, rounded up to 32 */
     int64_t chunks;         /* pieces that the queries of a (row, key head) are cut into; 1 unless they are many */
-    int64_t pieces;         /* rows * key heads * chunks */
-    int64_t pieces_per_tile;
+    int64_t siblings;       /* consecutive rows that have their prefix in common; divides rows */
+    int64_t units;          /* key heads of all groups of siblings */
+    int64_t units_per_tile;
     b2_slots slots;
 } attention_job;
 
@@ -39,6 +44,7 @@ typedef struct workspace {
     float *scores;        /* [tile rows][max_keys] */
     float *weights;       /* [keys][tile rows] */
     float *tile;          /* [tile rows][tile columns] */
+    int64_t kept;         /* keys that are packed already: those of the siblings' prefix, or 0 */
 } workspace;
 
 typedef struct head_work {
@@ -83,7 +89,7 @@ static size_t lay_out(workspace *space, char *base, int64_t max_keys, int head_d
         *space = (workspace){(void *)(base + k_rows),      (void *)(base + v_rows), (void *)(base + visible),
                              (void *)(base + places),      (void *)(base + packed_keys), (void *)(base + values),
                              (void *)(base + queries),     (void *)(base + scores), (void *)(base + weights),
-                             (void *)(base + tile)};
+                             (void *)(base + tile),        0};
     return total;
 }
 
@@ -112,14 +118,31 @@ static void list_keys(head_work *work, const b2_attention_args *a, workspace *sp
     work->seen = seen;
 }
 
-static void pack_head(const attention_job *job, const head_work *work, workspace *space)
+static void ask_for(const float *const *rows, int64_t count, int64_t offset, int width)
+{
+    enum { LINE = 64 / sizeof(float) };
+    for (int64_t j = 0; j < count; j++)
+        for (int i = 0; i < width + LINE - 1; i += LINE)
+            __builtin_prefetch(rows[j] + offset + (i < width ? i : width - 1));
+}
+
+/* Packs the visible keys and values but those that are there already. `next`: the following key head comes next. */
+static void pack_head(const attention_job *job, const head_work *work, workspace *space, int next)
 {
     int width = job->args->head_dim;
     int64_t offset = work->kv_head * width;
-    for (int64_t j = 0; j < work->seen; j += B2_PANEL)
-        job->kernels->pack_keys(space->keys + j * width, space->k_rows + j, min64(B2_PANEL, work->seen - j), offset,
-                                width);
-    job->kernels->pack_values(space->values, space->v_rows, work->seen, job->max_keys, offset, width);
+    for (int64_t j = space->kept / B2_PANEL * B2_PANEL; j < work->seen; j += B2_PANEL) {
+        int64_t count = min64(B2_PANEL, work->seen - j);
+        if (next)
+            ask_for(space->k_rows + j, count, offset + width, width);
+        job->kernels->pack_keys(space->keys + j * width, space->k_rows + j, count, offset, width);
+    }
+    for (int64_t j = space->kept; j < work->seen; j += B2_PANEL) {
+        int64_t count = min64(B2_PANEL, work->seen - j);
+        if (next)
+            ask_for(space->v_rows + j, count, offset + width, width);
+        job->kernels->pack_values(space->values + j * B2_PANEL, space->v_rows + j, count, job->max_keys, offset, width);
+    }
 }
 
 /* How many of the listed keys query i of the row sees. */
@@ -227,22 +250,23 @@ static void attend_block(const attention_job *job, const head_work *work, worksp
     mix(job, space, a->out.data + row * a->out.ld + column, a->out.ld, rows, seen, sums);
 }
 
-static void attend_piece(const attention_job *job, int64_t index, workspace *space)
+/* One key head of one row, or the chunk of its queries that is meant. */
+static void attend_row(const attention_job *job, int64_t row, int64_t kv_head, int64_t chunk, int next, workspace *space)
 {
     const b2_attention_args *a = job->args;
-    int64_t pair = index / job->chunks, chunk = index % job->chunks;
-    int64_t row = pair / a->kv_heads, group = a->heads / a->kv_heads;
+    int64_t group = a->heads / a->kv_heads;
     head_work work = {.row = row,
                       .keys = (int64_t)a->prefix_lens[row] + (a->suffix_lens ? a->suffix_lens[row] : 0),
                       .queries = (int64_t)a->q_offsets[row + 1] - a->q_offsets[row],
                       .first_query = a->q_offsets[row],
-                      .kv_head = pair % a->kv_heads};
+                      .kv_head = kv_head};
     int64_t blocks = (work.queries + job->kernels->tile_rows - 1) / job->kernels->tile_rows;
     int64_t block = chunk * blocks / job->chunks, block_end = (chunk + 1) * blocks / job->chunks;
     if (block == block_end)
         return;
     list_keys(&work, a, space);
-    pack_head(job, &work, space);
+    pack_head(job, &work, space, next);
+    space->kept = space->visible[a->prefix_lens[row]];
     for (int64_t g = 0; g < group; g++)
         for (int64_t b = block; b < block_end; b++) {
             int64_t first = b * work.queries / blocks, end = (b + 1) * work.queries / blocks;
@@ -257,10 +281,39 @@ static void attention_tile(void *argument, int64_t index, int worker)
     char *block = b2_slot_claim(&job->slots, worker);
     workspace space;
     lay_out(&space, block, job->max_keys, a->head_dim, job->kernels->tile_rows);
-    int64_t end = min64(job->pieces, (index + 1) * job->pieces_per_tile);
-    for (int64_t i = index * job->pieces_per_tile; i < end; i++)
-        attend_piece(job, i, &space);
+    int64_t chunk = index % job->chunks, first = index / job->chunks * job->units_per_tile;
+    int64_t end = min64(job->units, first + job->units_per_tile);
+    for (int64_t unit = first; unit < end; unit++) {
+        int64_t row = unit / a->kv_heads * job->siblings, kv_head = unit % a->kv_heads;
+        int next = unit + 1 < end && kv_head + 1 < a->kv_heads;
+        space.kept = 0;
+        for (int64_t r = row; r < row + job->siblings; r++)
+            attend_row(job, r, kv_head, chunk, next, &space);
+    }
     b2_slot_release(&job->slots, block);
+}
+
+/* Whether two rows see the same keys in the same prefix. */
+static int are_siblings(const b2_attention_args *a, int64_t row, int64_t other)
+{
+    if (a->prefix_starts[row] != a->prefix_starts[other] || a->prefix_lens[row] != a->prefix_lens[other])
+        return 0;
+    return !a->key_mask || memcmp(a->key_mask + row * a->key_mask_ld, a->key_mask + other * a->key_mask_ld,
+                                  (size_t)a->prefix_lens[row]) == 0;
+}
+
+/* How many rows each group has, if all have equally many; else 1. */
+static int64_t count_siblings(const b2_attention_args *a)
+{
+    int64_t count = 1;
+    while (a->prefix_lens[0] > 0 && count < a->rows && are_siblings(a, 0, count))
+        count++;
+    if (a->rows % count != 0)
+        return 1;
+    for (int64_t row = 0; row < a->rows; row++)
+        if (!are_siblings(a, row, row / count * count))
+            return 1;
+    return count;
 }
 
 static int64_t padded_keys(int64_t keys)
@@ -280,19 +333,19 @@ int b2_cpu_attention(b2_ctx *ctx, const b2_attention_args *args, b2_err *err)
         flops += 4.0 * (double)keys * ((double)(queries * args->heads) + 8.0 * args->kv_heads) * args->head_dim;
     }
     job.max_keys = padded_keys(job.max_keys);
-    int64_t pairs = args->rows * args->kv_heads;
-    /* Each piece packs the pair's keys again: cut only where a pair alone would make cancelling slow. */
-    job.chunks = 1 + (int64_t)(flops * NS_PER_FLOP / (double)pairs / MOST_NS);
-    job.pieces = pairs * job.chunks;
-    double piece_ns = flops * NS_PER_FLOP / (double)job.pieces;
-    int64_t tiles = b2_cpu_tile_count(ctx, job.pieces, piece_ns, 10e3);
-    job.pieces_per_tile = (job.pieces + tiles - 1) / tiles;
+    job.siblings = count_siblings(args);
+    job.units = args->rows / job.siblings * args->kv_heads;
+    /* Each piece packs the keys again: cut only where a head alone would make cancelling slow. */
+    job.chunks = 1 + (int64_t)(flops * NS_PER_FLOP / (double)(args->rows * args->kv_heads) / MOST_NS);
+    double unit_ns = flops * NS_PER_FLOP / (double)job.units;
+    int64_t tiles = b2_cpu_tile_count(ctx, job.units, unit_ns, 20e3);
+    job.units_per_tile = job.chunks > 1 ? 1 : (job.units + tiles - 1) / tiles;
+    tiles = (job.units + job.units_per_tile - 1) / job.units_per_tile * job.chunks;
     size_t mark = b2_arena_mark(ctx->scratch);
     size_t bytes = lay_out(NULL, NULL, job.max_keys, args->head_dim, job.kernels->tile_rows);
     if (b2_slots_take(&job.slots, ctx, bytes, err) < 0)
         return -1;
-    int status = b2_cpu_run(ctx, (job.pieces + job.pieces_per_tile - 1) / job.pieces_per_tile, attention_tile, &job,
-                            flops * NS_PER_FLOP, err);
+    int status = b2_cpu_run(ctx, tiles, attention_tile, &job, flops * NS_PER_FLOP, err);
     b2_arena_reset(ctx->scratch, mark);
     return status;
 }

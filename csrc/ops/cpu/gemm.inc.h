@@ -344,8 +344,10 @@ static void stream(float *c, const float *a, const b2_weight *w, const char *at,
     streams_of[rows - 1](c, a, w, at, panels, w->k);
 }
 
-B2_INLINE vf finish_one(vf x, const float *bias, const float *residual, b2_act act)
+B2_INLINE vf finish_one(vf x, const float *scales, const float *bias, const float *residual, b2_act act)
 {
+    if (scales)
+        x = v_mul(x, v_load(scales));
     if (bias)
         x = v_add(x, v_load(bias));
     x = v_act(x, act);
@@ -353,17 +355,24 @@ B2_INLINE vf finish_one(vf x, const float *bias, const float *residual, b2_act a
 }
 
 /* What does not fill a vector goes through a full one. */
-static void finish_tail(float *out, const float *c, int64_t count, const float *bias, const float *residual, b2_act act)
+static void finish_tail(float *out, const float *c, int64_t count, const float *scales, const float *bias,
+                        const float *residual, b2_act act)
 {
-    float x[VW] = {0}, b[VW] = {0}, r[VW] = {0};
+    float x[VW] = {0}, s[VW] = {0}, b[VW] = {0}, r[VW] = {0};
     for (int64_t i = 0; i < count; i++) {
         x[i] = c[i];
+        s[i] = scales ? scales[i] : 0.0f;
         b[i] = bias ? bias[i] : 0.0f;
         r[i] = residual ? residual[i] : 0.0f;
     }
-    v_store(x, finish_one(v_load(x), bias ? b : NULL, residual ? r : NULL, act));
+    v_store(x, finish_one(v_load(x), scales ? s : NULL, bias ? b : NULL, residual ? r : NULL, act));
     for (int64_t i = 0; i < count; i++)
         out[i] = x[i];
+}
+
+B2_INLINE const float *from(const float *vector, int64_t i)
+{
+    return vector ? vector + i : NULL;
 }
 
 B2_INLINE void finish_rows(float *out, int64_t out_ld, const float *c, int64_t c_ld, int64_t rows, int64_t cols,
@@ -371,13 +380,13 @@ B2_INLINE void finish_rows(float *out, int64_t out_ld, const float *c, int64_t c
 {
     int64_t whole = cols / VW * VW;
     for (int64_t r = 0; r < rows; r++) {
-        const float *residual = e->residual ? e->residual + r * e->residual_ld : NULL;
+        const float *residual = from(e->residual, r * e->residual_ld);
         for (int64_t j = 0; j < whole; j += VW)
-            v_store(out + r * out_ld + j, finish_one(v_load(c + r * c_ld + j), e->bias ? e->bias + j : NULL,
-                                                     residual ? residual + j : NULL, act));
+            v_store(out + r * out_ld + j, finish_one(v_load(c + r * c_ld + j), from(e->scales, j), from(e->bias, j),
+                                                     from(residual, j), act));
         if (whole < cols)
-            finish_tail(out + r * out_ld + whole, c + r * c_ld + whole, cols - whole, e->bias ? e->bias + whole : NULL,
-                        residual ? residual + whole : NULL, act);
+            finish_tail(out + r * out_ld + whole, c + r * c_ld + whole, cols - whole, from(e->scales, whole),
+                        from(e->bias, whole), from(residual, whole), act);
     }
 }
 

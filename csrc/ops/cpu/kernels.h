@@ -7,8 +7,9 @@
 
 enum { B2_TILE_COLUMNS_MAX = 32, B2_TILE_ROWS_MAX = 16 };
 
-/* What happens to a finished product: out = act(c + bias) + residual. */
+/* What happens to a finished product: out = act(c * scales + bias) + residual. */
 typedef struct b2_epilogue {
+    const float *scales;   /* [cols] or NULL */
     const float *bias;     /* [cols] or NULL */
     const float *residual; /* [rows, cols], distance residual_ld; NULL: none; may be the output itself */
     int64_t residual_ld;

@@ -5,13 +5,12 @@
  * Memory: rounded x and one block per thread, from ctx->scratch, given back before returning. */
 #include "ops/cpu/linear_quads.h"
 
-#include <string.h>
-
 #include "ops/cpu/quad_tiles.h"
 
 enum {
-    KC = 2048,          /* input channels per block, a multiple of 32 */
+    KC = 1024,          /* most input channels per block, a multiple of 64: two panels of them stay in L1 */
     KC_UNPACKED = 512,  /* the same where weights are unpacked */
+    FEW_BLOCKS = 8,
     CHUNK_ROWS = 288,   /* most rows per tile of work */
     CHUNK_PANELS = 8,   /* most panels per tile of work */
     GROUP_ROWS = 1152   /* most rows rounded at a time */
@@ -25,7 +24,8 @@ typedef struct tiles_job {
     const b2_weight *w;
     b2_epilogue epilogue;         /* residual is that of the present group */
     b2_quad_block rounded;        /* of all row blocks, one after another */
-    int64_t groups;               /* of k */
+    int64_t units;                /* of k */
+    int64_t group_units;          /* of one rounding of x */
     int64_t blocks, blocks_per_chunk, row_chunks;
     int64_t panels, panels_per_chunk;
     b2_slots slots;
@@ -47,11 +47,13 @@ static int64_t block_start(const tiles_job *job, int64_t block)
     return block * job->x.rows / job->blocks;
 }
 
-/* The block of `rows` rows that starts at row `first`, from `group` on. */
-static b2_quad_block block_at(const tiles_job *job, int64_t first, int64_t rows, int64_t group)
+/* The block of `rows` rows that starts at row `first`, from `unit` on, where a group begins. */
+static b2_quad_block block_at(const tiles_job *job, int64_t first, int64_t rows, int64_t unit)
 {
-    int64_t bytes = B2_QUAD_GROUP * job->tiles->value_bytes, at = first * job->groups + group * rows;
-    return (b2_quad_block){job->rounded.values + at * bytes, job->rounded.scales + at, job->rounded.offsets + at};
+    int64_t bytes = B2_QUAD_UNIT * job->tiles->value_bytes;
+    int64_t group = first * ceil_div(job->units, job->group_units) + unit / job->group_units * rows;
+    return (b2_quad_block){job->rounded.values + (first * job->units + unit * rows) * bytes, job->rounded.scales + group,
+                           job->rounded.offsets + group};
 }
 
 static void round_tile(void *argument, int64_t index, int worker)
@@ -61,7 +63,7 @@ static void round_tile(void *argument, int64_t index, int worker)
     int64_t first = block_start(job, index), rows = block_start(job, index + 1) - first;
     b2_quad_block block = block_at(job, first, rows, 0);
     job->tiles->round_rows(&block, job->x.data + first * job->x.ld, job->x.ld, (int)rows, job->x.cols,
-                           job->w->column_scales, job->w->dtype == B2_I8 ? 128 : 8);
+                           job->w->column_scales, job->w->dtype);
 }
 
 /* ---- tiles ---- */
@@ -70,7 +72,7 @@ typedef struct chunk {
     int64_t block, block_end; /* row blocks */
     int64_t panel, panel_end;
     char *unpacked;           /* scratch: [2][KC_UNPACKED][16] values */
-    float *tiles;             /* scratch: [blocks_per_chunk][tile rows][32] */
+    float *tiles;             /* scratch: [CHUNK_PANELS / tile panels][row blocks][tile rows][32] */
 } chunk;
 
 static size_t unpacked_bytes(const b2_quad_tiles *tiles)
@@ -80,33 +82,43 @@ static size_t unpacked_bytes(const b2_quad_tiles *tiles)
 
 static size_t chunk_scratch(const b2_quad_tiles *tiles)
 {
-    int64_t blocks = ceil_div(CHUNK_ROWS, tiles->tile_rows);
-    return unpacked_bytes(tiles) + (size_t)(blocks * tiles->tile_rows * B2_QUAD_TILE_COLUMNS) * sizeof(float);
+    int64_t rows = ceil_div(CHUNK_ROWS, tiles->tile_rows) * tiles->tile_rows;
+    return unpacked_bytes(tiles) +
+           (size_t)(CHUNK_PANELS / tiles->tile_panels * rows * B2_QUAD_TILE_COLUMNS) * sizeof(float);
 }
 
-static int64_t panel_bytes(const tiles_job *job)
+/* Bytes of `units` units of a panel as stored. */
+static int64_t stored_bytes(const tiles_job *job, int64_t units)
 {
-    return job->groups * B2_QUAD_GROUP * B2_PANEL / (job->w->dtype == B2_I4 ? 2 : 1);
+    return units * B2_QUAD_UNIT * B2_PANEL / (job->w->dtype == B2_I4 ? 2 : 1);
 }
 
-/* The operand of panels [panel, panel + 2) from group g0 on; of a single panel twice that one. */
-static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int two, int64_t g0,
-                                    int64_t groups)
+static const char *stored_at(const tiles_job *job, int64_t panel, int64_t unit)
+{
+    return (const char *)job->w->data + stored_bytes(job, panel * job->units + unit);
+}
+
+/* Whether the last panel of the chunk is not alone. */
+static int are_two(const tiles_job *job, const chunk *chunk, int64_t panel)
+{
+    return job->tiles->tile_panels == 2 && panel + 1 < chunk->panel_end;
+}
+
+/* The operand of panels [panel, panel + 2) from unit u0 on; of a single panel twice that one. */
+static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int64_t u0, int64_t units)
 {
     const b2_quad_tiles *tiles = job->tiles;
     b2_quad_operand operand;
-    int i4 = job->w->dtype == B2_I4;
+    int i4 = job->w->dtype == B2_I4, two = are_two(job, chunk, panel);
     void (*unpack)(char *, const uint8_t *, int64_t) = i4 ? tiles->unpack_i4 : tiles->unpack_i8;
     for (int i = 0; i < 2; i++) {
         int64_t from = panel + (two ? i : 0);
-        const uint8_t *stored = (const uint8_t *)job->w->data + from * panel_bytes(job) +
-                                g0 * B2_QUAD_GROUP * B2_PANEL / (i4 ? 2 : 1);
-        operand.values[i] = (const char *)stored;
+        const char *stored = stored_at(job, from, u0);
+        char *unpacked = chunk->unpacked + (two ? i : 0) * (int64_t)unpacked_bytes(tiles) / 2;
         if (unpack && (i == 0 || two))
-            unpack(chunk->unpacked + i * (int64_t)unpacked_bytes(tiles) / 2, stored, groups);
-        if (unpack)
-            operand.values[i] = chunk->unpacked + (two ? i : 0) * (int64_t)unpacked_bytes(tiles) / 2;
-        operand.scales[i] = i4 ? (const uint16_t *)job->w->scales + (from * job->groups + g0) * B2_PANEL : NULL;
+            unpack(unpacked, (const uint8_t *)stored, units);
+        operand.values[i] = unpack ? unpacked : stored;
+        operand.scales[i] = i4 ? (const uint16_t *)job->w->scales + (from * job->units + u0) * B2_PANEL : NULL;
     }
     return operand;
 }
@@ -114,36 +126,48 @@ static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, in
 static void finish_tile(const tiles_job *job, float *tile, int64_t row, int64_t rows, int64_t panel, int two)
 {
     int64_t column = panel * B2_PANEL, cols = min64(two ? 2 * B2_PANEL : B2_PANEL, job->w->n - column);
-    if (job->w->dtype == B2_I8) {
-        const float *scales = (const float *)job->w->scales + column;
-        job->tiles->scale(tile, scales, two ? scales + B2_PANEL : scales, (int)rows);
-    }
     b2_epilogue e = job->epilogue;
+    e.scales = job->w->dtype == B2_I8 ? (const float *)job->w->scales + column : NULL;
     e.bias = e.bias ? e.bias + column : NULL;
     e.residual = e.residual ? e.residual + row * e.residual_ld + column : NULL;
     job->kernels->finish(job->out.data + row * job->out.ld + column, job->out.ld, tile, B2_QUAD_TILE_COLUMNS, rows, cols,
                          &e);
 }
 
-static void run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int two)
+/* Units per block of k: as even as can be, and whole groups. Few row blocks are done with a panel so soon that reading it in
+ * one go counts for more. */
+static int64_t block_units(const tiles_job *job)
 {
     int unpacks = job->w->dtype == B2_I4 || job->tiles->unpack_i8;
-    int64_t step = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_GROUP;
-    for (int64_t g0 = 0; g0 < job->groups; g0 += step) {
-        int64_t groups = min64(step, job->groups - g0);
-        b2_quad_operand operand = enter_panels(job, chunk, panel, two, g0, groups);
-        float *tile = chunk->tiles;
-        for (int64_t i = chunk->block; i < chunk->block_end; i++) {
-            int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
-            b2_quad_block x = block_at(job, first, rows, g0);
-            if (g0 == 0)
-                memset(tile, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *tile);
-            job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, groups);
-            if (g0 + groups == job->groups)
-                finish_tile(job, tile, first, rows, panel, two);
-            tile += job->tiles->tile_rows * B2_QUAD_TILE_COLUMNS;
-        }
+    if (!unpacks && job->blocks_per_chunk <= FEW_BLOCKS)
+        return job->units + job->units % job->group_units;
+    int64_t most = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_UNIT;
+    int64_t even = ceil_div(job->units, ceil_div(job->units, most));
+    return ceil_div(even, job->group_units) * job->group_units;
+}
+
+/* Asks for a part of what is read next, each time a row block is done: all of it is in the cache when it is needed. */
+static void ask_ahead(const char *next, int64_t bytes, int64_t part, int64_t parts)
+{
+    for (int64_t at = bytes * part / parts / 64 * 64; at < bytes * (part + 1) / parts; at += 64)
+        __builtin_prefetch(next + at, 0, 2);
+}
+
+static float *run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int64_t u0, int64_t units, float *tile)
+{
+    b2_quad_operand operand = enter_panels(job, chunk, panel, u0, units);
+    int64_t next = panel + job->tiles->tile_panels, bytes = stored_bytes(job, units);
+    for (int64_t i = chunk->block; i < chunk->block_end; i++) {
+        int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
+        b2_quad_block x = block_at(job, first, rows, u0);
+        for (int p = 0; p < job->tiles->tile_panels && next + p < chunk->panel_end; p++)
+            ask_ahead(stored_at(job, next + p, u0), bytes, i - chunk->block, chunk->block_end - chunk->block);
+        job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units, u0 == 0);
+        if (u0 + units == job->units)
+            finish_tile(job, tile, first, rows, panel, are_two(job, chunk, panel));
+        tile += job->tiles->tile_rows * B2_QUAD_TILE_COLUMNS;
     }
+    return tile;
 }
 
 static void chunk_tile(void *argument, int64_t index, int worker)
@@ -157,8 +181,12 @@ static void chunk_tile(void *argument, int64_t index, int worker)
                    .panel_end = min64(job->panels, panel + job->panels_per_chunk),
                    .unpacked = scratch,
                    .tiles = (float *)(void *)(scratch + unpacked_bytes(job->tiles))};
-    for (int64_t p = chunk.panel; p < chunk.panel_end; p += job->tiles->tile_panels)
-        run_panels(job, &chunk, p, job->tiles->tile_panels == 2 && p + 1 < chunk.panel_end);
+    int64_t step = block_units(job);
+    for (int64_t u0 = 0; u0 < job->units; u0 += step) {
+        float *tile = chunk.tiles;
+        for (int64_t p = chunk.panel; p < chunk.panel_end; p += job->tiles->tile_panels)
+            tile = run_panels(job, &chunk, p, u0, min64(step, job->units - u0), tile);
+    }
     b2_slot_release(&job->slots, scratch);
 }
 
@@ -182,17 +210,12 @@ static int run_group(b2_ctx *ctx, tiles_job *job, b2_err *err)
 
 /* ---- */
 
-static int64_t padded(int64_t k)
-{
-    return ceil_div(k, B2_QUAD_GROUP) * B2_QUAD_GROUP;
-}
-
 static int take_scratch(b2_ctx *ctx, tiles_job *job, int64_t rows, b2_err *err)
 {
-    size_t each = (size_t)(rows * job->groups);
-    job->rounded.values = b2_arena_take(ctx->scratch, each, (size_t)(B2_QUAD_GROUP * job->tiles->value_bytes), err);
-    job->rounded.scales = b2_arena_take(ctx->scratch, each, sizeof(float), err);
-    job->rounded.offsets = b2_arena_take(ctx->scratch, each, sizeof(int32_t), err);
+    size_t units = (size_t)(rows * job->units), groups = (size_t)(rows * ceil_div(job->units, job->group_units));
+    job->rounded.values = b2_arena_take(ctx->scratch, units, (size_t)(B2_QUAD_UNIT * job->tiles->value_bytes), err);
+    job->rounded.scales = b2_arena_take(ctx->scratch, groups, sizeof(float), err);
+    job->rounded.offsets = b2_arena_take(ctx->scratch, groups, sizeof(int32_t), err);
     if (!job->rounded.values || !job->rounded.scales || !job->rounded.offsets)
         return -1;
     return b2_slots_take(&job->slots, ctx, chunk_scratch(job->tiles), err);
@@ -201,9 +224,9 @@ static int take_scratch(b2_ctx *ctx, tiles_job *job, int64_t rows, b2_err *err)
 size_t b2_cpu_quads_many_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width)
 {
     const b2_quad_tiles *tiles = b2_cpu_quad_tiles_of(ctx);
-    int64_t rows = min64(GROUP_ROWS, max_rows), groups = padded(max_width) / B2_QUAD_GROUP;
-    return b2_arena_cost((size_t)(rows * groups), (size_t)(B2_QUAD_GROUP * tiles->value_bytes)) +
-           b2_arena_cost((size_t)(rows * groups), sizeof(float)) + b2_arena_cost((size_t)(rows * groups), sizeof(int32_t)) +
+    size_t units = (size_t)(min64(GROUP_ROWS, max_rows) * ceil_div(max_width, B2_QUAD_UNIT));
+    return b2_arena_cost(units, (size_t)(B2_QUAD_UNIT * tiles->value_bytes)) + b2_arena_cost(units, sizeof(float)) +
+           b2_arena_cost(units, sizeof(int32_t)) +
            (size_t)b2_cpu_planned_threads(ctx) * b2_arena_cost(chunk_scratch(tiles), 1);
 }
 
@@ -231,7 +254,8 @@ int b2_cpu_quads_many(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *
 {
     tiles_job job = {.kernels = b2_cpu_kernels_of(ctx), .tiles = b2_cpu_quad_tiles_of(ctx), .out = out, .x = x, .w = w,
                      .epilogue = *epilogue};
-    job.groups = padded(w->k) / B2_QUAD_GROUP;
+    job.units = ceil_div(w->k, B2_QUAD_UNIT);
+    job.group_units = b2_quad_group(w->dtype) / B2_QUAD_UNIT;
     job.panels = ceil_div(w->n, B2_PANEL);
     size_t mark = b2_arena_mark(ctx->scratch);
     int status = run_all(ctx, &job, err);

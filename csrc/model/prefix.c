@@ -1,0 +1,50 @@
+#include "model/prefix.h"
+
+#include "core/memory.h"
+
+b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_t length, b2_err *err)
+{
+    b2_prefix *prefix = b2_alloc_zeroed(1, sizeof *prefix, "prefix", err);
+    if (!prefix)
+        return NULL;
+    atomic_init(&prefix->references, 1);
+    prefix->model = model;
+    prefix->length = length;
+    prefix->ids = b2_alloc((size_t)length, sizeof *prefix->ids, "prefix ids", err);
+    prefix->rule_ids = b2_alloc((size_t)length, sizeof *prefix->rule_ids, "prefix ids", err);
+    if (prefix->ids && prefix->rule_ids && b2_kv_cache_create(&prefix->cache, layers, width, length, err) == 0)
+        return prefix;
+    b2_prefix_release(prefix);
+    return NULL;
+}
+
+void b2_prefix_hold(b2_prefix *prefix)
+{
+    atomic_fetch_add(&prefix->references, 1);
+}
+
+void b2_prefix_release(b2_prefix *prefix)
+{
+    if (!prefix || atomic_fetch_sub(&prefix->references, 1) > 1)
+        return;
+    b2_kv_cache_release(&prefix->cache);
+    b2_free(prefix->ids);
+    b2_free(prefix->rule_ids);
+    b2_free(prefix);
+}
+
+static b2_tensor from_row(b2_tensor t, int64_t first)
+{
+    return b2_rows(t, first, t.rows - first);
+}
+
+int b2_prefix_copy(b2_ctx *ctx, const b2_kv_cache *to, int64_t first, const b2_kv_cache *from, const int32_t *rows,
+                   int64_t n, b2_err *err)
+{
+    for (int i = 0; i < to->layers; i++)
+        if (b2_copy_rows(ctx, from_row(b2_kv_cache_keys(to, i), first), NULL, b2_kv_cache_keys(from, i), rows, n, err) < 0 ||
+            b2_copy_rows(ctx, from_row(b2_kv_cache_values(to, i), first), NULL, b2_kv_cache_values(from, i), rows, n,
+                         err) < 0)
+            return -1;
+    return 0;
+}
