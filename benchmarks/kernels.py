@@ -2,9 +2,12 @@
 
     python benchmarks/kernels.py [--threads 2] [--rounds 7] [--only fc1,decode]
 
-Ceilings: multiply-adds in registers (the instruction set in use), and reading 512 MB of memory. Peers: torch's float32
-linear, and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated over at least 320 MB where few
-rows make memory the limit. Engines take turns within each round; the medians of all calls are printed.
+Ceilings: multiply-adds in registers (the instruction set in use), int8 products in registers, and reading 512 MB of
+memory. Weights of int8 and int4 are measured against the second, all others against the first ("pairs": bfloat16
+arithmetic, where the processor has it). Peers: torch's float32 and bfloat16 linear (its threads spin after their work:
+run it with OMP_WAIT_POLICY=passive), and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated
+over at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take
+turns within each round; the medians of all calls are printed.
 
 Other work on the machine shows in every figure: ratios between engines of one run mean more than rates.
 """
@@ -24,6 +27,16 @@ from blip2c import _core, kernels
 
 F32 = np.float32
 ROTATED_BYTES = 320e6
+ROTATED_BYTES_ROUNDED = 100e6
+# Name, dtype, whether bfloat16 pairs are meant, bytes of an element with its share of the scales.
+FORMATS = [
+    ("float32", "float32", False, 4.0),
+    ("float16", "float16", False, 2.0),
+    ("bfloat16", "bfloat16", False, 2.0),
+    ("bfloat16 pairs", "bfloat16", True, 2.0),
+    ("int8", "int8", False, 1.0),
+    ("int4", "int4", False, 0.5625),
+]
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,13 @@ class Shape:
 
 SHAPES = [
     Shape("ViT qkv", 257, 4224, 1408),
+    Shape("ViT projection", 257, 1408, 1408),
     Shape("ViT fc1", 257, 6144, 1408),
     Shape("ViT fc2", 257, 1408, 6144),
     Shape("Q-Former", 32, 768, 768),
     Shape("Q-Former fc", 32, 3072, 768),
     Shape("OPT prefill fc1", 33, 10240, 2560),
+    Shape("OPT prefill fc2", 33, 2560, 10240),
     Shape("OPT decode fc1", 1, 10240, 2560),
     Shape("OPT decode fc2", 1, 2560, 10240),
     Shape("OPT decode fc1, 5 beams", 5, 10240, 2560),
@@ -53,6 +68,10 @@ SHAPES = [
 
 def flops_ceiling() -> float:
     return max(_core._fma_peak() for _ in range(5))
+
+
+def int8_ceiling() -> float:
+    return max(_core._int8_peak() for _ in range(5))
 
 
 def read_ceiling() -> float:
@@ -70,8 +89,10 @@ def own(x: np.ndarray, weights: list[object], item_rows: int = 0) -> Callable[[]
     return lambda: _core._time_linear(x, weights, item_rows)
 
 
-def torch_linear(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[float]]:
-    tensors, row = [torch.from_numpy(w) for w in weights], torch.from_numpy(x)
+def torch_linear(
+    x: np.ndarray, weights: list[np.ndarray], dtype: torch.dtype = torch.float32
+) -> Callable[[], list[float]]:
+    tensors, row = [torch.from_numpy(w).to(dtype) for w in weights], torch.from_numpy(x).to(dtype)
 
     def run() -> list[float]:
         times = []
@@ -85,26 +106,28 @@ def torch_linear(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[
     return run
 
 
-def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[[], list[float]], int]]:
+def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[[], list[float]], float]]:
     """Name: (what runs it over all its weights once and returns seconds, bytes of one weight)."""
     x = rng.standard_normal((shape.rows, shape.inner)).astype(F32)
     elements = shape.out * shape.inner
 
-    def copies(size: int) -> int:
-        return 1 + int(ROTATED_BYTES // (elements * size)) if shape.rows < 8 else 1
+    def copies(size: float, rotated: float = ROTATED_BYTES) -> int:
+        return 1 + int(rotated // (elements * size)) if shape.rows < 16 else 1
 
     w = rng.standard_normal((shape.out, shape.inner), dtype=F32)
     plain = [w.copy() for _ in range(copies(4))]
-    found = {}
-    for dtype, size in (("float16", 2), ("bfloat16", 2), ("float32", 4)):
-        packed = [kernels.PackedWeight(w, dtype)._capsule for _ in range(copies(size))]
-        found[f"blip2c {dtype}"] = own(x, packed), elements * size
+    found: dict[str, tuple[Callable[[], list[float]], float]] = {}
+    for name, dtype, pairs, size in FORMATS:
+        count = copies(size, ROTATED_BYTES_ROUNDED if dtype.startswith("int") else ROTATED_BYTES)
+        packed = [kernels.PackedWeight(w, dtype, pairs)._capsule for _ in range(count)]
+        found[f"blip2c {name}"] = own(x, packed), elements * size
     found["torch float32"] = torch_linear(x, plain), elements * 4
+    found["torch bfloat16"] = torch_linear(x, plain, torch.bfloat16), elements * 2
     found["OpenBLAS float32"] = own(x, plain, shape.rows), elements * 4
     return found
 
 
-def measure(shape: Shape, rounds: int, peak: float, read: float) -> None:
+def measure(shape: Shape, rounds: int, peaks: dict[str, float], read: float) -> None:
     running = engines(shape, np.random.default_rng(0))
     times: dict[str, list[float]] = {name: [] for name in running}
     for i in range(rounds + 1):
@@ -115,9 +138,9 @@ def measure(shape: Shape, rounds: int, peak: float, read: float) -> None:
     print(f"\n{shape.name}: {shape.rows} x {shape.inner} -> {shape.out}")
     reference = statistics.median(times["torch float32"])
     for name, (_, size) in running.items():
-        t = statistics.median(times[name])
+        t, peak = statistics.median(times[name]), peaks["int8" if "int" in name else "float"]
         print(
-            f"  {name:18} {t * 1e3:8.3f} ms  {shape.flops / t / 1e9:5.0f} GF/s ({shape.flops / t / peak:4.0%})"
+            f"  {name:21} {t * 1e3:8.3f} ms  {shape.flops / t / 1e9:5.0f} GF/s ({shape.flops / t / peak:4.0%})"
             f"  {size / t / 1e9:5.1f} GB/s ({size / t / read:4.0%})  {reference / t:5.2f} x torch"
         )
 
@@ -130,14 +153,16 @@ def main() -> None:
     arguments = parser.parse_args()
     _core.set_num_threads(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    peak, read = flops_ceiling(), read_ceiling()
+    peaks, read = {"float": flops_ceiling(), "int8": int8_ceiling()}, read_ceiling()
     info = _core.cpu_info()
     print(f"{info['brand']}, {info['isa']}, {arguments.threads} threads, torch {torch.__version__}")
-    print(f"ceilings: {peak / 1e9:.0f} GF/s, reading {read / 1e9:.1f} GB/s")
+    ceilings = peaks["float"], peaks["int8"], read
+    print("ceilings: {:.0f} GF/s, int8 {:.0f} Gop/s, reading {:.1f} GB/s".format(*(c / 1e9 for c in ceilings)))
     for shape in SHAPES:
         if any(part in shape.name for part in arguments.only.split(",")):
-            measure(shape, arguments.rounds, peak, read)
-    print(f"\nceilings again: {flops_ceiling() / 1e9:.0f} GF/s, reading {read_ceiling() / 1e9:.1f} GB/s")
+            measure(shape, arguments.rounds, peaks, read)
+    again = flops_ceiling(), int8_ceiling(), read_ceiling()
+    print("\nceilings again: {:.0f} GF/s, int8 {:.0f} Gop/s, reading {:.1f} GB/s".format(*(c / 1e9 for c in again)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Writes a random checkpoint of true size (float16, 7.5 GB), for timing: blip2-opt-2.7b, or the same with a LLaMA.
+"""Writes a random checkpoint of true size (float16, 7.5 to 7.9 GB), for timing: blip2-opt-2.7b, the same with a LLaMA,
+or blip2-flan-t5-xl.
 
 The weights are scaled so that activations stay finite; the captions are nonsense, the work is that of the real model.
 
     python benchmarks/make_checkpoint.py /tmp/blip2-opt-2.7b-random
     python benchmarks/make_checkpoint.py /tmp/blip2-llama-2.7b-random --language llama
+    python benchmarks/make_checkpoint.py /tmp/blip2-flan-t5-xl-random --language t5
 """
 
 from __future__ import annotations
@@ -29,6 +31,12 @@ LLAMA = {
     "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     "tie_word_embeddings": False,
+}  # fmt: skip
+T5 = {
+    "model_type": "t5", "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_decoder_layers": 24,
+    "num_heads": 32, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "is_gated_act": True,
+    "relative_attention_num_buckets": 32, "vocab_size": 32128, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0,
+    "decoder_start_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
 QUERIES = 32
 IMAGE_SIZE, PATCH = 224, 14
@@ -134,15 +142,44 @@ def llama_shapes() -> Shapes:
     return shapes
 
 
+def t5_shapes() -> Shapes:
+    width, inner, heads = T5["d_model"], T5["d_ff"], T5["num_heads"] * T5["d_kv"]
+    top = "language_model."
+    shapes: Shapes = {f"{top}{name}.weight": (T5["vocab_size"], width) for name in ("shared", "lm_head")}
+    for stack, count in (("encoder", T5["num_layers"]), ("decoder", T5["num_decoder_layers"])):
+        attentions = ("SelfAttention",) if stack == "encoder" else ("SelfAttention", "EncDecAttention")
+        shapes[f"{top}{stack}.final_layer_norm.weight"] = (width,)
+        shapes[f"{top}{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (
+            T5["relative_attention_num_buckets"],
+            T5["num_heads"],
+        )
+        for i in range(count):
+            layer = f"{top}{stack}.block.{i}.layer."
+            for j, attention in enumerate(attentions):
+                for part in "qkv":
+                    shapes[f"{layer}{j}.{attention}.{part}.weight"] = (heads, width)
+                shapes[f"{layer}{j}.{attention}.o.weight"] = (width, heads)
+            for part in ("wi_0", "wi_1"):
+                shapes[f"{layer}{len(attentions)}.DenseReluDense.{part}.weight"] = (inner, width)
+            shapes[f"{layer}{len(attentions)}.DenseReluDense.wo.weight"] = (width, inner)
+            shapes |= {f"{layer}{j}.layer_norm.weight": (width,) for j in range(len(attentions) + 1)}
+    return shapes
+
+
 class Language(NamedTuple):
-    """A language model's config, where its vocabulary has room for the picture, and its weights."""
+    """A language model's config, its width, where its vocabulary has room for the picture, and its weights."""
 
     config: dict[str, Any]
+    width: int
     image_token: int
     shapes: Callable[[], Shapes]
 
 
-LANGUAGES = {"opt": Language(OPT, 50265, opt_shapes), "llama": Language(LLAMA, 32000, llama_shapes)}
+LANGUAGES = {
+    "opt": Language(OPT, OPT["hidden_size"], 50265, opt_shapes),
+    "llama": Language(LLAMA, LLAMA["hidden_size"], 32000, llama_shapes),
+    "t5": Language(T5, T5["d_model"], 32100, t5_shapes),
+}
 
 
 def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -166,7 +203,7 @@ def tensors(shapes: Shapes, seed: int) -> Iterator[np.ndarray]:
 def write(folder: Path, seed: int, language: Language) -> int:
     """The checkpoint, streamed tensor by tensor; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    projection = linear("language_projection", language.config["hidden_size"], QFORMER["hidden_size"])
+    projection = linear("language_projection", language.width, QFORMER["hidden_size"])
     shapes = {**vision_shapes(), **qformer_shapes(), **projection, **language.shapes()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

@@ -24,13 +24,22 @@ if TYPE_CHECKING:
     from blip2c import kernels
     from blip2c.api import Caption, Captioner, Captions, load, sample_path
     from blip2c.batch import BatchFeature
-    from blip2c.config import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+    from blip2c.config import (
+        Blip2Config,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        InstructBlipConfig,
+        InstructBlipQFormerConfig,
+        InstructBlipVisionConfig,
+        OPTConfig,
+    )
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
-    from blip2c.modeling import Blip2ForConditionalGeneration
+    from blip2c.instructblip import InstructBlipForConditionalGeneration
+    from blip2c.modeling import Blip2ForConditionalGeneration, Blip2Model
     from blip2c.packed import quantize
-    from blip2c.processing import AutoProcessor, Blip2Processor
+    from blip2c.processing import AutoProcessor, Blip2Processor, InstructBlipProcessor
     from blip2c.tokenizer import Blip2Tokenizer
 
 __version__ = "0.1.0"
@@ -40,6 +49,7 @@ _LAZY = {
     "BatchFeature": "batch",
     "Blip2Config": "config",
     "Blip2ForConditionalGeneration": "modeling",
+    "Blip2Model": "modeling",
     "Blip2Processor": "processing",
     "Blip2QFormerConfig": "config",
     "Blip2Tokenizer": "tokenizer",
@@ -49,6 +59,11 @@ _LAZY = {
     "Captioner": "api",
     "Captions": "api",
     "GenerationConfig": "generation",
+    "InstructBlipConfig": "config",
+    "InstructBlipForConditionalGeneration": "instructblip",
+    "InstructBlipProcessor": "processing",
+    "InstructBlipQFormerConfig": "config",
+    "InstructBlipVisionConfig": "config",
     "OPTConfig": "config",
     "PictureError": "images",
     "load": "api",
@@ -62,6 +77,7 @@ __all__ = [
     "BatchFeature",
     "Blip2Config",
     "Blip2ForConditionalGeneration",
+    "Blip2Model",
     "Blip2Processor",
     "Blip2QFormerConfig",
     "Blip2Tokenizer",
@@ -72,6 +88,11 @@ __all__ = [
     "Captions",
     "CheckpointError",
     "GenerationConfig",
+    "InstructBlipConfig",
+    "InstructBlipForConditionalGeneration",
+    "InstructBlipProcessor",
+    "InstructBlipQFormerConfig",
+    "InstructBlipVisionConfig",
     "NumericError",
     "OPTConfig",
     "PictureError",

@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c._core import NumericError
+from blip2c.forward import decoder_arguments
 from blip2c.images import is_picture, is_torch, load_image
-from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, repeat_decoder
-from blip2c.modeling import Blip2ForConditionalGeneration, decoder_arguments, new_tokens
-from blip2c.processing import Blip2Processor
+from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, pack_texts, repeat_decoder
+from blip2c.instructblip import InstructBlipForConditionalGeneration, model_class
+from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
+from blip2c.processing import Blip2Processor, InstructBlipProcessor
+from blip2c.tokenizer import Blip2Tokenizer
 
 QUESTION = "Question: {} Answer:"
 DEFAULT_BATCH = 8
@@ -92,13 +95,17 @@ def load(path_or_id: str | os.PathLike[str] | None = None, **options: Any) -> Ca
 
     hub = pop_hub_options(options)
     folder = sample_path() if path_or_id is None else resolve(path_or_id, **hub)
-    model = Blip2ForConditionalGeneration.from_pretrained(folder, **options)
+    model = model_class(folder).from_pretrained(folder, **options)
     model.name_or_path = str(folder if path_or_id is None else path_or_id)
-    return Captioner(model, Blip2Processor.from_pretrained(folder))
+    processor = InstructBlipProcessor if isinstance(model, InstructBlipForConditionalGeneration) else Blip2Processor
+    return Captioner(model, processor.from_pretrained(folder))
 
 
 class Captioner:
-    """A loaded BLIP-2 for people: caption() and ask(). `model` and `processor` are the transformers-like parts."""
+    """A loaded BLIP-2 for people: caption() and ask(). `model` and `processor` are the transformers-like parts.
+
+    InstructBLIP: the Q-Former reads the prompt, too.
+    """
 
     def __init__(self, model: Blip2ForConditionalGeneration, processor: Blip2Processor) -> None:
         self.model = model
@@ -233,7 +240,10 @@ class Captioner:
     def _encode(
         self, pictures: Sequence[Any], wanted: Sequence[int], features: dict[int, NDArray[np.float32] | Exception]
     ) -> None:
-        """Puts the image features [Q, D] of each wanted picture, or what it failed with, into `features`."""
+        """Puts the image features [Q, D] of each wanted picture, or what it failed with, into `features`.
+
+        Where the Q-Former reads the prompt, too, these are the image embeddings [T, Dv].
+        """
         size = int(self.model._core_config["vision"]["image_size"])
         pixels: dict[int, NDArray[np.float32]] = {}
         for index in wanted:
@@ -245,7 +255,8 @@ class Captioner:
             except ROW_ERRORS as error:
                 features[index] = error
         if pixels:
-            encoded = self.model._core.encode(np.concatenate(list(pixels.values())))
+            core, every = self.model._core, np.concatenate(list(pixels.values()))
+            encoded = core.vision(every) if self._words is not None else core.encode(every)
             features.update(zip(pixels, encoded, strict=True))
 
     def _batch(
@@ -257,21 +268,46 @@ class Captioner:
     ) -> Iterator[Any]:
         results: dict[int, Any] = {}
         ready: list[tuple[int, NDArray[np.float32], list[int]]] = []
+        words: list[list[int]] = []
         for place, (index, prompt) in enumerate(batch):
             picture = features[index]
             try:
                 if isinstance(picture, Exception):
                     raise picture
-                ready.append((place, picture, self._prompt_ids(prompt, options, decoder)))
+                ids = self._prompt_ids(prompt, options, decoder)
+                if self._words is not None:
+                    words.append(self._word_ids(self._words, prompt))
+                ready.append((place, picture, ids))
             except ROW_ERRORS as error:
                 results[place] = error
         if ready:
-            captions = self._generate(
-                np.stack([f for _, f, _ in ready]), [ids for _, _, ids in ready], options, decoder
-            )
+            stacked = np.stack([f for _, f, _ in ready])
+            if words:
+                stacked = self.model._core.read(stacked, pack_texts(words))
+            captions = self._generate(stacked, [ids for _, _, ids in ready], options, decoder)
             results.update(zip((place for place, _, _ in ready), captions, strict=True))
         for place in range(len(batch)):
             yield results[place]
+
+    @property
+    def _words(self) -> Blip2Tokenizer | None:
+        """The tokenizer of the Q-Former, where it reads prompts."""
+        return self.processor.qformer_tokenizer if isinstance(self.processor, InstructBlipProcessor) else None
+
+    def _word_ids(self, tokenizer: Blip2Tokenizer, prompt: str | None) -> list[int]:
+        """The prompt as the Q-Former reads it. Raises ValueError where it has no room for it."""
+        ids = list(tokenizer(prompt or "")["input_ids"])
+        qformer = self.model._core_config["qformer"]
+        if len(ids) > int(qformer["max_position_embeddings"]):
+            raise ValueError(
+                f"the prompt is {len(ids)} tokens long for the Q-Former, which has positions for"
+                f" {qformer['max_position_embeddings']}"
+            )
+        if max(ids, default=0) >= int(qformer["vocab_size"]):
+            raise ValueError(
+                f"prompt: token {max(ids)} is outside the Q-Former's vocabulary of {qformer['vocab_size']}"
+            )
+        return ids
 
     def _prompt_ids(self, prompt: str | None, options: dict[str, Any], decoder: DecoderRows | None) -> list[int]:
         """Ids of a row behind its image. Raises ValueError for a prompt that the model has no room for."""

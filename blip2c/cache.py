@@ -151,7 +151,7 @@ def _open_entry(path: Path, source: str, core: Mapping[str, Any], dtype: Dtype) 
         if _core.SafetensorsFile(path).metadata().get(SOURCE_KEY) != source:
             raise ValueError("it was made from other files")
         return _core.Model([str(path)], core, dtype)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as error:
         warnings.warn(f"{path}: this cache entry is not used, but made anew: {error}", stacklevel=5)

@@ -126,13 +126,17 @@ def say(message: str) -> None:
     print(f"blip2c: {message}", file=sys.stderr, flush=True)
 
 
+class _Say(logging.Handler):
+    """What the library logs (what took long, and what for) as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(_one_line(record.getMessage()))
+
+
 def _log_to_stderr() -> None:
-    """What takes long, and warnings, as lines of ours."""
     logger = logging.getLogger("blip2c")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("blip2c: %(message)s"))
-        logger.addHandler(handler)
+    if not any(isinstance(handler, _Say) for handler in logger.handlers):
+        logger.addHandler(_Say())
         logger.setLevel(logging.INFO)
 
 
@@ -251,14 +255,16 @@ def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any
     from blip2c.api import sample_path
     from blip2c.cache import cache_folder, entries
     from blip2c.checkpoint import resolve_files
-    from blip2c.config import Blip2Config, core_config
+    from blip2c.config import core_config
     from blip2c.hub import resolve
+    from blip2c.instructblip import model_class
     from blip2c.packed import describe_packed
 
     kept = cache_folder()
     folder = sample_path() if model is None else resolve(model, local_files_only=local_files_only)
-    config = Blip2Config.from_pretrained(folder)
-    core = core_config(config)
+    core = core_config(model_class(folder).config_class.from_pretrained(folder))
+    for name in ("inv_freq", "slides"):  # numbers by the dozen that config.json says in words
+        core["text"].pop(name, None)
     count, size, dtypes = 0, 0, set()
     for path in resolve_files(folder):
         file = _core.SafetensorsFile(str(path))

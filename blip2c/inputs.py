@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c._core import NumericError
+from blip2c.config import MAX_IMAGE_TOKENS
 from blip2c.images import is_torch
 
 
@@ -47,8 +48,11 @@ def to_numpy(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
-def check_pixels(value: Any, image_size: int) -> NDArray[np.float32]:
-    """pixel_values as C-contiguous float32 [B, 3, S, S]. Raises TypeError, ValueError or NumericError (NaN)."""
+def check_pixels(value: Any, image_size: int, patch: int | None = None) -> NDArray[np.float32]:
+    """pixel_values as C-contiguous float32 [B, 3, S, S]; with a patch side: of any height and width of at least that.
+
+    Raises TypeError, ValueError or NumericError (NaN).
+    """
     if value is None:
         raise ValueError("pixel_values must be given")
     pixels = to_numpy(value)
@@ -58,15 +62,53 @@ def check_pixels(value: Any, image_size: int) -> NDArray[np.float32]:
         raise ValueError(f"pixel_values must be [batch, 3, height, width], found shape {pixels.shape}")
     if pixels.shape[0] == 0:
         raise ValueError("pixel_values is an empty batch")
-    if pixels.shape[2:] != (image_size, image_size):
+    height, width = pixels.shape[2:]
+    if patch is None and (height, width) != (image_size, image_size):
         raise ValueError(
-            f"pixel_values are {pixels.shape[2]}x{pixels.shape[3]}, this model takes {image_size}x{image_size}"
+            f"pixel_values are {height}x{width}, this model takes {image_size}x{image_size}"
+            " (interpolate_pos_encoding=True: any size)"
+        )
+    if patch is not None and (min(height, width) < patch or (height // patch) * (width // patch) > MAX_IMAGE_TOKENS):
+        raise ValueError(
+            f"pixel_values are {height}x{width}, expected at least {patch}x{patch}, at most {MAX_IMAGE_TOKENS} patches"
         )
     pixels = np.ascontiguousarray(pixels, dtype=np.float32)
     finite = np.isfinite(pixels).all(axis=(1, 2, 3))
     if not finite.all():
         raise NumericError(f"pixel_values: picture {int(np.argmin(finite))} holds values that are not finite")
     return pixels
+
+
+def check_embeds(value: Any, shape: tuple[int | None, int], name: str) -> NDArray[np.float32]:
+    """Embeddings [B, *shape] as C-contiguous float32; None: any length. Raises TypeError, ValueError, NumericError."""
+    embeds = to_numpy(value)
+    if not np.issubdtype(embeds.dtype, np.floating):
+        raise TypeError(f"{name} must be floats, found {embeds.dtype}")
+    fits = embeds.ndim == 3 and embeds.shape[2] == shape[1] and shape[0] in (None, embeds.shape[1])
+    if not fits or 0 in embeds.shape:
+        length = "length" if shape[0] is None else shape[0]
+        raise ValueError(f"{name} must be [batch, {length}, {shape[1]}], found shape {embeds.shape}")
+    embeds = np.ascontiguousarray(embeds, dtype=np.float32)
+    finite = np.isfinite(embeds).all(axis=(1, 2))
+    if not finite.all():
+        raise NumericError(f"{name}: row {int(np.argmin(finite))} holds values that are not finite")
+    return embeds
+
+
+def check_labels(value: Any, vocabulary: int, ignore_index: int) -> NDArray[np.int64]:
+    """labels [B, T], each below the vocabulary or ignore_index. Raises TypeError or ValueError."""
+    labels = to_numpy(value)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels must be integers, found {labels.dtype}")
+    if labels.ndim != 2 or 0 in labels.shape:
+        raise ValueError(f"labels must be [batch, length], found shape {labels.shape}")
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"labels[{row}, {column}] is {labels[row, column]}, expected 0..{vocabulary - 1} or {ignore_index}"
+        )
+    return labels.astype(np.int64)
 
 
 def check_ids(value: Any, vocabulary: int, name: str = "input_ids") -> NDArray[np.int64]:
@@ -86,16 +128,16 @@ def check_ids(value: Any, vocabulary: int, name: str = "input_ids") -> NDArray[n
 
 
 def check_mask(
-    value: Any, shape: tuple[int, ...], name: str = "attention_mask", ids: str = "input_ids"
+    value: Any, shape: tuple[int, ...], name: str = "attention_mask", ids: str = "input_ids", empty: bool = False
 ) -> NDArray[np.uint8]:
-    """attention_mask [B, T] of zeros and ones. Raises ValueError."""
+    """attention_mask [B, T] of zeros and ones, not all zeros in a row unless `empty`. Raises ValueError."""
     mask = to_numpy(value)
     if mask.shape != shape:
         raise ValueError(f"{name} has shape {mask.shape}, {ids} has {shape}")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"{name} must hold zeros and ones only")
     mask = mask.astype(np.uint8)
-    if not mask.any(axis=1).all():
+    if not empty and not mask.any(axis=1).all():
         raise ValueError(f"{name} is all zeros in row {int(np.argmin(mask.any(axis=1)))}")
     return mask
 
@@ -144,10 +186,10 @@ def repeat_decoder(row: DecoderRows, times: int) -> DecoderRows:
     return DecoderRows(np.tile(row.ids, times), offsets, mask, np.tile(row.shown, (times, 1)))
 
 
-def shift_right(labels: NDArray[np.int64], start: int, pad: int) -> NDArray[np.int64]:
-    """labels [B, T] as the decoder reads them while it is taught: start in front, the last dropped, pad for -100."""
+def shift_right(labels: NDArray[np.int64], start: int, pad: int, ignore: int = -100) -> NDArray[np.int64]:
+    """labels [B, T] as the decoder reads them while taught: start in front, the last dropped, pad for `ignore`."""
     shifted = np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
-    return np.where(shifted == -100, pad, shifted)
+    return np.where(shifted == ignore, pad, shifted)
 
 
 def pack(
@@ -187,6 +229,48 @@ def pack(
     )
 
 
+def pack_embeds(
+    embeds: NDArray[np.float32],
+    mask: NDArray[np.uint8] | None,
+    ids: NDArray[np.int64] | None,
+    places: NDArray[np.bool_] | None,
+    features: NDArray[np.float32] | None,
+) -> tuple[PackedRows, NDArray[np.float32]]:
+    """Prompts that come as embeddings [B, T, D] (and, for the rules, ids [B, T]), with features [B, Q, D] in their
+    places [B, T], in front where places is None. Gives rows in which every token is an embedding, and these.
+
+    Raises ValueError if a row has not exactly Q places.
+    """
+    batch = embeds.shape[0]
+    rules = np.full(embeds.shape[:2], -1, np.int64) if ids is None else ids
+    if features is not None:
+        if features.shape[0] != batch:
+            raise ValueError(f"inputs_embeds has {batch} rows, there are {features.shape[0]} pictures")
+        queries = features.shape[1]
+        if places is None:
+            embeds = np.concatenate([features, embeds], axis=1)
+            rules = np.concatenate([np.full((batch, queries), -1, np.int64), rules], axis=1)
+            if mask is not None:
+                mask = np.concatenate([np.ones((batch, queries), np.uint8), mask], axis=1)
+        else:
+            found = places.sum(axis=1)
+            if (found != queries).any():
+                row = int(np.argmax(found != queries))
+                raise ValueError(
+                    f"inputs_embeds row {row} holds {int(found[row])} image placeholders, expected {queries}"
+                )
+            embeds = embeds.copy()
+            embeds[places] = features.reshape(-1, features.shape[2])
+    length = embeds.shape[1]
+    rows = PackedRows(
+        ids=np.full(batch * length, -1, np.int32),
+        offsets=np.arange(batch + 1, dtype=np.int64) * length,
+        mask=None if mask is None or mask.all() else np.ascontiguousarray(mask.reshape(-1)),
+        rule_ids=rules.astype(np.int32).reshape(-1),
+    )
+    return rows, embeds
+
+
 def pack_ragged(rows: list[list[int]], image_token: int | None, queries: int) -> PackedRows:
     """Texts of unequal length, each behind its `queries` image features: no pads, no mask."""
     ids = np.concatenate([np.array([-1] * queries + row, np.int32) for row in rows])
@@ -194,6 +278,12 @@ def pack_ragged(rows: list[list[int]], image_token: int | None, queries: int) ->
     rules = np.concatenate([np.array([rule] * queries + row, np.int32) for row in rows])
     lengths = [0] + [queries + len(row) for row in rows]
     return PackedRows(ids, np.cumsum(np.array(lengths, np.int64)), None, rules)
+
+
+def pack_texts(rows: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int64], None]:
+    """Texts of unequal length for a Q-Former: ids, offsets, no mask."""
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int64)
+    return np.array([i for row in rows for i in row], np.int32), offsets, None
 
 
 def check_positions(rows: PackedRows, positions: int, new_tokens: int = 0) -> None:

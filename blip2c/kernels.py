@@ -28,6 +28,7 @@ __all__ = [
     "beam_search",
     "copy_rows",
     "cross_attention",
+    "cross_entropy",
     "decode_attention",
     "distance_bias",
     "embedding",
@@ -197,6 +198,12 @@ def log_softmax(x: F32) -> F32:
     return _core._log_softmax(x)
 
 
+def cross_entropy(logits: F32, targets: NDArray[np.int64], ignore_index: int = -100) -> F32:
+    """-log softmax(logits)[target] of each row, 0 where the target is ignore_index, as torch's cross_entropy with
+    reduction="none". logits [N, V], targets [N]; IndexError for another target outside 0..V-1."""
+    return _core._cross_entropy(logits, targets, ignore_index)
+
+
 def top_k(x: F32, k: int) -> tuple[F32, NDArray[np.int32]]:
     """The k largest of the last axis, largest first, equal values by ascending id; NaN comes last.
 
@@ -276,6 +283,7 @@ def packed_attention(
     causal: bool = False,
     scale: float | None = None,
     window: int = 0,
+    weights: bool = False,
 ) -> F32:
     """The attention of the C contract: rows of unequal length, packed, over two stretches of keys.
 
@@ -285,7 +293,7 @@ def packed_attention(
     positions. window: 0, or how many positions back a query sees, its own included. scale: default Dh^-0.5.
     distance_bias [H, 2L - 1]: column clamp(j - i, 1 - L, L - 1) + L - 1 is added to the score of a key at place j of
     the row's keys and a query at place i, masked keys counted too (T5). A query that sees no key gets zeros. Returns
-    [N, H*Dh].
+    [N, H*Dh]; with weights=True instead the softmax weights, flat, row after row [H, T, keys].
     """
     kv_heads = heads if kv_heads is None else kv_heads
     q = _array(q, "q", np.float32, 2)
@@ -295,7 +303,7 @@ def packed_attention(
     scale = head_dim**-0.5 if scale is None and head_dim else scale
     return _core._attention(
         q, q_offsets, k, v, prefix_starts, prefix_lens, k_suffix, v_suffix, suffix_slots, suffix_lens, key_mask,
-        distance_bias, causal, heads, kv_heads, head_dim, scale or 0.0, window,
+        distance_bias, causal, heads, kv_heads, head_dim, scale or 0.0, window, weights,
     )  # fmt: skip
 
 
@@ -330,6 +338,7 @@ def attention(
     scale: float | None = None,
     distance_bias: F32 | None = None,
     window: int = 0,
+    weights: bool = False,
 ) -> F32:
     """softmax(scale q k^T + bias) v for each head (Vaswani et al. 2017, section 3.2.1).
 
@@ -337,7 +346,8 @@ def attention(
     uint8, true where a key may be seen. causal: query i sees keys up to Tk - Tq + i (Tq <= Tk). window: if not 0,
     query i sees no key before Tk - Tq + i + 1 - window (Mistral's sliding window). A query that sees no key gets zeros.
     distance_bias [H, 2L - 1]: T5's relative position bias, see packed_attention; the queries are the row's last
-    positions. Returns [B, Tq, H*Dh]. Query head h uses key head h * Hkv // H (grouped queries).
+    positions. Returns [B, Tq, H*Dh]; with weights=True the softmax's [B, H, Tq, Tk]. Query head h uses key head
+    h * Hkv // H (grouped queries).
     """
     q, k, v = _array(q, "q", np.float32, 3), _array(k, "k", np.float32, 3), _array(v, "v", np.float32, 3)
     _expect("k: batch", k.shape[0], q.shape[0])
@@ -357,8 +367,9 @@ def attention(
         causal=causal,
         scale=scale,
         window=window,
+        weights=weights,
     )
-    return out.reshape(q.shape)
+    return out.reshape((batch, heads, queries, keys) if weights else q.shape)
 
 
 def cross_attention(

@@ -57,12 +57,23 @@ class Like:
         self.torch = sys.modules["torch"] if is_torch(value) else None
         self.dtype = dtype
 
+    @classmethod
+    def loaded(cls, dtype: str) -> Like:
+        """For what is not an answer to an input: tensors where torch is loaded."""
+        like = cls(None, dtype)
+        like.torch = sys.modules.get("torch")
+        return like
+
     def floats(self, array: NDArray[np.float32], keep: bool = False) -> Any:
         """float32 array; or a tensor of the model's dtype (float32 where `keep`)."""
         if self.torch is None:
             return array
         tensor = self.torch.from_numpy(np.ascontiguousarray(array))
         return tensor if keep or self.dtype == "float32" else tensor.to(getattr(self.torch, self.dtype))
+
+    def number(self, value: np.float32) -> Any:
+        """A float32 scalar, of NumPy's or a tensor without axes."""
+        return value if self.torch is None else self.torch.tensor(value, dtype=self.torch.float32)
 
     def ids(self, array: NDArray[np.int64]) -> Any:
         """int64 array or tensor."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from blip2c.cache import open_model
 from blip2c.checkpoint import PACKED_WEIGHTS, read_json, resolve_files
 from blip2c.config import Blip2Config, core_config
 from blip2c.dtypes import QUANTISED, Dtype, read_dtype, warn_of_missing_instructions
-from blip2c.generation import GenerationConfig
+from blip2c.generation import METADATA, NAMES, GenerationConfig
 from blip2c.packed import check_packed, refuse_other_weights, write_packed
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ LOADING_OPTIONS: dict[str, tuple[Any, ...]] = {
     "gguf_file": (None,),
     "adapter_kwargs": (None,),
 }
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 FILE_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 
 
@@ -69,6 +71,11 @@ def refuse_options(where: str, options: Mapping[str, Any], known: Mapping[str, t
             raise UnsupportedError(f"{where}: option {name}={shown} is not supported by this version of blip2c")
 
 
+def generation_options(text_config: Any) -> dict[str, Any]:
+    """Options of generate() that stand in a language model's configuration."""
+    return {name: text_config.get(name) for name in NAMES if name not in METADATA}
+
+
 def check_device(device: Any) -> None:
     """Accepts what means the CPU ("cpu", "auto", {"": "cpu"}, torch.device("cpu")); else UnsupportedError."""
     places = set(device.values()) if isinstance(device, Mapping) else {device}
@@ -78,14 +85,6 @@ def check_device(device: Any) -> None:
             raise UnsupportedError(f"device {place!r}: this version of blip2c computes on the CPU only")
 
 
-class LanguageModel:
-    """What of `model.language_model` scripts look at: its config and the generation defaults that really count."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.generation_config = GenerationConfig.from_model_config(config)
-
-
 class Blip2PreTrainedModel:
     """What every model here is: immutable weights in the C part, its config, and the calls scripts make on a module.
 
@@ -93,6 +92,7 @@ class Blip2PreTrainedModel:
     """
 
     main_input_name = "pixel_values"
+    config_class: type[Blip2Config] = Blip2Config
 
     def __init__(self, config: Blip2Config, files: list[str], *, dtype: Dtype = "auto", cache: Any = None) -> None:
         """config: checked here. files: safetensors paths. dtype: see blip2c.dtypes. cache: see blip2c.cache."""
@@ -114,8 +114,10 @@ class Blip2PreTrainedModel:
         self._lock = threading.Lock()
         self.training = False
         self.name_or_path = ""
-        self.language_model = LanguageModel(config.text_config)
         self.generation_config = GenerationConfig.from_model_config(config.text_config)
+        # What generate() takes its defaults from: language_model.generation_config.
+        self._generation_defaults = GenerationConfig.from_model_config(config.text_config)
+        self._text_options = generation_options(config.text_config)
         if self._core.unexpected:
             names = sorted(self._core.unexpected)
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -157,11 +159,11 @@ class Blip2PreTrainedModel:
         requested = read_dtype(torch_dtype if dtype is None else dtype)
         folder = resolve(pretrained_model_name_or_path, **hub)
         if config is None:
-            config = Blip2Config.from_pretrained(folder)
-        elif not isinstance(config, Blip2Config):  # transformers' own
+            config = cls.config_class.from_pretrained(folder)
+        elif not isinstance(config, cls.config_class):  # transformers' own
             if not hasattr(config, "to_dict"):
-                raise TypeError(f"config must be a Blip2Config, found {type(config).__name__}")
-            config = Blip2Config.from_dict(config.to_dict())
+                raise TypeError(f"config must be a {cls.config_class.__name__}, found {type(config).__name__}")
+            config = cls.config_class.from_dict(config.to_dict())
         core_config(config)  # refuse what can not be computed before looking for its weights
         model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested, cache=cache)
         model.name_or_path = str(pretrained_model_name_or_path)
@@ -175,6 +177,8 @@ class Blip2PreTrainedModel:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write config.json, generation_config.json and model.safetensors, which transformers loads.
+
+        Shards of an earlier checkpoint in the folder are removed.
 
         Of a quantised model: its packed weights as they are (model.blip2c.safetensors), which blip2c loads;
         transformers says that it does not know this quantisation. What rounding took away can not be saved: for plain
@@ -190,10 +194,24 @@ class Blip2PreTrainedModel:
             write_packed(self._core, folder / PACKED_WEIGHTS, self._core_config)
             values["quantization_config"] = {"quant_method": "blip2c", **self.dtypes}
         else:
+            if (folder / PACKED_WEIGHTS).exists():
+                raise FileExistsError(f"{folder}: holds {PACKED_WEIGHTS}: one folder, one model")
             self._write_weights(folder / "model.safetensors")
+            self._remove_shards(folder)
             values["dtype"] = self._dtype
         type(self.config).from_dict(values).save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
+
+    def _remove_shards(self, folder: Path) -> None:
+        """Takes away the shards of an earlier, larger checkpoint, as transformers does: two models in one folder."""
+        stale = [folder / "model.safetensors.index.json"]
+        stale += [file for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)]
+        for file in stale:
+            file.unlink(missing_ok=True)
+        # A later .half() reads again: what is gone is now in the file that was just written.
+        with self._lock:
+            if any(not Path(file).exists() for file in self._files):
+                self._files = [str(folder / "model.safetensors")]
 
     def _write_weights(self, path: Path) -> None:
         weights = {name: _stored_as(array, self._dtype) for name, array in self._core.weights().items()}
@@ -316,12 +334,37 @@ class Blip2PreTrainedModel:
             raise UnsupportedError("requires_grad_(True): this version of blip2c does not train")
         return self
 
-    def parameters(self, recurse: bool = True) -> Any:
-        """Raises UnsupportedError: weights are packed in the C part. See `dtype`, `device`, `num_parameters`."""
-        raise UnsupportedError(
-            "parameters(): the weights live packed in the C part; use .dtype, .device, .num_parameters() or"
-            " .save_pretrained(folder)"
-        )
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """(name, weight) of every weight, made when it is asked for: copies in the model's dtype, which nothing reads.
+
+        Tensors where torch is loaded, else read-only float32 arrays (float16 where they are held so). Quantised weights
+        come widened. A tied head is left out, as in torch. UnsupportedError for recurse=False.
+        """
+        if not recurse:
+            raise UnsupportedError("named_parameters(recurse=False): weights are given for the whole model only")
+        torch = sys.modules.get("torch")
+        for name in self._core.weight_names():
+            array = self._core.weights(name)[name]
+            if array.dtype == np.uint16:  # bfloat16 bits
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            # As transformers, which keeps the Q-Former in float32 under float16.
+            keep = self._dtype == "float16" and name.startswith(("qformer.", "query_tokens"))
+            array.flags.writeable = torch is not None
+            yield (
+                f"{prefix}.{name}" if prefix else name,
+                array if torch is None else torch.from_numpy(array).to(torch.float32 if keep else self.dtype),
+            )
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        """The weights of named_parameters(), one by one: next(model.parameters()) is cheap, a list of all is not."""
+        for _, weight in self.named_parameters(recurse=recurse):
+            yield weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """All weights of named_parameters() at once: as much memory again as the model's dtype needs for them."""
+        return dict(self.named_parameters())
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the weights are, a tied head counted once."""
@@ -347,7 +390,7 @@ class Blip2PreTrainedModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)  # weights are immutable, so they are shared
         memo[id(self)] = twin
-        for name in ("config", "generation_config", "language_model"):
+        for name in ("config", "generation_config", "_generation_defaults"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 

@@ -132,12 +132,12 @@ class Blip2Processor:
         image_options = {key: options.pop(key) for key in list(options) if key in IMAGE_OPTIONS}
         image_processor = BlipImageProcessor.from_pretrained(folder, **image_options)
         tokenizer = Blip2Tokenizer.from_pretrained(folder, **options)
-        return cls(image_processor, tokenizer, *cls._further_parts(folder), num_query_tokens=queries)
+        return cls(image_processor, tokenizer, num_query_tokens=queries, **cls._further_parts(folder))
 
     @classmethod
-    def _further_parts(cls, folder: Path) -> tuple[Any, ...]:
+    def _further_parts(cls, folder: Path) -> dict[str, Any]:
         """What else __init__ takes."""
-        return ()
+        return {}
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write tokenizer.json, tokenizer_config.json and processor_config.json (with the image processor inside)."""
@@ -192,11 +192,11 @@ class InstructBlipProcessor(Blip2Processor):
         return {**own, **super()._text(text, with_images, options)}
 
     @classmethod
-    def _further_parts(cls, folder: Path) -> tuple[Any, ...]:
+    def _further_parts(cls, folder: Path) -> dict[str, Any]:
         words = folder / QFORMER_TOKENIZER
         if not words.is_dir():
             raise FileNotFoundError(f"{words}: no such folder, so this is not an InstructBLIP processor")
-        return (Blip2Tokenizer.from_pretrained(words),)
+        return {"qformer_tokenizer": Blip2Tokenizer.from_pretrained(words)}
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """As Blip2Processor, and the second tokenizer into the folder qformer_tokenizer."""

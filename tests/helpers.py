@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 CORPUS = [
     "a small red circle to the left of a large blue square",
@@ -249,6 +250,36 @@ def random_processor(config: Any) -> Any:
         words = word_tokenizer(config.qformer_config.vocab_size)
         return transformers.InstructBlipProcessor(image, text, words, num_query_tokens=queries)
     return transformers.Blip2Processor(image, text, num_query_tokens=queries)
+
+
+def plant_outliers(path: str | Path, channels: int = 2, factor: float = 100.0, seed: int = 0) -> None:
+    """The same function in float32 with activations as real models have them: scale channels of norms, undo it behind.
+
+    Of every norm in front of linear layers, in vision and an OPT, `channels` channels grow by `factor`; the columns of
+    the weights that read them shrink by it.
+    """
+    file = Path(path) / "model.safetensors"
+    weights = load_file(file)
+    rng = np.random.default_rng(seed)
+    behind = {
+        "layer_norm1": ["self_attn.qkv"],
+        "layer_norm2": ["mlp.fc1"],
+        "self_attn_layer_norm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "layers.final_layer_norm": ["fc1"],
+    }
+    planted = 0
+    for name in [name for name in weights if name.endswith("norm1.weight") or name.endswith("norm2.weight")] + [
+        name for name in weights if ".layers." in name and name.endswith("_layer_norm.weight")
+    ]:
+        stem, norm = name.removesuffix(".weight").rsplit(".", 1)
+        chosen = rng.choice(weights[name].shape[0], channels, replace=False)
+        weights[name][chosen] *= factor
+        weights[f"{stem}.{norm}.bias"][chosen] *= factor
+        for reader in behind["layers.final_layer_norm" if norm == "final_layer_norm" else norm]:
+            weights[f"{stem}.{reader}.weight"][:, chosen] /= factor
+        planted += 1
+    assert planted > 0
+    save_file(weights, file, {"format": "pt"})
 
 
 def reference_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:

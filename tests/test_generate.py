@@ -24,7 +24,7 @@ from blip2c.config import core_config
 from helpers import prompt_ids, random_checkpoint, random_pixels, reference_model
 
 MARGIN = 1e-5
-ORDINARY_CASES, EXHAUSTIVE_CASES = {"opt": 320, "llama": 120}, 10_000
+ORDINARY_CASES, EXHAUSTIVE_CASES = {"opt": 320, "llama": 120, "t5": 120}, 10_000
 CHECKPOINTS: dict[str, list[dict[str, Any]]] = {
     "opt": [
         {},
@@ -39,6 +39,13 @@ CHECKPOINTS: dict[str, list[dict[str, Any]]] = {
         {"family": "mistral", "tied": False, "text": {"vocab_size": 48, "eos_token_id": [2, 7, 11]}},
         {"family": "qwen2", "tied": False, "text": {"vocab_size": 64}},
         {"family": "qwen3", "tied": False, "text": {"vocab_size": 30, "num_hidden_layers": 3, "rope_theta": 100.0}},
+    ],
+    "t5": [
+        {"family": "t5"},
+        {"family": "t5", "tied": False, "own_head": True, "text": {"vocab_size": 48}},
+        {"family": "t5", "tied": False, "text": {"vocab_size": 30, "feed_forward_proj": "relu", "num_heads": 4}},
+        {"family": "t5", "text": {"eos_token_id": [1, 7, 11], "vocab_size": 40, "scale_decoder_outputs": False}},
+        {"family": "t5", "own_head": True, "text": {"decoder_start_token_id": 5, "dense_act_fn": "gelu"}},
     ],
 }
 
@@ -189,6 +196,8 @@ def one_case(rng: np.random.Generator, pair: tuple[Any, Any, Path], tally: Tally
     model, reference, folder = pair
     inputs = inputs_for(rng, reference.config)
     prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs else reference.config.num_query_tokens + 1
+    if reference.config.text_config.is_encoder_decoder:  # what is counted is the decoder's
+        prompt = 1
     options = random_options(rng, reference.config, prompt)
     ours, theirs = model.generate(**inputs, **options), reference_tokens(reference, inputs, options)
     tally.cases += 1

@@ -692,6 +692,55 @@ def test_large_scores() -> None:
     assert np.abs(kernels.attention(q, k, v, 2, scale=1.0) - value).max() <= 0.05 * scale.max()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"causal": True, "window": 4}, {"bias": True, "causal": True}, {"bias": True, "mask": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_weights_are_those_of_attention(kv_heads: int, options: dict[str, Any]) -> None:
+    """They sum to one over the keys that are seen, and make attention's output of the values."""
+    rng = np.random.default_rng(kv_heads)
+    options = dict(options)
+    bias = normal(rng, 4, 2 * 6 - 1) if options.pop("bias", False) else None
+    mask = rng.random((2, 19)) > 0.3 if options.pop("mask", False) else None
+    q, k, v = normal(rng, 2, 11, 4 * 13), normal(rng, 2, 19, kv_heads * 13), normal(rng, 2, 19, kv_heads * 13)
+    given = {"kv_heads": kv_heads, "key_mask": mask, "distance_bias": bias, **options}
+    weights = kernels.attention(q, k, v, 4, weights=True, **given)
+    assert weights.shape == (2, 4, 11, 19)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-5)
+    if mask is not None:
+        assert not weights[~np.broadcast_to(mask[:, None, None], weights.shape)].any()
+    values = np.repeat(v.reshape(2, 19, kv_heads, 13), 4 // kv_heads, axis=2)
+    np.testing.assert_allclose(
+        np.einsum("bhqk,bkhd->bqhd", weights, values).reshape(2, 11, 52),
+        kernels.attention(q, k, v, 4, **given),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_attention_weights_of_ragged_rows_with_suffixes() -> None:
+    rng = np.random.default_rng(2)
+    q, k, v = normal(rng, 5, 16), normal(rng, 9, 16), normal(rng, 9, 16)
+    slots = np.array([[3, 0, 2], [1, 0, 0]], np.int32)
+    rows = (q, np.array([0, 2, 5], np.int32), k, v, np.array([0, 4], np.int32), np.array([4, 5], np.int32))
+    given = {
+        "heads": 2, "k_suffix": normal(rng, 4, 16), "v_suffix": normal(rng, 4, 16), "suffix_slots": slots,
+        "suffix_lens": np.array([3, 1], np.int32), "causal": True,
+    }  # fmt: skip
+    weights, out = kernels.packed_attention(*rows, weights=True, **given), kernels.packed_attention(*rows, **given)
+    begin = 0
+    for b, (first, last, keys) in enumerate([(0, 2, 7), (2, 5, 6)]):
+        size = 2 * (last - first) * keys
+        own = weights[begin : begin + size].reshape(2, last - first, keys)
+        values = np.concatenate([v[rows[4][b] :][: rows[5][b]], given["v_suffix"][slots[b]][: given["suffix_lens"][b]]])
+        want = np.einsum("hqk,khd->qhd", own, values.reshape(keys, 2, 8)).reshape(last - first, 16)
+        np.testing.assert_allclose(want, out[first:last], rtol=1e-4, atol=1e-5)
+        begin += size
+    assert begin == weights.size
+
+
 def test_cross_attention_is_the_qformers() -> None:
     rng = np.random.default_rng(13)
     hidden, image = normal(rng, 2, 32, 48), normal(rng, 2, 17, 70)

@@ -1,4 +1,4 @@
-"""T5 and Flan-T5 as the language model: stages, logits, tokens, files, text and half precision, against transformers."""
+"""T5 and Flan-T5 as the language model against transformers: stages, logits, tokens, files, text, half precision."""
 
 from __future__ import annotations
 

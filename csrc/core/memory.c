@@ -1,14 +1,16 @@
+#define _DEFAULT_SOURCE /* posix_memalign, madvise */
 #include "core/memory.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /* Instruments only: neither value ever changes what is computed. */
 static atomic_uint_least64_t allocations;
 static atomic_int_least64_t fail_countdown;
 
-enum { ALIGNMENT = 64 };
+enum { ALIGNMENT = 64, HUGE_PAGE = 2 << 20 };
 
 static int told_to_fail(void)
 {
@@ -18,18 +20,38 @@ static int told_to_fail(void)
     return atomic_fetch_sub(&fail_countdown, 1) == 1;
 }
 
-void *b2_alloc(size_t count, size_t size, const char *what, b2_err *err)
+static void *allocate(size_t alignment, size_t count, size_t size, const char *what, b2_err *err)
 {
     size_t bytes = count * size;
-    if (size != 0 && count > (SIZE_MAX - ALIGNMENT) / size) {
+    if (size != 0 && count > (SIZE_MAX - alignment) / size) {
         b2_fail(err, B2_E_MEMORY, "%s: %zu elements of %zu bytes overflow the address space", what, count, size);
         return NULL;
     }
     bytes = bytes == 0 ? ALIGNMENT : (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     atomic_fetch_add_explicit(&allocations, 1, memory_order_relaxed);
-    void *block = told_to_fail() ? NULL : aligned_alloc(ALIGNMENT, bytes);
-    if (!block)
+    void *block = NULL;
+    if (told_to_fail() || posix_memalign(&block, alignment, bytes) != 0) {
         b2_fail(err, B2_E_MEMORY, "%s: could not allocate %zu bytes", what, bytes);
+        return NULL;
+    }
+    return block;
+}
+
+void *b2_alloc(size_t count, size_t size, const char *what, b2_err *err)
+{
+    return allocate(ALIGNMENT, count, size, what, err);
+}
+
+void *b2_alloc_huge(size_t count, size_t size, const char *what, b2_err *err)
+{
+    if (size == 0 || count < HUGE_PAGE / size)
+        return b2_alloc(count, size, what, err);
+    void *block = allocate(HUGE_PAGE, count, size, what, err);
+#ifdef MADV_HUGEPAGE
+    /* Whole huge pages only: the one that holds the block's end would take memory for nothing. */
+    if (block)
+        madvise(block, count * size / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);
+#endif
     return block;
 }
 

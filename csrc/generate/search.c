@@ -194,11 +194,12 @@ static int check_processed(const b2_search *s, b2_err *err)
 }
 
 /* As score(), with somebody looking on. */
-static int score_with_hooks(b2_search *s, b2_err *err)
+static int score_with_hooks(b2_search *s, int fresh, b2_err *err)
 {
     b2_hooks *hooks = s->opts->hooks;
     int64_t vocabulary = s->step->vocabulary;
-    spread(s);
+    if (fresh)
+        spread(s);
     b2_view view = view_of(s);
     if (hooks->logits && hooks->logits(hooks, s->rows, s->scores, err) < 0)
         return -1;
@@ -215,7 +216,7 @@ static int score_with_hooks(b2_search *s, b2_err *err)
 static int score(b2_search *s, int fresh, b2_err *err)
 {
     if (s->opts->hooks)
-        return score_with_hooks(s, err);
+        return score_with_hooks(s, fresh, err);
     if (b2_search_tiles(s, s->rows, s->step->vocabulary, score_tile, err) < 0 || check_rows(s, err) < 0)
         return -1;
     if (!fresh || s->rows_per_seat == 1)

@@ -54,12 +54,12 @@ static int take_number(const char **at, const char *name, int64_t *value)
 {
     size_t length = strlen(name);
     const char *p = *at + length + 1;
-    if (strncmp(*at, name, length) != 0 || (*at)[length] != '=' || *p < '0' || *p > '9')
+    if (strncmp(*at, name, length) != 0 || (*at)[length] != '=' || *p < '0' || *p > '9' || (*p == '0' && p[1] >= '0'))
         return -1;
     for (*value = 0; *p >= '0' && *p <= '9'; p++)
         if ((*value = 10 * *value + (*p - '0')) > (int64_t)1 << 40)
             return -1;
-    if (*p != ' ' && *p != 0)
+    if (*p != 0 && (*p != ' ' || p[1] == 0))
         return -1;
     *at = *p ? p + 1 : p;
     return 0;

@@ -589,15 +589,26 @@ void b2_st_want_pages(const b2_st_file *file, const b2_st_tensor *tensor)
         madvise((void *)begin, end - begin, MADV_WILLNEED); /* a hint, as below */
 }
 
+void b2_st_use_in_place(const b2_st_file *file)
+{
+#ifdef MADV_HUGEPAGE
+    if (file->map)
+        madvise(file->map, file->map_bytes, MADV_HUGEPAGE); /* a hint, as above */
+#else
+    (void)file;
+#endif
+}
+
 void b2_st_drop_pages(const b2_st_file *file, const b2_st_tensor *tensor)
 {
+    /* The system maps what lies around a page as well, up to a huge page: hundreds of megabytes over all tensors. */
+    enum { AROUND = 2 << 20 };
     long page_bytes = sysconf(_SC_PAGESIZE);
     if (!file->map || page_bytes < 1)
         return;
-    /* Only whole pages: the first and the last one may hold a neighbour's bytes. */
-    uintptr_t page = (uintptr_t)page_bytes, begin = (uintptr_t)tensor->data, end = begin + tensor->bytes;
-    begin = (begin + page - 1) / page * page;
-    end = end / page * page;
-    if (begin < end)
-        madvise((void *)begin, end - begin, MADV_DONTNEED); /* a hint: nothing to do if it is refused */
+    uintptr_t page = (uintptr_t)page_bytes, map = (uintptr_t)file->map, begin = (uintptr_t)tensor->data;
+    uintptr_t end = begin + tensor->bytes, map_end = map + file->map_bytes;
+    begin = begin - map > AROUND ? (begin - AROUND) / page * page : map;
+    end = map_end - end > AROUND ? end + AROUND : map_end;
+    madvise((void *)begin, end - begin, MADV_DONTNEED); /* a hint: nothing to do if it is refused */
 }

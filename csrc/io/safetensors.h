@@ -64,7 +64,11 @@ const char *b2_st_metadata(const b2_st_file *file, const char *key);
  * which the system sees no order. */
 void b2_st_want_pages(const b2_st_file *file, const b2_st_tensor *tensor);
 
-/* Gives the pages of one tensor back to the system (they can be read again): after packing, memory holds one copy. */
+/* For a file that is used where it lies: huge pages, where the system's cache of the file has them. Then touching it costs
+ * next to nothing, instead of a page fault for every 16 pages. */
+void b2_st_use_in_place(const b2_st_file *file);
+
+/* Gives the pages of one tensor, and what was mapped around it, back to the system (they can be read again): after packing, memory holds one copy. */
 void b2_st_drop_pages(const b2_st_file *file, const b2_st_tensor *tensor);
 
 /* Writer. Tensors of larger elements come first, otherwise in the order given: with data that start at a multiple of 64,

@@ -92,6 +92,12 @@ static b2_dtype most(const byte_counter *counter)
     return (b2_dtype)best;
 }
 
+/* Of a part: quantised if any of its matrices are. A small model's tables may well be larger. */
+static b2_dtype part_dtype(const byte_counter *counter)
+{
+    return counter->bytes_of[B2_I4] ? B2_I4 : counter->bytes_of[B2_I8] ? B2_I8 : most(counter);
+}
+
 static int visit_part(const b2_blip2 *model, b2_part part, b2_weight_visitor *visitor, b2_err *err)
 {
     if (part == B2_PART_VISION)
@@ -112,7 +118,7 @@ static int measure(b2_blip2 *model, b2_err *err)
         byte_counter counter = {.visitor = {count_bytes}};
         if (visit_part(model, (b2_part)part, &counter.visitor, err) < 0)
             return -1;
-        model->dtypes[part] = most(&counter);
+        model->dtypes[part] = part_dtype(&counter);
         all.bytes += counter.bytes;
         all.parameters += counter.parameters;
         for (int d = 0; d < B2_DTYPE_COUNT; d++)

@@ -25,7 +25,7 @@ typedef struct b2_blip2 {
     b2_weight projection_weight;   /* language_projection: [D_lm, D_qformer] */
     b2_weight projection_bias;     /* [D_lm] */
     b2_lm *lm;                     /* owned */
-    b2_dtype dtypes[B2_PART_COUNT];/* in which most of each part's bytes are held */
+    b2_dtype dtypes[B2_PART_COUNT];/* of each part: int4 or int8 if any matrix is, else what holds most bytes */
     b2_dtype dtype;                /* in which most of all bytes are held */
     int64_t bytes;                 /* of all weights as held */
     int64_t parameters;            /* elements of all weights */

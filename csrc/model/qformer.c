@@ -147,7 +147,8 @@ int b2_texts_check(const b2_qformer_config *c, const b2_texts *texts, int64_t it
 {
     if (!texts != !c->reads_text)
         return b2_fail(err, B2_E_VALUE, texts ? "this model's Q-Former reads no text, but texts were given"
-                                              : "this model's Q-Former reads a text beside each picture: none was given");
+                                              : "this model's Q-Former reads a text beside each picture (qformer_input_ids): "
+                                                "none was given");
     for (int64_t b = 0; texts && b < items; b++) {
         int64_t first = texts->offsets[b] - texts->offsets[0], end = texts->offsets[b + 1] - texts->offsets[0];
         if (end < first || end - first > c->max_position_embeddings)

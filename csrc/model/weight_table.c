@@ -16,6 +16,8 @@ static int find_packed(b2_checkpoint *checkpoint, b2_err *err)
         if (packed && checkpoint->count > 1)
             return b2_fail(err, B2_E_FORMAT, "%s: packed weights, beside other files of weights",
                            checkpoint->files[i].path);
+        if (packed)
+            b2_st_use_in_place(&checkpoint->files[i]);
         checkpoint->packed |= packed;
     }
     return 0;

@@ -17,9 +17,13 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "core/cpu.h"
 #include "core/memory.h"
 #include "ops/half.h"
 #include "ops/weights.h"
+
+/* Helpers of the functions that have clones must become part of them. */
+#define INLINE static inline __attribute__((always_inline))
 
 enum {
     STRIP = 64,      /* columns of a panel that are rounded at a time */
@@ -62,7 +66,7 @@ static int64_t count_not_finite(const float *x, int64_t count)
     return bad;
 }
 
-static void column_tile(void *argument, int64_t index, int worker)
+B2_CLONES static void column_tile(void *argument, int64_t index, int worker)
 {
     quantise_job *job = argument;
     const b2_weight *src = job->src;
@@ -89,7 +93,7 @@ static void column_tile(void *argument, int64_t index, int worker)
 /* ---- rounding ---- */
 
 /* strip [16][STRIP] = columns [column, column + count) of a panel over their column scales; zeros beyond n and count. */
-static void load_strip(float *strip, const quantise_job *job, int64_t panel, int64_t column, int64_t count)
+INLINE void load_strip(float *strip, const quantise_job *job, int64_t panel, int64_t column, int64_t count)
 {
     const b2_weight *src = job->src;
     int64_t rows = min64(B2_PANEL, src->n - panel * B2_PANEL);
@@ -104,18 +108,18 @@ static void load_strip(float *strip, const quantise_job *job, int64_t panel, int
 }
 
 /* Nearest integer, ties to even, of |x| < 2^22. */
-static inline int32_t nearest(float x)
+INLINE int32_t nearest(float x)
 {
     return (int32_t)b2_f32_to_bits(x + 12582912.0f) - 0x4b400000;
 }
 
-static inline float clamp(float x, float low, float high)
+INLINE float clamp(float x, float low, float high)
 {
     x = x < low ? low : x;
     return x > high ? high : x;
 }
 
-static void row_scales(float scales[B2_PANEL], float inverse[B2_PANEL], const quantise_job *job, int64_t panel)
+INLINE void row_scales(float scales[B2_PANEL], float inverse[B2_PANEL], const quantise_job *job, int64_t panel)
 {
     float strip[B2_PANEL * STRIP], most[B2_PANEL] = {0};
     for (int64_t j = 0; j < job->src->k; j += STRIP) {
@@ -132,7 +136,7 @@ static void row_scales(float scales[B2_PANEL], float inverse[B2_PANEL], const qu
     }
 }
 
-static void int8_panel(const quantise_job *job, int64_t panel)
+B2_CLONES static void int8_panel(const quantise_job *job, int64_t panel)
 {
     int64_t k = job->src->k, padded = (k + 31) / 32 * 32;
     float strip[B2_PANEL * STRIP], inverse[B2_PANEL];
@@ -156,7 +160,7 @@ typedef float group_values[GROUP][B2_PANEL];
 
 /* Of rounding x * inverse: sums[0] = sum of x * q, sums[1] = sum of q * q: the best scale for these q is their quotient,
  * and it lowers the squared error by sums[0]^2 / sums[1]. */
-static void try_scale(float sums[2][B2_PANEL], group_values x, const float inverse[B2_PANEL])
+INLINE void try_scale(float sums[2][B2_PANEL], group_values x, const float inverse[B2_PANEL])
 {
     float xq[B2_PANEL] = {0}, qq[B2_PANEL] = {0};
     for (int i = 0; i < GROUP; i++)
@@ -171,7 +175,7 @@ static void try_scale(float sums[2][B2_PANEL], group_values x, const float inver
 }
 
 /* The element of each row that is largest by size, with its sign. */
-static void extremes(float extreme[B2_PANEL], group_values x)
+INLINE void extremes(float extreme[B2_PANEL], group_values x)
 {
     memset(extreme, 0, B2_PANEL * sizeof *extreme);
     for (int i = 0; i < GROUP; i++)
@@ -180,7 +184,7 @@ static void extremes(float extreme[B2_PANEL], group_values x)
 }
 
 /* scales [16] as float16 bits */
-static void group_scales(uint16_t scales[B2_PANEL], group_values x)
+INLINE void group_scales(uint16_t scales[B2_PANEL], group_values x)
 {
     /* What the largest element is to become. */
     static const float targets[CANDIDATES] = {-8.0f, -7.5f, -7.0f, -8.5f, -9.0f, -9.5f, -6.5f,
@@ -203,7 +207,7 @@ static void group_scales(uint16_t scales[B2_PANEL], group_values x)
         scales[r] = b2_f32_to_f16(clamp(scale[r], -65504.0f, 65504.0f));
 }
 
-static void int4_group(uint8_t *to, uint16_t scales[B2_PANEL], const float *strip)
+INLINE void int4_group(uint8_t *to, uint16_t scales[B2_PANEL], const float *strip)
 {
     group_values x;
     uint8_t q[GROUP][B2_PANEL];
@@ -225,7 +229,7 @@ static void int4_group(uint8_t *to, uint16_t scales[B2_PANEL], const float *stri
                 *to++ = (uint8_t)(q[i + b][r] | q[i + 4 + b][r] << 4);
 }
 
-static void int4_panel(const quantise_job *job, int64_t panel)
+B2_CLONES static void int4_panel(const quantise_job *job, int64_t panel)
 {
     int64_t k = job->src->k, groups = (k + GROUP - 1) / GROUP;
     float strip[B2_PANEL * STRIP];

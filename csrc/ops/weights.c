@@ -4,6 +4,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "core/cpu.h"
 #include "core/memory.h"
 #include "ops/half.h"
 #include "ops/quantise.h"
@@ -50,7 +51,7 @@ static int64_t from_f32(void *dst, b2_dtype dtype, const float *src, int64_t cou
     return overflows;
 }
 
-int64_t b2_convert(void *dst, b2_dtype dst_dtype, const void *src, b2_dtype src_dtype, int64_t count)
+B2_CLONES int64_t b2_convert(void *dst, b2_dtype dst_dtype, const void *src, b2_dtype src_dtype, int64_t count)
 {
     enum { BLOCK = 256 };
     float block[BLOCK];
@@ -226,7 +227,7 @@ int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_format format, b2_po
     packed.dtype = format.dtype;
     packed.layout = format.layout;
     packed.group = format.dtype == B2_I8 ? round_up(src->k, 32) : format.dtype == B2_I4 ? 32 : 0;
-    char *block = b2_alloc(b2_weight_parts_of(&packed).bytes, 1, name, err);
+    char *block = b2_alloc_huge(b2_weight_parts_of(&packed).bytes, 1, name, err);
     if (!block)
         return -1;
     clear_ends(block, &packed);

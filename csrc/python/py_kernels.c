@@ -11,6 +11,7 @@
 #include "model/t5.h"
 #include "ops/cpu/common.h"
 #include "ops/weights.h"
+#include "train/cross_entropy.h"
 
 static const char weight_capsule[] = "blip2c.weight";
 
@@ -511,6 +512,30 @@ static PyObject *log_softmax(PyObject *module, PyObject *object)
     return (PyObject *)out;
 }
 
+static PyObject *cross_entropy(PyObject *module, PyObject *args)
+{
+    PyObject *logits_object, *targets_object;
+    long long ignore_index;
+    if (!PyArg_ParseTuple(args, "OOL", &logits_object, &targets_object, &ignore_index))
+        return NULL;
+    PyArrayObject *logits = b2py_array(logits_object, "logits", NPY_FLOAT32, 2), *losses = NULL;
+    PyArrayObject *targets = logits ? b2py_array(targets_object, "targets", NPY_INT64, 1) : NULL;
+    npy_intp rows = logits ? PyArray_DIM(logits, 0) : 0;
+    if (targets && PyArray_DIM(targets, 0) != rows)
+        PyErr_Format(PyExc_ValueError, "targets: expected %zd, found %zd", rows, PyArray_DIM(targets, 0));
+    else if (targets)
+        losses = poisoned(1, &rows);
+    kernel_call k;
+    if (losses && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        Py_CLEAR(losses);
+    else if (losses && kernel_end(&k, module, b2_cross_entropy(&k.ctx, PyArray_DATA(losses), view_of(logits),
+                                                               PyArray_DATA(targets), ignore_index, &k.err)) < 0)
+        Py_CLEAR(losses);
+    Py_XDECREF(logits);
+    Py_XDECREF(targets);
+    return (PyObject *)losses;
+}
+
 static PyObject *top_k(PyObject *module, PyObject *args)
 {
     PyObject *object;
@@ -773,16 +798,31 @@ static plan attention_plan(const b2_attention_args *a)
     return (plan){1, 1, keys < most ? keys : most, a->head_dim > 0 ? a->head_dim : 1};
 }
 
+/* Floats of all rows' weights, [H, T_b, keys_b] each; 0 where the rows make no sense, which the operation refuses. */
+static npy_intp weights_size(const b2_attention_args *a)
+{
+    npy_intp size = 0;
+    for (int64_t b = 0; b < a->rows; b++) {
+        int64_t queries = (int64_t)a->q_offsets[b + 1] - a->q_offsets[b];
+        int64_t keys = (int64_t)a->prefix_lens[b] + (a->suffix_lens ? a->suffix_lens[b] : 0);
+        if (queries < 0 || keys < 0 || a->heads < 1)
+            return 0;
+        size += (npy_intp)(a->heads * queries * keys);
+    }
+    return size;
+}
+
 static PyObject *attention(PyObject *module, PyObject *args)
 {
     PyObject *objects[A_COUNT];
     PyArrayObject *in[A_COUNT] = {0}, *out = NULL;
     b2_attention_args a = {0};
     long long window;
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOOpiiifL", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K],
+    int weights;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOOpiiifLp", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K],
                           &objects[A_V], &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS],
                           &objects[A_SLOTS], &objects[A_SLENS], &objects[A_MASK], &objects[A_BIAS], &a.causal,
-                          &a.heads, &a.kv_heads, &a.head_dim, &a.scale, &window))
+                          &a.heads, &a.kv_heads, &a.head_dim, &a.scale, &window, &weights))
         return NULL;
     a.window = window;
     for (int i = 0; i < A_COUNT; i++) {
@@ -792,13 +832,19 @@ static PyObject *attention(PyObject *module, PyObject *args)
         if (!in[i])
             goto done;
     }
-    if (fill_attention(&a, in) < 0 || !(out = poisoned(2, PyArray_DIMS(in[A_Q]))))
+    if (fill_attention(&a, in) < 0)
         goto done;
-    a.out = view_of(out);
+    npy_intp size = weights ? weights_size(&a) : 0;
+    if (!(out = weights ? poisoned(1, &size) : poisoned(2, PyArray_DIMS(in[A_Q]))))
+        goto done;
     kernel_call k;
-    if (kernel_begin(&k, module, attention_plan(&a)) < 0)
+    if (kernel_begin(&k, module, attention_plan(&a)) < 0) {
         Py_CLEAR(out);
-    else if (kernel_end(&k, module, b2_attention(&k.ctx, &a, &k.err)) < 0)
+        goto done;
+    }
+    a.out = weights ? (b2_tensor){0} : view_of(out);
+    int status = weights ? b2_attention_weights(&k.ctx, PyArray_DATA(out), &a, &k.err) : b2_attention(&k.ctx, &a, &k.err);
+    if (kernel_end(&k, module, status) < 0)
         Py_CLEAR(out);
 done:
     for (int i = 0; i < A_COUNT; i++)
@@ -864,6 +910,7 @@ static PyMethodDef kernel_methods[] = {
     {"_rope", rope, METH_VARARGS, "_rope(x, positions, inv_freq, head_dim, scaling) -> array"},
     {"_activation", activation, METH_VARARGS, "_activation(x, activation) -> array"},
     {"_log_softmax", log_softmax, METH_O, "_log_softmax(x) -> array"},
+    {"_cross_entropy", cross_entropy, METH_VARARGS, "_cross_entropy(logits, targets, ignore_index) -> losses"},
     {"_top_k", top_k, METH_VARARGS, "_top_k(x, k) -> (values, ids)"},
     {"_first_bad_row", first_bad_row, METH_O, "_first_bad_row(x) -> int"},
     {"_embedding", embedding, METH_VARARGS, "_embedding(table, ids, added_to) -> array"},

@@ -55,7 +55,8 @@ b2_prefix *b2py_prefix_of(PyObject *model, PyObject *object, const char *name);
 int b2py_add_stats(PyObject *result, const b2_session_stats *stats);
 
 /* py_weights.c: the weights as arrays and as a packed file, and what they are held as. */
-PyObject *b2py_model_weights(PyObject *self, PyObject *ignored);
+PyObject *b2py_model_weights(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_weight_names(PyObject *self, PyObject *ignored);
 PyObject *b2py_model_save_packed(PyObject *self, PyObject *args);
 PyObject *b2py_model_dtype(PyObject *self, void *closure);
 PyObject *b2py_model_dtypes(PyObject *self, void *closure);

@@ -18,7 +18,8 @@ typedef struct track {
     const char *stage;
     const char *key;      /* of the result */
     int count;            /* arrays */
-    int stride;           /* layer i fills array i / stride */
+    int first;            /* layers before it are left out */
+    int stride;           /* layer first + i fills array i / stride */
     PyObject *arrays;     /* list of float32 arrays, owned */
     float **data;         /* [count], owned */
     int64_t *filled;      /* [count + 1], owned: floats so far; one more for what follows the last norm */
@@ -33,20 +34,12 @@ typedef struct recorder {
     int hidden_count, attention_count;
 } recorder;
 
-static track *find_track(track *tracks, int count, const char *stage)
-{
-    for (int i = 0; i < count; i++)
-        if (strcmp(tracks[i].stage, stage) == 0)
-            return &tracks[i];
-    return NULL;
-}
-
 /* Where the next `size` floats of a layer go. The states behind the final norm (layer = count) replace those before it:
  * transformers' last hidden states are normalised. */
 static float *next_floats(track *t, int layer, int64_t size, b2_err *err)
 {
-    int at = layer / t->stride, array = at < t->count ? at : t->count - 1;
-    if (layer < 0 || at > t->count || t->filled[at] + size > t->size) {
+    int at = (layer - t->first) / t->stride, array = at < t->count ? at : t->count - 1;
+    if (at > t->count || t->filled[at] + size > t->size) {
         b2_fail(err, B2_E_INTERNAL, "%s: layer %d does not fit what was planned for", t->key, layer);
         return NULL;
     }
@@ -58,29 +51,40 @@ static float *next_floats(track *t, int layer, int64_t size, b2_err *err)
 static int record_hidden(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err)
 {
     recorder *r = (recorder *)tap;
-    track *t = find_track(r->hidden, r->hidden_count, stage);
-    float *to = t ? next_floats(t, layer, hidden.rows * hidden.cols, err) : NULL;
-    if (t && !to)
-        return -1;
-    for (int64_t i = 0; t && i < hidden.rows; i++)
-        memcpy(to + i * hidden.cols, hidden.data + i * hidden.ld, (size_t)hidden.cols * sizeof *to);
+    for (int i = 0; i < r->hidden_count; i++) {
+        track *t = &r->hidden[i];
+        if (strcmp(t->stage, stage) != 0 || layer < t->first)
+            continue;
+        float *to = next_floats(t, layer, hidden.rows * hidden.cols, err);
+        if (!to)
+            return -1;
+        for (int64_t row = 0; row < hidden.rows; row++)
+            memcpy(to + row * hidden.cols, hidden.data + row * hidden.ld, (size_t)hidden.cols * sizeof *to);
+    }
     return 0;
+}
+
+static int64_t weights_of(const b2_attention_args *args)
+{
+    int64_t size = 0;
+    for (int64_t b = 0; b < args->rows; b++) {
+        int64_t keys = (int64_t)args->prefix_lens[b] + (args->suffix_lens ? args->suffix_lens[b] : 0);
+        size += args->heads * ((int64_t)args->q_offsets[b + 1] - args->q_offsets[b]) * keys;
+    }
+    return size;
 }
 
 static int record_attention(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, const b2_attention_args *args,
                             b2_err *err)
 {
     recorder *r = (recorder *)tap;
-    track *t = find_track(r->attention, r->attention_count, stage);
-    if (!t)
-        return 0;
-    int64_t size = 0;
-    for (int64_t b = 0; b < args->rows; b++) {
-        int64_t keys = (int64_t)args->prefix_lens[b] + (args->suffix_lens ? args->suffix_lens[b] : 0);
-        size += args->heads * ((int64_t)args->q_offsets[b + 1] - args->q_offsets[b]) * keys;
+    for (int i = 0; i < r->attention_count; i++) {
+        if (strcmp(r->attention[i].stage, stage) != 0)
+            continue;
+        float *to = next_floats(&r->attention[i], layer, weights_of(args), err);
+        return to ? b2_attention_weights(ctx, to, args, err) : -1;
     }
-    float *to = next_floats(t, layer, size, err);
-    return to ? b2_attention_weights(ctx, to, args, err) : -1;
+    return 0;
 }
 
 static void release_tracks(track *tracks, int count)
@@ -151,15 +155,27 @@ static b2_tap *recorder_tap(recorder *r)
     return r->hidden_count + r->attention_count > 0 ? &r->tap : NULL;
 }
 
+/* Puts the arrays under their keys. A stage that did not report all of them is a fault here, not somebody's numbers. */
+static int put_tracks(const track *tracks, int count, PyObject *result)
+{
+    for (int i = 0; i < count; i++) {
+        for (int a = 0; a < tracks[i].count; a++)
+            if (tracks[i].filled[a] != tracks[i].size) {
+                PyErr_Format(PyExc_RuntimeError, "%s: layer %d was not reported", tracks[i].key,
+                             tracks[i].first + a * tracks[i].stride);
+                return -1;
+            }
+        if (PyDict_SetItemString(result, tracks[i].key, tracks[i].arrays) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 static int recorder_result(const recorder *r, PyObject *result)
 {
-    for (int i = 0; i < r->hidden_count; i++)
-        if (PyDict_SetItemString(result, r->hidden[i].key, r->hidden[i].arrays) < 0)
-            return -1;
-    for (int i = 0; i < r->attention_count; i++)
-        if (PyDict_SetItemString(result, r->attention[i].key, r->attention[i].arrays) < 0)
-            return -1;
-    return 0;
+    return put_tracks(r->hidden, r->hidden_count, result) < 0
+               ? -1
+               : put_tracks(r->attention, r->attention_count, result);
 }
 
 /* ---- pictures ---- */
@@ -234,12 +250,15 @@ static int check_text(const text_input *in, int64_t pictures)
 {
     const int64_t *offsets = PyArray_DATA(in->offsets);
     npy_intp tokens = PyArray_DIM(in->ids, 0), rows = PyArray_DIM(in->offsets, 0) - 1;
-    int fits = rows == pictures && offsets[0] == 0 && offsets[rows] == tokens;
+    if (rows != pictures) {
+        PyErr_Format(PyExc_ValueError, "text: %zd texts for %lld pictures", (Py_ssize_t)rows, (long long)pictures);
+        return -1;
+    }
+    int fits = offsets[0] == 0 && offsets[rows] == tokens;
     for (npy_intp b = 0; fits && b < rows; b++)
         fits = offsets[b] <= offsets[b + 1];
     if (!fits) {
-        PyErr_Format(PyExc_ValueError, "text: expected offsets of %lld texts that run from 0 to %zd", (long long)pictures,
-                     (Py_ssize_t)tokens);
+        PyErr_Format(PyExc_ValueError, "text: expected offsets that run from 0 to %zd", (Py_ssize_t)tokens);
         return -1;
     }
     if (in->mask && PyArray_DIM(in->mask, 0) != tokens) {
@@ -500,6 +519,15 @@ static int64_t equal_length(const char *what, const int64_t *offsets, int64_t ro
     return rows > 0 ? offsets[1] - offsets[0] : 0;
 }
 
+/* The encoder's last hidden state, which the output holds whether or not somebody watches. */
+static int watch_encoder_end(recorder *r, b2py_state *state, const b2_lm *lm, const b2_rows_in *in)
+{
+    npy_intp shape[] = {in->offsets[in->rows], lm->config.hidden_size};
+    track plan = {.stage = "encoder", .key = "encoder_last_hidden_state", .count = 1,
+                  .first = lm->config.num_hidden_layers + 1, .stride = 1};
+    return add_track(r->hidden, &r->hidden_count, state, plan, 2, shape);
+}
+
 /* Prompts and decoder rows of an encoder-decoder; `queries` and `keys` are the rows' lengths. */
 static int watch_language(recorder *r, b2py_state *state, const b2_lm *lm, const b2_rows_in *in, wishes w)
 {
@@ -508,6 +536,8 @@ static int watch_language(recorder *r, b2py_state *state, const b2_lm *lm, const
     const int64_t *offsets = decoder ? in->decoder_offsets : in->offsets;
     npy_intp hidden[] = {offsets[in->rows], lm->config.hidden_size};
     npy_intp encoder_hidden[] = {in->offsets[in->rows], lm->config.hidden_size};
+    if (decoder && watch_encoder_end(r, state, lm, in) < 0)
+        return -1;
     if (w.hidden_states &&
         (watch_hidden(r, state, stage, decoder ? "decoder_hidden_states" : "hidden_states", layers, 2, hidden) < 0 ||
          (decoder && watch_hidden(r, state, "encoder", "encoder_hidden_states", lm->config.num_hidden_layers, 2,

@@ -7,6 +7,9 @@
 #include "core/memory.h"
 #include "python/py_search.h"
 
+/* Beyond any machine; memory is taken for every place. */
+enum { MOST_PLACES = 65536 };
+
 /* What an item's pointers point to, from next() to done(). */
 typedef struct held {
     int64_t index; /* -1: free */
@@ -222,8 +225,8 @@ static PyObject *run_stream(stream *s, const b2_stream_size *size, const b2_gene
 
 static PyObject *stream_items(stream *s, const b2_stream_size *size, const b2_generate_opts *opts, b2_err *err)
 {
-    if (size->places < 1 || size->places > INT32_MAX) {
-        b2_fail(err, B2_E_VALUE, "places: expected at least 1, found %lld", (long long)size->places);
+    if (size->places < 1 || size->places > MOST_PLACES) {
+        b2_fail(err, B2_E_VALUE, "places: expected 1 to %d, found %lld", MOST_PLACES, (long long)size->places);
         return NULL;
     }
     s->items = b2_alloc((size_t)size->places, sizeof *s->items, "items", err);

@@ -10,17 +10,19 @@
 typedef struct collector {
     b2_weight_visitor visitor;
     b2py_state *state;
-    PyObject *dict;
+    const char *only;          /* the one that is wanted; NULL: all */
+    PyObject *result;          /* dict of arrays, or list of names */
     const b2_weight **weights; /* [count] */
-    void **data;               /* [count] of the arrays in dict */
+    void **data;               /* [count] of the arrays in result */
     int64_t count;
     atomic_int failed;
 } collector;
 
 static int count_weight(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err)
 {
-    (void)weight, (void)shape, (void)rank, (void)err;
-    ((collector *)visitor)->count++;
+    collector *c = (collector *)visitor;
+    (void)shape, (void)rank, (void)err;
+    c->count += !c->only || strcmp(c->only, weight->name) == 0;
     return 0;
 }
 
@@ -29,10 +31,12 @@ static int add_array(b2_weight_visitor *visitor, const b2_weight *weight, const 
     static const int numpy_types[B2_DTYPE_COUNT] = {NPY_FLOAT32, NPY_FLOAT16, NPY_UINT16, NPY_FLOAT32, NPY_FLOAT32};
     collector *c = (collector *)visitor;
     npy_intp dims[4];
+    if (c->only && strcmp(c->only, weight->name) != 0)
+        return 0;
     for (int i = 0; i < rank; i++)
         dims[i] = (npy_intp)shape[i];
     PyObject *array = PyArray_SimpleNew(rank, dims, numpy_types[weight->dtype]);
-    int status = array ? PyDict_SetItemString(c->dict, weight->name, array) : -1;
+    int status = array ? PyDict_SetItemString(c->result, weight->name, array) : -1;
     if (status == 0) {
         c->weights[c->count] = weight;
         c->data[c->count++] = PyArray_DATA((PyArrayObject *)array);
@@ -52,7 +56,7 @@ static void unpack_one(void *argument, int64_t index, int worker)
 
 static int make_arrays(collector *c, const b2_blip2 *model, b2_err *err)
 {
-    if (!c->dict)
+    if (!c->result)
         return b2_fail(err, B2_E_CALLBACK, "weights");
     c->visitor.fn = count_weight;
     if (b2_blip2_visit(model, &c->visitor, err) < 0)
@@ -75,22 +79,47 @@ static int unpack_all(collector *c, b2_err *err)
     return status;
 }
 
-PyObject *b2py_model_weights(PyObject *self, PyObject *Py_UNUSED(ignored))
+PyObject *b2py_model_weights(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"only", NULL};
     const b2_blip2 *model = b2py_loaded_model(self);
-    if (!model)
+    const char *only = NULL;
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "|z", names, &only))
         return NULL;
     b2_err err = {0};
-    collector c = {.state = b2py_state_of_type(Py_TYPE(self)), .dict = PyDict_New()};
+    collector c = {.state = b2py_state_of_type(Py_TYPE(self)), .only = only, .result = PyDict_New()};
     int status = make_arrays(&c, model, &err);
     if (status == 0)
         status = unpack_all(&c, &err);
     b2_free(c.weights);
     b2_free(c.data);
     if (status == 0)
-        return c.dict;
-    Py_XDECREF(c.dict);
+        return c.result;
+    Py_XDECREF(c.result);
     return b2py_raise(c.state, &err);
+}
+
+static int append_weight_name(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank,
+                              b2_err *err)
+{
+    PyObject *name = PyUnicode_FromString(weight->name);
+    (void)shape, (void)rank;
+    int status = name ? PyList_Append(((collector *)visitor)->result, name) : -1;
+    Py_XDECREF(name);
+    return status < 0 ? b2_fail(err, B2_E_CALLBACK, "%s", weight->name) : 0;
+}
+
+PyObject *b2py_model_weight_names(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    b2_err err = {0};
+    collector c = {.visitor = {append_weight_name}, .result = model ? PyList_New(0) : NULL};
+    if (!c.result)
+        return NULL;
+    if (b2_blip2_visit(model, &c.visitor, &err) == 0)
+        return c.result;
+    Py_DECREF(c.result);
+    return b2py_raise(b2py_state_of_type(Py_TYPE(self)), &err);
 }
 
 /* ---- packed files ---- */

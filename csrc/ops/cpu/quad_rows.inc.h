@@ -6,7 +6,7 @@ enum { UNIT = VALUE_BYTES == 1 ? 4 : 2 };
 /* Groups whose largest element is smaller count as zeros: their scale would not be a normal number. */
 static const float NOTHING = 1e-30f;
 
-/* t [group] becomes integers; returns the scale. A NaN or Inf gives a scale that is not finite, and so a result that is not. */
+/* t [group] becomes integers; returns the scale: NaN where a NaN or Inf is among them, and so all of the row's results. */
 B2_INLINE float round_group(int32_t *q, const float *t, const int group)
 {
     int32_t most = 0;
@@ -18,6 +18,8 @@ B2_INLINE float round_group(int32_t *q, const float *t, const int group)
     float inverse = largest < NOTHING ? 0.0f : 127.0f / largest;
     for (int i = 0; i < group; i++) /* nearest, ties to even */
         q[i] = (int32_t)(b2_f32_to_bits(t[i] * inverse + 12582912.0f) - 0x4b400000u);
+    if (most >= 0x7f800000)
+        return b2_bits_to_f32(0x7fc00000u);
     return largest < NOTHING ? 0.0f : largest * (1.0f / 127.0f);
 }
 

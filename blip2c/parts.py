@@ -1,0 +1,238 @@
+"""Parts of a model under the names that scripts call them by: model.vision_model(pixel_values), model.qformer(...), ...
+
+A part is made anew for each access and owns nothing; the weights stay in the model's C part.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from blip2c._core import UnsupportedError
+from blip2c.inputs import check_embeds, check_mask, to_numpy
+from blip2c.outputs import Like
+
+if TYPE_CHECKING:
+    from blip2c.forward import Blip2WithLanguageModel, Wishes
+
+
+class Part:
+    """What every part answers: config, dtype and device as the model's."""
+
+    def __init__(self, model: Blip2WithLanguageModel, config: Any) -> None:
+        self._model = model
+        self.config = config
+
+    @property
+    def dtype(self) -> Any:
+        """The model's."""
+        return self._model.dtype
+
+    @property
+    def device(self) -> Any:
+        """The model's."""
+        return self._model.device
+
+    def eval(self) -> Part:
+        """It always is."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self._model!r}"
+
+    def _wishes(self, options: dict[str, Any]) -> Wishes:
+        wishes = self._model._wishes(options)
+        if options:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(options)}")
+        return wishes
+
+
+class VisionModel(Part):
+    """The vision encoder (upstream: Blip2VisionModel)."""
+
+    def __init__(self, model: Blip2WithLanguageModel) -> None:
+        super().__init__(model, model.config.vision_config)
+
+    def __call__(
+        self,
+        pixel_values: Any = None,
+        interpolate_pos_encoding: bool | None = False,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """pixel_values [B, 3, S, S] -> last_hidden_state [B, T, D_v] and pooler_output [B, D_v].
+
+        interpolate_pos_encoding: pictures of any size. output_hidden_states: hidden_states, layers + 1 of [B, T, D_v],
+        the last before post_layernorm; output_attentions: attentions [B, H, T, T]. Raises as Blip2Model.forward().
+        """
+        from blip2c.forward import vision_output
+
+        model, wishes = self._model, self._wishes(options)
+        like = Like(pixel_values, model._dtype)
+        stages = model._core.encode_stages(
+            model._pixels(pixel_values, bool(interpolate_pos_encoding)),
+            hidden_states=wishes.hidden_states is not False,
+            attentions=wishes.attentions,
+            interpolate=bool(interpolate_pos_encoding),
+            qformer=False,
+        )
+        return model._finished(vision_output(stages, like, wishes), return_dict)
+
+
+class QFormer(Part):
+    """The Q-Former over the model's own queries (upstream: Blip2QFormerModel)."""
+
+    def __init__(self, model: Blip2WithLanguageModel) -> None:
+        super().__init__(model, model.config.qformer_config)
+
+    def __call__(
+        self,
+        query_embeds: Any,
+        query_length: int | None = None,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """encoder_hidden_states [B, T, D_v] -> last_hidden_state [B, Q, D_q]; query_embeds are `model.query_tokens`.
+
+        output_hidden_states: layers + 1 of [B, Q, D_q]; output_attentions: attentions [B, H, Q, Q] and, of the layers
+        that look at the picture, cross_attentions [B, H, Q, T]. UnsupportedError for other queries and for masks that
+        hide something.
+        """
+        from blip2c.forward import qformer_output
+
+        model, wishes = self._model, self._wishes(options)
+        own = model._core.weights("query_tokens")["query_tokens"]
+        given = to_numpy(query_embeds)
+        if given.shape[1:] != own.shape[1:] or not (given == own).all() or query_length not in (None, own.shape[1]):
+            raise UnsupportedError("qformer: query_embeds other than the model's query_tokens are not computed")
+        if encoder_hidden_states is None:
+            raise ValueError("qformer: encoder_hidden_states must be given")
+        embeds = check_embeds(
+            encoder_hidden_states, (None, int(model.config.vision_config.hidden_size)), "encoder_hidden_states"
+        )
+        if given.shape[0] not in (1, embeds.shape[0]):
+            raise ValueError(f"qformer: query_embeds for {given.shape[0]} pictures, there are {embeds.shape[0]}")
+        shown = {
+            "attention_mask": (attention_mask, own.shape[1]),
+            "encoder_attention_mask": (encoder_attention_mask, None),
+        }
+        for name, (mask, length) in shown.items():
+            shape = (embeds.shape[0], embeds.shape[1] if length is None else length)
+            if mask is not None and not check_mask(mask, shape, name, "what it masks").all():
+                raise UnsupportedError(f"qformer: an {name} that hides something is not computed")
+        stages = model._core.encode_stages(
+            image_embeds=embeds, hidden_states=wishes.hidden_states is not False, attentions=wishes.attentions
+        )
+        like = Like(encoder_hidden_states, model._dtype)
+        return model._finished(qformer_output(stages, like, wishes), return_dict)
+
+
+class LanguageProjection(Part):
+    """The linear layer between Q-Former and language model."""
+
+    def __init__(self, model: Blip2WithLanguageModel) -> None:
+        super().__init__(model, model.config)
+        self.in_features = int(model.config.qformer_config.hidden_size)
+        self.out_features = int(model.config.text_config.hidden_size)
+
+    def __call__(self, x: Any) -> Any:
+        """x [..., D_q] floats -> [..., D_lm]. Raises TypeError or ValueError."""
+        array = to_numpy(x)
+        if not np.issubdtype(array.dtype, np.floating):
+            raise TypeError(f"language_projection: expected floats, found {array.dtype}")
+        if array.ndim < 1 or array.shape[-1] != self.in_features:
+            raise ValueError(f"language_projection: expected [..., {self.in_features}], found shape {array.shape}")
+        rows = np.ascontiguousarray(array, dtype=np.float32).reshape(-1, self.in_features)
+        out = self._model._core.project(rows).reshape(*array.shape[:-1], self.out_features)
+        return Like(x, self._model._dtype).floats(out)
+
+
+class TokenEmbedding(Part):
+    """The language model's token embeddings."""
+
+    def __init__(self, model: Blip2WithLanguageModel) -> None:
+        super().__init__(model, model.config.text_config)
+        self.num_embeddings = int(model._core_config["text"]["vocab_size"])
+        self.embedding_dim = int(model.config.text_config.hidden_size)
+
+    def __call__(self, input_ids: Any) -> Any:
+        """Ids of any shape -> [..., D_lm]. Raises TypeError, ValueError for an id outside the vocabulary."""
+        ids = to_numpy(input_ids)
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(f"input_ids must be integers, found {ids.dtype}")
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_embeddings:
+            raise ValueError(f"input_ids must be in 0..{self.num_embeddings - 1}, found {ids.min()}..{ids.max()}")
+        out = self._model._core.embed(np.ascontiguousarray(ids.reshape(-1), dtype=np.int32))
+        return Like(input_ids, self._model._dtype).floats(out.reshape(*ids.shape, self.embedding_dim))
+
+
+class LanguageModel(Part):
+    """The language model alone (upstream: the class that text_config names)."""
+
+    def __init__(self, model: Blip2WithLanguageModel) -> None:
+        super().__init__(model, model.config.text_config)
+
+    @property
+    def generation_config(self) -> Any:
+        """The defaults of generate() that really count, as in transformers 5.23: made from text_config."""
+        return self._model._generation_defaults
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self._model._generation_defaults = value
+
+    def get_input_embeddings(self) -> TokenEmbedding:
+        """The token embeddings, called with ids."""
+        return TokenEmbedding(self._model)
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        decoder_input_ids: Any = None,
+        decoder_attention_mask: Any = None,
+        labels: Any = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Ids [B, T] or inputs_embeds [B, T, D_lm] -> logits [B, T, V], and loss where labels [B, T] are given."""
+        from blip2c.forward import LANGUAGE_OPTIONS
+        from blip2c.pretrained import refuse_options
+
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("language_model: expected one of input_ids and inputs_embeds")
+        model, keep = self._model, options.pop("logits_to_keep", None)
+        wishes, targets = model._wishes(options), model._labels(labels, options)
+        refuse_options("language_model", options, LANGUAGE_OPTIONS)
+        like = Like(input_ids if inputs_embeds is None else inputs_embeds, model._dtype)
+        prompt = model._prompt(None, input_ids, inputs_embeds, attention_mask)
+        decoder = model._decoder(decoder_input_ids, decoder_attention_mask, targets, len(prompt.rows.offsets) - 1)
+        return model._finished(model._language(prompt, decoder, like, wishes, targets, keep)[0], return_dict)
+
+    def generate(
+        self,
+        inputs: Any = None,
+        *,
+        input_ids: Any = None,
+        inputs_embeds: Any = None,
+        attention_mask: Any = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """The language model's own generate(): of ids [B, T] with the prompt in front, of embeddings new tokens alone.
+
+        Options and errors as Blip2ForConditionalGeneration.generate(); UnsupportedError in a Blip2Model.
+        """
+        model = self._model
+        begin = getattr(model, "_generate", None)
+        if begin is None:
+            raise UnsupportedError(f"{type(model).__name__} does not generate: load Blip2ForConditionalGeneration")
+        ids = inputs if input_ids is None else input_ids
+        if ids is None and inputs_embeds is None:
+            raise ValueError("language_model.generate: expected input_ids or inputs_embeds")
+        prompt = model._prompt(None, ids, inputs_embeds, attention_mask)
+        return begin(prompt, generate_kwargs, Like(ids if inputs_embeds is None else inputs_embeds, model._dtype))
