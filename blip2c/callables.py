@@ -87,6 +87,9 @@ class Hooks:
         self._stops = self._stop_functions()
         self._steps = self._processors(unconditional)
         record = call["return_dict_in_generate"] is True
+        for name in ("output_attentions", "output_hidden_states"):
+            if record and call[name] is True:
+                raise UnsupportedError(f"{name}=True: not with generate(); forward() of the generated ids gives them")
         functions: dict[str, Any] = {}
         if any(not isinstance(step, tuple) for step in self._steps):
             functions["process"] = self._process

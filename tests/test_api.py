@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import blip2c
-from blip2c import Caption, NumericError, PictureError, api
+from blip2c import Caption, NumericError, PictureError, UnsupportedError, api
 from helpers import edit_config, random_checkpoint
 from running import run_python
 

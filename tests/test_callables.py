@@ -385,6 +385,12 @@ def test_returned_dictionaries_are_as_in_transformers(pair: Pair, beams: int) ->
         compare_outputs(pair, ours, theirs)
 
 
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+def test_states_of_every_step_are_refused_by_name(opt: Pair, name: str) -> None:
+    with pytest.raises(blip2c.UnsupportedError, match=f"^{name}=True"):
+        opt.ours.generate(**opt.inputs, max_new_tokens=2, return_dict_in_generate=True, **{name: True})
+
+
 # -- when something goes wrong -----------------------------------------------------------------------------------
 
 
