@@ -31,9 +31,8 @@ _DROPPED = frozenset(["''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--", "\u2026": "..."})
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms dr st jr sr vs prof gen rep sen gov lt col sgt capt ave blvd rd inc corp co ltd no etc".split()
+    "mr mrs ms dr st jr sr vs prof gen rep sen gov lt col sgt capt ave blvd rd inc corp co ltd etc".split()
 )
-_LETTERS = frozenset("bcdefghjklmnopqrstuvwxyz")
 _TWO_WORDS = {
     "cannot": "can not", "gonna": "gon na", "gotta": "got ta", "lemme": "lem me", "gimme": "gim me", "wanna": "wan na",
 }  # fmt: skip
@@ -67,14 +66,18 @@ def _split_word(word: str) -> Iterator[str]:
         yield tail
 
 
+def _keeps_point(word: str, rest: str) -> bool:
+    """Whether a point behind a word belongs to it: "st. bernard", "vitamin c.", "no. 5"."""
+    return word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha()) or (word == "no" and rest.lstrip()[:1].isdigit())
+
+
 def tokenize_caption(text: str) -> list[str]:
     """The words of a caption, in lower case, without punctuation: "A man's dog." -> ["a", "man", "'s", "dog"]."""
     text = text.lower().translate(_PLAIN)
     words: list[str] = []
     for match in _TOKEN.finditer(text):
         word = match[0]
-        # A point behind an abbreviation belongs to it: "st. bernard".
-        if word == "." and words and (words[-1] in _ABBREVIATIONS or words[-1] in _LETTERS) and match.start() and text[match.start() - 1] != " ":
+        if word == "." and words and text[: match.start()].endswith(words[-1]) and _keeps_point(words[-1], text[match.end() :]):
             words[-1] += "."
             continue
         parts = [word] if word[0] == "'" else _split_word(_BRACKETS.get(word, word))
