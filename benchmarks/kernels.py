@@ -2,10 +2,12 @@
 
     python benchmarks/kernels.py [--threads 2] [--rounds 7] [--only fc1,decode]
 
-Ceilings: multiply-adds in registers (the instruction set in use), and reading 512 MB of memory. Peers: torch's float32
-and bfloat16 linear, and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated over at least
-320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take turns within
-each round; the medians of all calls are printed.
+Ceilings: multiply-adds in registers (the instruction set in use), int8 products in registers, and reading 512 MB of
+memory. Weights of int8 and int4 are measured against the second, all others against the first ("pairs": bfloat16
+arithmetic, where the processor has it). Peers: torch's float32 and bfloat16 linear (its threads spin after their work:
+run it with OMP_WAIT_POLICY=passive), and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated
+over at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take
+turns within each round; the medians of all calls are printed.
 
 Other work on the machine shows in every figure: ratios between engines of one run mean more than rates.
 """
@@ -51,11 +53,13 @@ class Shape:
 
 SHAPES = [
     Shape("ViT qkv", 257, 4224, 1408),
+    Shape("ViT projection", 257, 1408, 1408),
     Shape("ViT fc1", 257, 6144, 1408),
     Shape("ViT fc2", 257, 1408, 6144),
     Shape("Q-Former", 32, 768, 768),
     Shape("Q-Former fc", 32, 3072, 768),
     Shape("OPT prefill fc1", 33, 10240, 2560),
+    Shape("OPT prefill fc2", 33, 2560, 10240),
     Shape("OPT decode fc1", 1, 10240, 2560),
     Shape("OPT decode fc2", 1, 2560, 10240),
     Shape("OPT decode fc1, 5 beams", 5, 10240, 2560),
@@ -64,6 +68,10 @@ SHAPES = [
 
 def flops_ceiling() -> float:
     return max(_core._fma_peak() for _ in range(5))
+
+
+def int8_ceiling() -> float:
+    return max(_core._int8_peak() for _ in range(5))
 
 
 def read_ceiling() -> float:
@@ -119,7 +127,7 @@ def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[
     return found
 
 
-def measure(shape: Shape, rounds: int, peak: float, read: float) -> None:
+def measure(shape: Shape, rounds: int, peaks: dict[str, float], read: float) -> None:
     running = engines(shape, np.random.default_rng(0))
     times: dict[str, list[float]] = {name: [] for name in running}
     for i in range(rounds + 1):
@@ -130,7 +138,7 @@ def measure(shape: Shape, rounds: int, peak: float, read: float) -> None:
     print(f"\n{shape.name}: {shape.rows} x {shape.inner} -> {shape.out}")
     reference = statistics.median(times["torch float32"])
     for name, (_, size) in running.items():
-        t = statistics.median(times[name])
+        t, peak = statistics.median(times[name]), peaks["int8" if "int" in name else "float"]
         print(
             f"  {name:21} {t * 1e3:8.3f} ms  {shape.flops / t / 1e9:5.0f} GF/s ({shape.flops / t / peak:4.0%})"
             f"  {size / t / 1e9:5.1f} GB/s ({size / t / read:4.0%})  {reference / t:5.2f} x torch"
@@ -145,14 +153,16 @@ def main() -> None:
     arguments = parser.parse_args()
     _core.set_num_threads(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    peak, read = flops_ceiling(), read_ceiling()
+    peaks, read = {"float": flops_ceiling(), "int8": int8_ceiling()}, read_ceiling()
     info = _core.cpu_info()
     print(f"{info['brand']}, {info['isa']}, {arguments.threads} threads, torch {torch.__version__}")
-    print(f"ceilings: {peak / 1e9:.0f} GF/s, reading {read / 1e9:.1f} GB/s")
+    ceilings = peaks["float"], peaks["int8"], read
+    print("ceilings: {:.0f} GF/s, int8 {:.0f} Gop/s, reading {:.1f} GB/s".format(*(c / 1e9 for c in ceilings)))
     for shape in SHAPES:
         if any(part in shape.name for part in arguments.only.split(",")):
-            measure(shape, arguments.rounds, peak, read)
-    print(f"\nceilings again: {flops_ceiling() / 1e9:.0f} GF/s, reading {read_ceiling() / 1e9:.1f} GB/s")
+            measure(shape, arguments.rounds, peaks, read)
+    again = flops_ceiling(), int8_ceiling(), read_ceiling()
+    print("\nceilings again: {:.0f} GF/s, int8 {:.0f} Gop/s, reading {:.1f} GB/s".format(*(c / 1e9 for c in again)))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         InstructBlipQFormerConfig,
         InstructBlipVisionConfig,
         OPTConfig,
+        T5Config,
     )
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
@@ -79,6 +80,7 @@ _LAZY = {
     "Matcher": "matcher",
     "OPTConfig": "config",
     "PictureError": "images",
+    "T5Config": "config",
     "load": "api",
     "load_image": "images",
     "quantize": "packed",
@@ -115,6 +117,7 @@ __all__ = [
     "NumericError",
     "OPTConfig",
     "PictureError",
+    "T5Config",
     "UnsupportedError",
     "cpu_info",
     "get_num_threads",

@@ -21,7 +21,7 @@ import numpy as np
 from blip2c import options as check
 from blip2c._core import UnsupportedError
 
-__all__ = ["Call", "GenerationConfig", "core_options", "resolve"]
+__all__ = ["Call", "GenerationConfig", "core_options", "for_search_alone", "resolve"]
 
 FILE_NAME = "generation_config.json"
 
@@ -273,8 +273,12 @@ def core_options(
     *,
     max_positions: int | None = None,
 ) -> dict[str, Any]:
-    """`resolve(...).core`, for callers without Python between the steps: what needs that is refused by name."""
-    call = resolve(config, kwargs, prompt_lengths, max_positions=max_positions)
+    """`for_search_alone(resolve(...))`: what the C part is to do for a call without Python between the steps."""
+    return for_search_alone(resolve(config, kwargs, prompt_lengths, max_positions=max_positions))
+
+
+def for_search_alone(call: Call) -> dict[str, Any]:
+    """`call.core`; UnsupportedError naming what needs Python between the steps."""
     for name in IN_MODELS_ONLY:
         value = call[name]
         if value is not None and value is not False and not (isinstance(value, list) and not value):
@@ -405,7 +409,7 @@ def _merge(config: GenerationConfig, given: Any, arguments: Mapping[str, Any]) -
             warnings.warn(
                 f"Passing `generation_config` together with generation-related arguments=({both}) is deprecated in "
                 "transformers. Please pass either a `generation_config` object OR all parameters explicitly.",
-                stacklevel=4,
+                stacklevel=6,
             )
     options.update({name: value for name, value in arguments.items() if name in NAMES})
     return options
@@ -455,14 +459,14 @@ def _warn_of_ignored(options: Mapping[str, Any], arguments: Mapping[str, Any]) -
         names = [name for name, _ in issues]
         reasons = "; ".join(reason for _, reason in issues)
         warnings.warn(
-            f"The following generation flags are not valid and may be ignored: {names}. {reasons}.", stacklevel=4
+            f"The following generation flags are not valid and may be ignored: {names}. {reasons}.", stacklevel=6
         )
     for name, off in ENCODER_ONLY.items():
         if options[name] is not None and options[name] != off:
             warnings.warn(
                 f"Passing `{name}` requires some form of `input_ids` to be passed to `generate`, "
                 "ignoring the argument.",
-                stacklevel=4,
+                stacklevel=6,
             )
 
 
@@ -487,7 +491,7 @@ def _lengths(options: Mapping[str, Any], prompt_lengths: Sequence[int], max_posi
         warnings.warn(
             f"Using the model-agnostic default `max_length` (={max_new} new tokens) to control the generation length. "
             "We recommend setting `max_new_tokens` to control the maximum length of the generation.",
-            stacklevel=4,
+            stacklevel=6,
         )
     if min_new is not None and min_length is not None:
         _warn_both("min_new_tokens", min_new, "min_length", min_length)
@@ -500,7 +504,7 @@ def _warn_both(winner: str, winning: int, loser: str, losing: int) -> None:
     warnings.warn(
         f"Both `{winner}` (={winning}) and `{loser}`(={losing}) seem to have been set. "
         f"`{winner}` will take precedence.",
-        stacklevel=5,
+        stacklevel=7,
     )
 
 
@@ -522,6 +526,6 @@ def _check_feasible(
                 f"Unfeasible length constraints: `{name}` ({value}) is larger than the maximum possible length "
                 f"({limit}). Generation will stop at the defined maximum length. You should decrease the minimum "
                 "length and/or increase the maximum length.",
-                stacklevel=5,
+                stacklevel=7,
             )
             return

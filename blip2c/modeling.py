@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2c.callables import Hooks
 from blip2c.forward import F32, Blip2WithLanguageModel, PackedTexts, Prompt, decoder_arguments
-from blip2c.generation import core_options
+from blip2c.generation import Call, for_search_alone, resolve
+from blip2c.generation_outputs import compute_transition_scores, generated
 from blip2c.inputs import DecoderRows, begin_decoder, check_positions
 from blip2c.outputs import Like, ModelOutput
 from blip2c.pretrained import generation_options
@@ -144,20 +146,44 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
     def _generate(self, prompt: Prompt, generate_kwargs: dict[str, Any], like: Like) -> Any:
         """From rows to sequences."""
         self._check_text_options()
-        rows, prompts, rule_ids = prompt.rows, prompt.ids, prompt.rows.rule_ids
-        length, decoder = int(rows.offsets[1]), {}
+        rows, prompts, rule_ids, mask = prompt.rows, prompt.ids, prompt.rows.rule_ids, prompt.rows.mask
+        batch, length, decoder = len(rows.offsets) - 1, int(rows.offsets[1]), {}
         if self.config.is_encoder_decoder:
-            begun = self._begin_decoder(generate_kwargs, len(rows.offsets) - 1)
-            length, prompts, rule_ids = begun.shown.shape[1], begun.shown, begun.ids
+            begun = self._begin_decoder(generate_kwargs, batch)
+            length, prompts, rule_ids, mask = begun.shown.shape[1], begun.shown, begun.ids, begun.mask
             decoder = decoder_arguments(begun)
-        options = self._options(generate_kwargs, [length])
-        check_positions(rows, self._positions, new_tokens(options, length))
-        out = self._core.generate(prompt.embeds, rows.ids, rows.offsets, rows.mask, rule_ids, options, **decoder)
-        sequences = np.asarray(out["ids"], np.int64)
-        if prompts is not None:
-            prompts = np.repeat(prompts, sequences.shape[0] // prompts.shape[0], axis=0)
-            sequences = np.concatenate([prompts, sequences], axis=1)
-        return like.ids(sequences)
+        call = self._call(generate_kwargs, [length])
+        check_positions(rows, self._positions, new_tokens(call.core, length))
+        shown = np.empty((batch, 0), np.int64) if prompts is None else prompts
+        hooks = Hooks(
+            call,
+            shown,
+            rule_ids=rule_ids.reshape(batch, length),
+            vocabulary=self._vocabulary,
+            skip=None if mask is None else np.argmax(mask.reshape(batch, length), axis=1),
+            tensors=like.torch is not None,
+            unconditional=None if decoder else self._without_picture,
+        )
+        hooks.begin()
+        out = self._core.generate(
+            prompt.embeds, rows.ids, rows.offsets, rows.mask, rule_ids, call.core, hooks=hooks.functions, **decoder
+        )
+        hooks.end()
+        return generated(call, out, shown, hooks, like, is_encoder_decoder=bool(decoder))
+
+    def compute_transition_scores(
+        self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False
+    ) -> Any:
+        """See blip2c.generation_outputs.compute_transition_scores."""
+        return compute_transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    def _without_picture(self, ids: NDArray[np.int64], mask: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits [n, V] of the last of ids [n, t] by the language model alone; mask [n, t]."""
+        offsets = np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1]
+        flat = ids.astype(np.int32).reshape(-1)
+        logits = self._core.forward(None, flat, offsets, mask.reshape(-1))["logits"]
+        last: NDArray[np.float32] = np.asarray(logits)[offsets[1:] - 1]
+        return last
 
     def _check_text_options(self) -> None:
         """text_config was read when the model was loaded: an edit of generate()'s options there is refused."""
@@ -201,14 +227,18 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         image = [] if self._image_token is None else [self._image_token] * int(self._core_config["num_query_tokens"])
         return np.tile(np.array([[*image, bos]], np.int64), (batch, 1))
 
-    def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
-        """generate()'s options as the C part takes them, over the language model's defaults; lengths of prompts."""
-        return core_options(
+    def _call(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> Call:
+        """What generate() is asked for, over the language model's defaults; lengths of prompts."""
+        return resolve(
             self.language_model.generation_config,
             generate_kwargs,
             lengths,
             max_positions=self.config.text_config.get("max_position_embeddings"),
         )
+
+    def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
+        """The same for callers without Python between the steps (see blip2c.generation.core_options)."""
+        return for_search_alone(self._call(generate_kwargs, lengths))
 
 
 class Blip2Model(Blip2WithLanguageModel):

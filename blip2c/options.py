@@ -127,7 +127,7 @@ def eos_ids(value: Any) -> list[int]:
         warnings.warn(
             f"`eos_token_id` should consist of positive integers, but is {value}. Your generation will not stop until "
             "the maximum length is reached.",
-            stacklevel=5,
+            stacklevel=7,
         )
     return ids
 
@@ -153,7 +153,7 @@ def bad_words(value: Any, eos: list[int]) -> list[list[int]]:
     words = [[integer("bad_words_ids", item, 0) for item in word] for word in value]
     words = [word for word in words if not (len(word) == 1 and word[0] in eos)]
     if not words:
-        warnings.warn(f"bad_words_ids: {value!r} are end tokens, which are not forbidden, as upstream", stacklevel=5)
+        warnings.warn(f"bad_words_ids: {value!r} are end tokens, which are not forbidden, as upstream", stacklevel=7)
     return words
 
 

@@ -1,4 +1,4 @@
-"""Greedy and beam search over a step function of your own: the search alone, without a model around it.
+"""Greedy search, sampling and beam search over a step function of your own: search without a model around it.
 
 A step function is asked "these are the sequences so far: what comes next?" and answers with logits. It keeps no
 memory between calls, so a table, a formula or a PyTorch model all do::
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from blip2c import _core
 from blip2c.generation import GenerationConfig, core_options
 
-__all__ = ["SearchResult", "beam_search", "greedy_search"]
+__all__ = ["SearchResult", "beam_search", "greedy_search", "sample_search"]
 
 Step = Callable[[Any], NDArray[np.float32]]
 
@@ -67,7 +67,9 @@ def greedy_search(step: Step, prompts: NDArray[np.int64] | Sequence[Sequence[int
 
     options, under transformers' names: max_new_tokens (20) or max_length, min_new_tokens or min_length,
     eos_token_id (an int, a list or None), pad_token_id, repetition_penalty, no_repeat_ngram_size, bad_words_ids,
-    suppress_tokens. See `blip2c.generation.core_options` for what is refused.
+    sequence_bias, suppress_tokens, begin_suppress_tokens, forced_bos_token_id, forced_eos_token_id,
+    exponential_decay_length_penalty, remove_invalid_values, renormalize_logits. See `blip2c.generation.core_options`
+    for what is refused.
 
     Raises ValueError and TypeError naming the option, or what is wrong with the logits; NumericError for NaN or
     infinite logits (-inf forbids a token); ValueError if every token is forbidden.
@@ -75,7 +77,23 @@ def greedy_search(step: Step, prompts: NDArray[np.int64] | Sequence[Sequence[int
     """
     if options.get("num_beams", 1) != 1:
         raise ValueError(f"num_beams: greedy_search has one beam, found {options['num_beams']!r}; see beam_search")
+    if options.get("do_sample"):
+        raise ValueError("do_sample: greedy_search does not draw; see sample_search")
     return _search(step, prompts, options)
+
+
+def sample_search(step: Step, prompts: NDArray[np.int64] | Sequence[Sequence[int]], **options: Any) -> SearchResult:
+    """Draws each token from softmax of the processed logits.
+
+    step, prompts and options as in `greedy_search`. Further options: temperature (1.0), top_k (50, 0: all), top_p
+    (1.0), min_p, typical_p (1.0), top_h, epsilon_cutoff, eta_cutoff, num_return_sequences (1), and seed: the same seed
+    draws the same for a prompt at the same place of `prompts`, whatever else is there. Without a seed it comes from
+    torch's or NumPy's generator (see `blip2c.generation.resolve`).
+    Source: transformers 5.23 `GenerationMixin._sample` with do_sample=True; the draws are not torch's.
+    """
+    if options.get("num_beams", 1) != 1:
+        raise ValueError(f"num_beams: sample_search has one beam, found {options['num_beams']!r}; see beam_search")
+    return _search(step, prompts, {**options, "do_sample": True})
 
 
 def beam_search(
@@ -85,7 +103,8 @@ def beam_search(
 
     step, prompts and options as in `greedy_search`; rows passed to step are the num_beams running sequences of each
     prompt that has not finished, except at the first call, which gets the prompts themselves. Further options:
-    num_return_sequences (1), length_penalty (1.0), early_stopping (False, True or "never").
+    num_return_sequences (1), length_penalty (1.0), early_stopping (False, True or "never"), and do_sample with the
+    options of `sample_search`: candidates are then drawn, not picked.
     Source: transformers 5.23 `GenerationMixin._beam_search`.
     """
     return _search(step, prompts, {**options, "num_beams": num_beams})

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import blip2c
-from blip2c import Caption, NumericError, PictureError, api
+from blip2c import Caption, NumericError, PictureError, UnsupportedError, api
 from helpers import edit_config, random_checkpoint
 from running import run_python
 
@@ -191,6 +191,8 @@ def test_wrong_arguments_raise_for_the_whole_call(model: Any, pictures: list[Any
         ({"prompt": ["a", "b"]}, ValueError, "2 prompts for 7 pictures"),
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"num_beams": 0}, ValueError, "num_beams"),
+        ({"penalty_alpha": 0.6}, UnsupportedError, "penalty_alpha"),
+        ({"max_time": 2.0}, UnsupportedError, "max_time"),
         ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature"),
         ({"max_new_tokns": 3}, ValueError, "max_new_tokns"),
         ({"images": 5}, TypeError, "images: int"),

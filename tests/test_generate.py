@@ -24,6 +24,8 @@ from blip2c.config import core_config
 from helpers import prompt_ids, random_checkpoint, random_pixels, reference_model
 
 MARGIN = 1e-5
+# With finite logits, prompts of more than one token and one token to draw from.
+NEUTRAL = {"remove_invalid_values", "renormalize_logits", "forced_bos_token_id", "do_sample", "temperature", "top_p"}
 ORDINARY_CASES, EXHAUSTIVE_CASES = {"opt": 320, "llama": 120, "t5": 120}, 10_000
 CHECKPOINTS: dict[str, list[dict[str, Any]]] = {
     "opt": [
@@ -112,7 +114,31 @@ def random_options(rng: np.random.Generator, config: Any, prompt: int) -> dict[s
     for name, draw in choices.items():
         if rng.random() < 0.3:
             options[name] = draw()
+    for name, draw in rarer_choices(rng, vocabulary).items():
+        if rng.random() < 0.12:
+            options[name] = draw()
+    if beams == 1 and rng.random() < 0.1:  # nothing is left to draw, through all that sampling does
+        options |= {"do_sample": True, "top_k": 1, "temperature": float(rng.uniform(0.3, 2.0)), "top_p": 0.9}
+    if "forced_eos_token_id" in options or "forced_bos_token_id" in options:
+        options.pop("suppress_tokens", None)
+    if "remove_invalid_values" in options:  # multiples of the largest number are Inf, and then NaN
+        options.pop("exponential_decay_length_penalty", None)
     return options
+
+
+def rarer_choices(rng: np.random.Generator, vocabulary: int) -> dict[str, Any]:
+    def words() -> list[tuple[int, ...]]:
+        return [tuple(rng.integers(3, vocabulary, int(rng.integers(1, 3))).tolist()) for _ in range(30)]
+
+    return {
+        "sequence_bias": lambda: {word: float(rng.normal() * 6) for word in words()},
+        "begin_suppress_tokens": lambda: rng.integers(3, vocabulary, vocabulary // 2).tolist(),
+        "forced_eos_token_id": lambda: rng.integers(3, vocabulary, int(rng.integers(1, 3))).tolist(),
+        "forced_bos_token_id": lambda: int(rng.integers(3, vocabulary)),
+        "exponential_decay_length_penalty": lambda: (int(rng.integers(0, 6)), float(rng.uniform(0.8, 2.5))),
+        "remove_invalid_values": lambda: True,
+        "renormalize_logits": lambda: True,
+    }
 
 
 def inputs_for(rng: np.random.Generator, config: Any) -> dict[str, Any]:
@@ -242,9 +268,10 @@ def judge(tally: Tally, record: Any) -> None:
     assert not tally.wrong, "\n".join(tally.wrong[:5])
     assert tally.excused <= tally.cases // 100
     assert len(tally.outputs) >= 0.9 * tally.cases
-    assert tally.pictures_mattered >= 0.9 * tally.pictures_tried
-    # One that seldom matters must have been tried often enough.
-    never = [name for name, tried in tally.options.items() if tried >= 30 and tally.options_mattered[name] == 0]
+    assert tally.pictures_mattered >= 0.8 * tally.pictures_tried  # a forced token does not look at them
+    # One that seldom matters must have been tried often enough; some are there to change nothing.
+    tried = {name for name, count in tally.options.items() if count >= 30 and name not in NEUTRAL}
+    never = [name for name in tried if tally.options_mattered[name] == 0]
     assert not never, f"options that never changed an output: {never}"
 
 

@@ -23,6 +23,12 @@ static void forbid(float *scores, int64_t vocabulary, int32_t id)
         scores[id] = -INFINITY;
 }
 
+/* No rule makes an infinity: added to a forbidden token's it would be NaN, which no order has a place for. */
+static float at_most(float score)
+{
+    return score > FLT_MAX ? FLT_MAX : score;
+}
+
 /* Every id of the history is penalised once however often it occurs: read all scores first, then write. */
 static void penalise_repetition(float *scores, int64_t vocabulary, const b2_history *history, float penalty,
                                 float *scratch)
@@ -31,7 +37,7 @@ static void penalise_repetition(float *scores, int64_t vocabulary, const b2_hist
     for (int64_t i = history->skip; i < length; i++) {
         int32_t id = id_at(history, i);
         float score = id >= 0 && id < vocabulary ? scores[id] : 0.0f;
-        scratch[i] = score < 0.0f ? score * penalty : score / penalty;
+        scratch[i] = score < 0.0f ? score * penalty : at_most(score / penalty);
     }
     for (int64_t i = history->skip; i < length; i++) {
         int32_t id = id_at(history, i);
@@ -109,11 +115,11 @@ static void add_biases(float *scores, const b2_history *history, const b2_genera
         int64_t length = offsets[w + 1] - offsets[w];
         const int32_t *ids = opts->biased + offsets[w];
         if (tail_is(history, ids, length - 1))
-            sums[ids[length - 1]] += opts->biases[w];
+            sums[ids[length - 1]] = at_most(sums[ids[length - 1]] + opts->biases[w]);
     }
     for (int64_t w = 0; w < opts->biased_count; w++) {
         int32_t id = opts->biased[offsets[w + 1] - 1];
-        scores[id] += sums[id];
+        scores[id] = at_most(scores[id] + sums[id]);
         sums[id] = 0.0f;
     }
 }
@@ -157,7 +163,7 @@ static void decay(float *scores, const b2_history *history, const b2_generate_op
     for (int64_t i = 0; i < opts->eos_count; i++) {
         float *score = &scores[opts->eos_ids[i]];
         if (isfinite(*score) && !said_before(opts->eos_ids, i))
-            *score += fabsf(*score) * factor;
+            *score = at_most(*score + at_most(fabsf(*score) * factor));
     }
 }
 
