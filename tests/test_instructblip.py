@@ -249,5 +249,5 @@ def test_quantised_copies_and_info(folder: Path, tmp_path: Path) -> None:
     assert answers[0] == answers[1]
     facts = describe(str(folder))["model"]
     assert facts["text"]["model_type"] == "llama"
-    assert facts["qformer"]["reads_text"] is True
+    assert facts["qformer"]["text_side"] == "beside"
     assert "inv_freq" not in facts["text"]

@@ -206,6 +206,23 @@ int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)
     return out.rows == 0 ? 0 : ctx->ops->add_rows(ctx, out, x, err);
 }
 
+int b2_reduce_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *err)
+{
+    if (check_view("reduce_rows", "x", x, err) < 0 || check_shape("reduce_rows", "out", out, out.rows, x.cols, err) < 0)
+        return -1;
+    if (out.rows == 0 ? x.rows != 0 : x.rows == 0 || x.rows % out.rows != 0)
+        return b2_fail(err, B2_E_VALUE, "reduce_rows: %lld rows are no multiple of %lld", (long long)x.rows,
+                       (long long)out.rows);
+    return out.rows == 0 ? 0 : ctx->ops->reduce_rows(ctx, out, x, reduction, err);
+}
+
+int b2_unit_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)
+{
+    if (check_view("unit_rows", "x", x, err) < 0 || check_shape("unit_rows", "out", out, x.rows, x.cols, err) < 0)
+        return -1;
+    return x.rows == 0 ? 0 : ctx->ops->unit_rows(ctx, out, x, err);
+}
+
 int b2_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err)
 {
     if (check_view("top_k", "x", x, err) < 0)

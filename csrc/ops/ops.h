@@ -53,6 +53,8 @@ typedef enum b2_act {
     B2_ACT_SILU
 } b2_act;
 
+typedef enum b2_reduction { B2_MEAN = 0, B2_MAX } b2_reduction;
+
 typedef struct b2_linear_opts {
     const b2_weight *bias; /* [Dout] or NULL */
     b2_act act;
@@ -143,6 +145,8 @@ struct b2_ops {
     int (*copy_rows)(b2_ctx *, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *);
     int (*add_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
+    int (*reduce_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *);
+    int (*unit_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
     int (*top_k)(b2_ctx *, float *values, int32_t *ids, b2_tensor x, int k, b2_err *);
     int (*log_softmax)(b2_ctx *, b2_tensor x, b2_err *);
     int (*check_finite)(b2_ctx *, int64_t *first_bad_row, b2_tensor x, b2_err *);
@@ -202,6 +206,12 @@ int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor 
 
 /* out[i] += x[i mod x.rows]: the same rows (position embeddings) onto every picture. */
 int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
+
+/* out [B, D]: column by column the mean or the largest of each n rows of x [B*n, D], all of them numbers. */
+int b2_reduce_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *err);
+
+/* out = x / max(|x|, 1e-12), row by row: every row gets length 1 (torch's normalize); out may be x. */
+int b2_unit_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
 
 /* The k largest of each row of x [N, V], largest first, equal values by ascending id, NaN last: values, ids [N, k]. */
 int b2_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err);
