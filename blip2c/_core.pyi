@@ -338,4 +338,4 @@ def _picture_scores(
     texts: NDArray[np.float32], records: NDArray[np.uint8], queries: int, dtype: str, /
 ) -> NDArray[np.float32]: ...
 
-"""[T, P] against records uint8 [N, bytes] (csrc/ops/ops.h) of `queries` vectors -> [T, N], the largest product of each."""
+"""[T, P] against records uint8 [N, bytes] (csrc/ops/ops.h) of `queries` vectors -> [T, N]: the largest products."""

@@ -29,10 +29,13 @@ _TINY, _SMALL = 1e-15, 1e-9  # so that an empty corpus has the score 0
 # What the published code drops. It looks for brackets in upper case among words in lower case, so those stay words.
 _DROPPED = frozenset(["''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--", "\u2026": "..."})
-_ABBREVIATIONS = frozenset(
-    "mr mrs ms dr st jr sr vs prof gen rep sen gov lt col sgt capt ave blvd rd inc corp co ltd etc".split()
+_PLAIN = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--", "\u2026": "..."}
 )
+_ABBREVIATIONS = frozenset(
+    ["mr", "mrs", "ms", "dr", "st", "jr", "sr", "vs", "prof", "gen", "rep", "sen", "gov", "lt", "col", "sgt", "capt",
+     "ave", "blvd", "rd", "inc", "corp", "co", "ltd", "etc"]
+)  # fmt: skip
 _TWO_WORDS = {
     "cannot": "can not", "gonna": "gon na", "gotta": "got ta", "lemme": "lem me", "gimme": "gim me", "wanna": "wan na",
 }  # fmt: skip
@@ -68,7 +71,9 @@ def _split_word(word: str) -> Iterator[str]:
 
 def _keeps_point(word: str, rest: str) -> bool:
     """Whether a point behind a word belongs to it: "st. bernard", "vitamin c.", "no. 5"."""
-    return word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha()) or (word == "no" and rest.lstrip()[:1].isdigit())
+    return (
+        word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha()) or (word == "no" and rest.lstrip()[:1].isdigit())
+    )
 
 
 def tokenize_caption(text: str) -> list[str]:
@@ -77,7 +82,12 @@ def tokenize_caption(text: str) -> list[str]:
     words: list[str] = []
     for match in _TOKEN.finditer(text):
         word = match[0]
-        if word == "." and words and text[: match.start()].endswith(words[-1]) and _keeps_point(words[-1], text[match.end() :]):
+        if (
+            word == "."
+            and words
+            and text[: match.start()].endswith(words[-1])
+            and _keeps_point(words[-1], text[match.end() :])
+        ):
             words[-1] += "."
             continue
         parts = [word] if word[0] == "'" else _split_word(_BRACKETS.get(word, word))
@@ -117,7 +127,9 @@ def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]])
     for place, refs in enumerate(references):
         if isinstance(refs, str) or not refs:
             raise ValueError(f"references of picture {place}: expected a list of at least one text, found {refs!r}")
-    return word_scores([tokenize_caption(c) for c in captions], [[tokenize_caption(r) for r in refs] for refs in references])
+    return word_scores(
+        [tokenize_caption(c) for c in captions], [[tokenize_caption(r) for r in refs] for refs in references]
+    )
 
 
 def word_scores(captions: Sequence[list[str]], references: Sequence[Sequence[list[str]]]) -> CaptionScores:
@@ -125,9 +137,7 @@ def word_scores(captions: Sequence[list[str]], references: Sequence[Sequence[lis
     candidates = [_ngrams(words) for words in captions]
     counted = [[_ngrams(words) for words in refs] for refs in references]
     ciders = _ciders(candidates, counted)
-    return CaptionScores(
-        _bleu(captions, references, candidates, counted), math.fsum(ciders) / len(ciders), ciders
-    )
+    return CaptionScores(_bleu(captions, references, candidates, counted), math.fsum(ciders) / len(ciders), ciders)
 
 
 def _bleu(
@@ -186,22 +196,21 @@ def _ciders(candidates: Sequence[Counter[NGram]], references: Sequence[Sequence[
 
 # -- answers ------------------------------------------------------------------------------------------------------
 
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-} | {"none": "0"}  # fmt: skip
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(_NUMBER_WORDS)}}
 _ARTICLES = frozenset(["a", "an", "the"])
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _POINT = re.compile(r"\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _WITH_APOSTROPHES = (
-    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've"
-    " he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've"
-    " o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's"
-    " someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've"
-    " there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's"
-    " what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've"
-    " wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd"
+    " he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't"
+    " must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've"
+    " somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd"
+    " something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're"
+    " they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've"
+    " who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll"
+    " y'all'd've you'd you'd've you'll you're you've"
 )
 
 

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c import _core, index_files
-from blip2c.api import DEFAULT_BATCH, ROW_ERRORS, progress_bar
+from blip2c.api import DEFAULT_BATCH, progress_bar
 from blip2c.images import EXTENSIONS, is_picture
 from blip2c.index_files import DTYPES, Header
 
@@ -80,7 +80,7 @@ class Hits(list[Hit]):
 
 @dataclass(frozen=True)
 class Added:
-    """What add() did: pictures added, and those that were there already; errors: (path, exception) of the unreadable."""
+    """What add() did. added, known: pictures new and passed over. errors: (path, exception) of what can not be read."""
 
     added: int
     known: int
@@ -292,7 +292,9 @@ class Index:
 
     # -- searching ------------------------------------------------------------------------------------------------
 
-    def search(self, texts: str | Sequence[str], k: int = 10, *, rerank: int = 0, batch_size: int = DEFAULT_BATCH) -> Any:
+    def search(
+        self, texts: str | Sequence[str], k: int = 10, *, rerank: int = 0, batch_size: int = DEFAULT_BATCH
+    ) -> Any:
         """The k pictures nearest to a text, best first: Hits; of several texts a list of Hits, in one pass.
 
         rerank: how many of the nearest pictures are read again together with the text (ITM) and ranked by logit +

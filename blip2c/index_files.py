@@ -72,16 +72,16 @@ def unpack_records(records: NDArray[np.uint8], queries: int, width: int, dtype: 
 class Extent:
     """A beginning of a file that counts: bytes, and their CRC-32."""
 
-    bytes: int = 0
+    size: int = 0
     crc32: int = 0
 
     def grown(self, data: bytes) -> Extent:
-        return Extent(self.bytes + len(data), zlib.crc32(data, self.crc32))
+        return Extent(self.size + len(data), zlib.crc32(data, self.crc32))
 
 
 @dataclass(frozen=True)
 class Header:
-    """index.json. model: {"name", "fingerprint", "dtypes"}; dtype: of the vectors; queries Q and width P of a picture."""
+    """index.json. model: {"name", "fingerprint", "dtypes"}; dtype, queries Q, width P: of a picture's vectors."""
 
     model: Mapping[str, str]
     dtype: str
@@ -104,8 +104,8 @@ class Header:
             "queries": self.queries,
             "width": self.width,
             "count": self.count,
-            "vectors": [self.vectors.bytes, self.vectors.crc32],
-            "pictures": [self.pictures.bytes, self.pictures.crc32],
+            "vectors": [self.vectors.size, self.vectors.crc32],
+            "pictures": [self.pictures.size, self.pictures.crc32],
         }
         return json.dumps({**values, "sha256": _digest(values)}, indent=1) + "\n"
 
@@ -122,7 +122,7 @@ def _extent(value: Any) -> Extent:
 
 
 def read_header(folder: Path) -> Header:
-    """Raises FileNotFoundError where there is no index, CheckpointError where its header is damaged or of another version."""
+    """Raises FileNotFoundError where there is no index, CheckpointError for a header that is damaged or newer."""
     path = folder / HEADER
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: is no index: it holds no {HEADER}")
@@ -136,13 +136,16 @@ def read_header(folder: Path) -> Header:
         if found != _digest(values):
             raise ValueError("its checksum does not fit: it is damaged or was edited")
         model = {key: str(values["model"][key]) for key in ("name", "fingerprint", "dtypes")}
-        sizes = [values[key] for key in ("queries", "width", "count")]
-        if values["dtype"] not in DTYPES or any(type(size) is not int for size in sizes) or min(sizes) < 0:
-            raise ValueError(f"holds dtype {values['dtype']!r}, sizes {sizes}")
+        queries, width, count = (values[key] for key in ("queries", "width", "count"))
+        sizes = [type(size) is int for size in (queries, width, count)]
+        if not all(sizes) or count < 0 or not (1 <= queries <= 65536 and 1 <= width <= 65536):
+            raise ValueError(f"holds {count!r} pictures of {queries!r} vectors of {width!r}")
+        if values["dtype"] not in DTYPES:
+            raise ValueError(f"holds vectors of {values['dtype']!r}, expected one of {', '.join(DTYPES)}")
         vectors, pictures = _extent(values["vectors"]), _extent(values["pictures"])
-        header = Header(model, values["dtype"], *sizes, vectors, pictures)
-        if header.count and not 1 <= header.queries <= 65536 or header.vectors.bytes != header.count * header.record:
-            raise ValueError(f"{header.count} pictures do not fit {header.vectors.bytes} bytes of vectors")
+        header = Header(model, values["dtype"], queries, width, count, vectors, pictures)
+        if header.vectors.size != header.count * header.record:
+            raise ValueError(f"{header.count} pictures do not fit {header.vectors.size} bytes of vectors")
         return header
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -170,8 +173,8 @@ def append(folder: Path, header: Header, records: NDArray[np.uint8], entries: Se
     data = np.ascontiguousarray(records).tobytes()
     for name, extent, added in ((VECTORS, header.vectors, data), (PICTURES, header.pictures, lines)):
         with open(folder / name, "r+b" if (folder / name).exists() else "w+b") as file:
-            file.truncate(extent.bytes)
-            file.seek(extent.bytes)
+            file.truncate(extent.size)
+            file.seek(extent.size)
             file.write(added)
             file.flush()
             os.fsync(file.fileno())
@@ -191,9 +194,9 @@ def append(folder: Path, header: Header, records: NDArray[np.uint8], entries: Se
 def check_file(path: Path, extent: Extent) -> None:
     """Raises CheckpointError where the file is shorter than what counts of it, or its bytes are not those written."""
     size = path.stat().st_size if path.is_file() else 0
-    if size < extent.bytes:
-        raise CheckpointError(f"{path}: has {size} bytes of {extent.bytes}: it is damaged")
-    left, crc = extent.bytes, 0
+    if size < extent.size:
+        raise CheckpointError(f"{path}: has {size} bytes of {extent.size}: it is damaged")
+    left, crc = extent.size, 0
     if left == 0:
         return
     with open(path, "rb") as file:
@@ -210,7 +213,7 @@ def read_entries(folder: Path, header: Header) -> list[dict[str, Any]]:
     if not header.count:
         return []
     with open(folder / PICTURES, "rb") as file:
-        lines = file.read(header.pictures.bytes).splitlines()
+        lines = file.read(header.pictures.size).splitlines()
     try:
         entries = [json.loads(line) for line in lines]
         if len(entries) != header.count or not all(isinstance(entry["path"], str) for entry in entries):
@@ -226,8 +229,8 @@ def map_records(folder: Path, header: Header, check: bool = True) -> NDArray[np.
         return np.zeros((0, header.record), np.uint8)
     path = folder / VECTORS
     check_file(path, header.vectors if check else Extent())
-    if path.stat().st_size < header.vectors.bytes:
-        raise CheckpointError(f"{path}: has {path.stat().st_size} bytes of {header.vectors.bytes}: it is damaged")
+    if path.stat().st_size < header.vectors.size:
+        raise CheckpointError(f"{path}: has {path.stat().st_size} bytes of {header.vectors.size}: it is damaged")
     return np.memmap(path, np.uint8, "r", shape=(header.count, header.record))
 
 
