@@ -126,11 +126,11 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         (with decoder_attention_mask), then what was generated; it is these that lengths count and penalties see.
         pixel_values, mm_encoder_outputs, interpolate_pos_encoding and inputs_embeds: as in forward(). With
         inputs_embeds and no input_ids the result is the new tokens alone, and rules see no prompt. Without either the
-        prompt is the image tokens and bos. Options: see `blip2c.generation.resolve` (seeds) and
-        `GenerationConfig`; processors, stopping criteria and streamers: `blip2c.callables`; with return_dict_in_generate
-        an output of `blip2c.generation_outputs`. Rows that end early are
-        filled with the pad id. In checkpoints without an image token the result has no ids for the picture, but
-        max_length counts it.
+        prompt is the image tokens and bos. Rows that end early are filled with the pad id. In checkpoints without an
+        image token the result has no ids for the picture, but max_length counts it.
+
+        Options: see `blip2c.generation.resolve` (seeds) and `GenerationConfig`; processors, stopping criteria and
+        streamers: `blip2c.callables`; with return_dict_in_generate an output of `blip2c.generation_outputs`.
 
         Raises ValueError for inputs that do not fit (placeholders, sizes, masks, ids, positions), NumericError for
         pixels that are not finite, UnsupportedError for options that are not computed here.

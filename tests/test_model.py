@@ -257,8 +257,14 @@ def test_narrowed_weights_equal_transformers_rounded_ones(tmp_path: Path, dtype:
     with torch.no_grad():
         expected = reference(pixel_values=torch.from_numpy(pixels), input_ids=torch.from_numpy(ids)).logits
     assert core.dtype == dtype
-    # bfloat16 by name also rounds activations, to 8 bits, where the processor multiplies bfloat16.
-    tolerance = 0.03 * float(expected.abs().max()) if "-pairs" in core.policies else LOGITS_TOLERANCE
+    tolerance = LOGITS_TOLERANCE
+    if "-pairs" in core.policies:
+        # bfloat16 by name also rounds activations where the processor multiplies bfloat16: less than transformers does.
+        with torch.no_grad():
+            rounded = reference.bfloat16()(
+                pixel_values=torch.from_numpy(pixels).bfloat16(), input_ids=torch.from_numpy(ids)
+            ).logits
+        tolerance = float((rounded.float() - expected).abs().max())
     assert np.abs(found - expected.flatten(0, 1).numpy()).max() <= tolerance
 
 

@@ -286,7 +286,6 @@ static int head(b2_ctx *ctx, const llama *m, b2_lm_batch *batch, b2_err *err)
 {
     const b2_weight *weight = m->lm_head.data ? &m->lm_head : &m->embed_tokens;
     b2_tensor last;
-    b2_linear_opts opts = {0};
     if (batch->logits.rows == 0)
         return 0;
     if (b2_stage_take(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
@@ -294,7 +293,7 @@ static int head(b2_ctx *ctx, const llama *m, b2_lm_batch *batch, b2_err *err)
         b2_rms_norm(ctx, last, last, &m->norm, m->base.config.norm_eps, err) < 0 ||
         b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, last, err) < 0)
         return -1;
-    return b2_linear(ctx, batch->logits, last, weight, &opts, err);
+    return b2_lm_head(ctx, batch, last, weight, err);
 }
 
 static int llama_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)

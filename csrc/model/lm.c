@@ -21,3 +21,14 @@ const b2_lm_class *b2_lm_class_of(const char *model_type)
             return models[i].class_;
     return NULL;
 }
+
+int b2_lm_head(b2_ctx *ctx, const b2_lm_batch *batch, b2_tensor x, const b2_weight *weight, b2_err *err)
+{
+    b2_linear_opts opts = {0};
+    b2_rows_are before = ctx->rows_are;
+    if (batch->logit_rows)
+        ctx->rows_are = B2_ROWS_APART;
+    int status = b2_linear(ctx, batch->logits, x, weight, &opts, err);
+    ctx->rows_are = before;
+    return status;
+}

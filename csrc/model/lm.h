@@ -100,6 +100,10 @@ struct b2_lm {
     int64_t kv_width; /* Hkv * Dh; set by bind */
 };
 
+/* logits = x [.., D] . weight^T. What a token is chosen by is computed with fine activations (b2_rows_are), the same
+ * whether it follows a prompt or another token; all logits of a text are not. */
+int b2_lm_head(b2_ctx *ctx, const b2_lm_batch *batch, b2_tensor x, const b2_weight *weight, b2_err *err);
+
 /* NULL for an unknown model_type. */
 const b2_lm_class *b2_lm_class_of(const char *model_type);
 

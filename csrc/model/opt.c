@@ -287,7 +287,6 @@ static int head(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
 {
     const b2_weight *weight = m->lm_head.data ? &m->lm_head : &m->embed_tokens;
     b2_tensor last;
-    b2_linear_opts opts = {0};
     if (batch->logits.rows == 0)
         return 0;
     if (b2_stage_take(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
@@ -297,7 +296,7 @@ static int head(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
         return -1;
     if (b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, last, err) < 0)
         return -1;
-    return b2_linear(ctx, batch->logits, last, weight, &opts, err);
+    return b2_lm_head(ctx, batch, last, weight, err);
 }
 
 static int opt_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)

@@ -527,7 +527,12 @@ static int advance_step(b2_step *step, int64_t n, const int32_t *row, const int3
         .logits = b2_tensor_of(logits, n, step->vocabulary),
     };
     name_cross(p, &batch);
-    if (lm->class_->embed(p->ctx, lm, batch.x, token, err) < 0 || lm->class_->forward(p->ctx, lm, &batch, err) < 0)
+    b2_rows_are before = p->ctx->rows_are;
+    p->ctx->rows_are = B2_ROWS_APART;
+    int status = lm->class_->embed(p->ctx, lm, batch.x, token, err) < 0 ? -1
+                                                                       : lm->class_->forward(p->ctx, lm, &batch, err);
+    p->ctx->rows_are = before;
+    if (status < 0)
         return -1;
     b2_arena_reset(p->ctx->scratch, mark);
     count_step(p, n, row);

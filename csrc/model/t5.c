@@ -560,7 +560,7 @@ static int head(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err)
         b2_stage_tap(ctx, "decoder", m->decoder.count + 1, last, err) < 0 ||
         (m->head_norm.data && norm_last(ctx, m, batch, last, &m->head_norm, err) < 0))
         return -1;
-    return project(ctx, batch->logits, last, m->lm_head.data ? &m->lm_head : &m->shared, err);
+    return b2_lm_head(ctx, batch, last, m->lm_head.data ? &m->lm_head : &m->shared, err);
 }
 
 static int run_decoder(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err)

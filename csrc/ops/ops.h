@@ -23,6 +23,15 @@ typedef struct b2_ops b2_ops;
 typedef struct b2_tap b2_tap;
 struct b2_attention_args;
 
+/* What the rows of a product are. Weights that are quantised, or in B2_PAIRS, meet few rows with finer activations (16
+ * bits, or fp32) than many (8 bits, or bfloat16), because then memory is what is waited for. A model must not let that
+ * depend on how many rows happen to stand side by side: it says what they are. */
+typedef enum b2_rows_are {
+    B2_ROWS_COUNTED = 0, /* fine up to 15 rows: products on their own */
+    B2_ROWS_TOGETHER,    /* many tokens of prompts or pictures: coarse, however few they are */
+    B2_ROWS_APART        /* one token of each sequence: fine, however many they are */
+} b2_rows_are;
+
 /* Where a computation runs. One per session; not shared by threads. Owns nothing. */
 typedef struct b2_ctx {
     const b2_ops *ops;
@@ -30,6 +39,7 @@ typedef struct b2_ctx {
     b2_arena *scratch;
     b2_cancel *cancel; /* may be NULL */
     b2_tap *tap;       /* who watches hidden states; may be NULL */
+    b2_rows_are rows_are;
 } b2_ctx;
 
 /* Called with the hidden states after each stage: ("vision", layer, [N, D]). `layer` counts as transformers does in

@@ -142,7 +142,8 @@ void b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
 {
     b2py_state *state = state_of(self);
     *r = (b2py_run){0};
-    r->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &r->arena, .tap = tap};
+    r->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &r->arena, .tap = tap,
+                       .rows_are = B2_ROWS_TOGETHER};
     r->ctx.cancel = b2py_call_begin(&r->call);
 }
 

@@ -7,7 +7,7 @@
  *           in the cache and runs register tiles over them, KC (PAIR_KC) steps of k at a time. Partial sums are stored and
  *           reloaded exactly;
  *   rows    as tiles, for weights in B2_ROWS: the panels are made on the way;
- *   pairs   as tiles, for weights in B2_PAIRS met by PAIR_ROWS rows or more, where the processor multiplies bfloat16: x
+ *   pairs   as tiles, for weights in B2_PAIRS met by many rows (b2_rows_are), where the processor multiplies bfloat16: x
  *           is rounded to bfloat16 as well, an element is one chain over ascending pairs of k. Fewer rows are limited by
  *           memory and keep fp32;
  *   blas    fp32 B2_ROWS with item_rows: OpenBLAS on one item and a fixed stretch of columns at a time.
@@ -16,6 +16,7 @@
 #include "ops/cpu/blas.h"
 #include "ops/cpu/common.h"
 #include "ops/cpu/linear_quads.h"
+#include "ops/cpu/quads.h"
 
 enum {
     KC = 256,               /* steps of k per block */
@@ -24,7 +25,6 @@ enum {
     CHUNK_ROWS = 280,       /* most rows per tile of work */
     GROUP_ROWS = 1120,      /* rows packed at a time */
     FROM_DRAM = 4 << 20,    /* weights of so many bytes are not in a cache: fewer streams side by side are faster there */
-    PAIR_ROWS = 16,         /* least rows for bfloat16 arithmetic */
     BLAS_COLUMNS = 256      /* columns per call of OpenBLAS: part of what defines its results */
 };
 
@@ -323,16 +323,22 @@ static int run_blas(b2_ctx *ctx, linear_job *job, b2_err *err)
 
 /* ---- */
 
+/* May the activations of a product with a rounded weight be fine ones? */
+static int are_few(const b2_ctx *ctx, int64_t rows)
+{
+    return ctx->rows_are == B2_ROWS_COUNTED ? rows <= B2_QUAD_FEW_ROWS : ctx->rows_are == B2_ROWS_APART;
+}
+
 static int run_own(b2_ctx *ctx, linear_job *job, const b2_linear_opts *opts, b2_err *err)
 {
     b2_tensor x = job->x, out = job->out;
     int64_t group = min64(GROUP_ROWS, x.rows);
-    int streams = x.rows <= job->kernels->tile_rows && job->w->layout != B2_ROWS;
-    if (job->w->layout == B2_PAIRS && x.rows >= PAIR_ROWS)
+    if (job->w->layout == B2_PAIRS && !are_few(ctx, x.rows))
         job->pairs = b2_cpu_pairs_of(ctx);
     job->kc = job->pairs ? PAIR_KC : KC;
+    int streams = x.rows <= job->kernels->tile_rows && job->w->layout != B2_ROWS && !job->pairs;
     float *buffer = NULL;
-    if (x.rows > 1 && !(buffer = b2_arena_take(ctx->scratch, (size_t)(group * x.cols), sizeof(float), err)))
+    if ((x.rows > 1 || job->pairs) && !(buffer = b2_arena_take(ctx->scratch, (size_t)(group * x.cols), sizeof(float), err)))
         return -1;
     if (!streams && b2_slots_take(&job->slots, ctx, chunk_scratch(job->kernels), err) < 0)
         return -1;
@@ -360,7 +366,7 @@ int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, c
                                  .residual = opts->residual.data,
                                  .residual_ld = opts->residual.ld,
                                  .act = opts->act};
-    if (w->layout == B2_QUADS && x.rows <= B2_QUAD_FEW_ROWS)
+    if (w->layout == B2_QUADS && are_few(ctx, x.rows))
         return b2_cpu_quads_few(ctx, out, x, w, &job.epilogue, err);
     if (w->layout == B2_QUADS)
         return b2_cpu_quads_many(ctx, out, x, w, &job.epilogue, err);

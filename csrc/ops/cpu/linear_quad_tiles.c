@@ -234,7 +234,6 @@ static int run_all(b2_ctx *ctx, tiles_job *job, b2_err *err)
 {
     b2_tensor x = job->x, out = job->out;
     const float *residual = job->epilogue.residual;
-    /* Groups of rows differ by one row at most, so that none is too small for a tile. */
     int64_t count = ceil_div(x.rows, GROUP_ROWS);
     if (take_scratch(ctx, job, ceil_div(x.rows, count), err) < 0)
         return -1;

@@ -144,12 +144,8 @@ static int stream(b2_ctx *ctx, quads_job *job, b2_err *err)
                       panel_ns * (double)job->panel_count, err);
 }
 
-int b2_cpu_quads_few(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_epilogue *epilogue,
-                     b2_err *err)
+static int few(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_epilogue *epilogue, b2_err *err)
 {
-    if (w->k > MOST_K)
-        return b2_fail(err, B2_E_UNSUPPORTED, "%s: %lld input channels, a quantised weight may have %d",
-                       w->name ? w->name : "weight", (long long)w->k, (int)MOST_K);
     int64_t blocks = ceil_div(w->k, B2_QUAD_BLOCK), group_blocks = ceil_div(w->group, B2_QUAD_BLOCK);
     quads_job job = {.kernels = b2_cpu_kernels_of(ctx),
                      .quads = b2_cpu_quads_of(ctx),
@@ -168,4 +164,23 @@ int b2_cpu_quads_few(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w
     int status = quantise(ctx, &job, err) < 0 || stream(ctx, &job, err) < 0 ? -1 : 0;
     b2_arena_reset(ctx->scratch, mark);
     return status;
+}
+
+int b2_cpu_quads_few(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_epilogue *epilogue,
+                     b2_err *err)
+{
+    if (w->k > MOST_K)
+        return b2_fail(err, B2_E_UNSUPPORTED, "%s: %lld input channels, a quantised weight may have %d",
+                       w->name ? w->name : "weight", (long long)w->k, (int)MOST_K);
+    /* Parts of like size: 16 rows as 8 and 8 read the weights as often as 15 and 1, and compute less at a time. */
+    int64_t parts = ceil_div(x.rows, B2_QUAD_FEW_ROWS), at_once = ceil_div(x.rows, parts);
+    for (int64_t row = 0; row < x.rows; row += at_once) {
+        int64_t rows = min64(at_once, x.rows - row);
+        b2_epilogue part = *epilogue;
+        if (part.residual)
+            part.residual += row * part.residual_ld;
+        if (few(ctx, b2_rows(out, row, rows), b2_rows(x, row, rows), w, &part, err) < 0)
+            return -1;
+    }
+    return 0;
 }

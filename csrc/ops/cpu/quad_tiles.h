@@ -47,7 +47,7 @@ typedef struct b2_quad_operand {
 } b2_quad_operand;
 
 typedef struct b2_quad_tiles {
-    int tile_rows;   /* most rows of a tile. Fewer come as blocks of 16 rows and more are shared out evenly */
+    int tile_rows;   /* most rows of a tile */
     int tile_panels; /* 1 or 2 */
     int value_bytes; /* of x and of operands: 1 or 2 */
     /* dst = rows of x [rows, k] (distance ld) times column_scales [k] (NULL: ones), rounded for weights of `dtype`. */

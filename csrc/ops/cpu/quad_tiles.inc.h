@@ -81,6 +81,10 @@ static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
     switch (rows) { /* the bounds become constants */
+    case 1: tile_rows(c, x, w, dtype, units, 1); break;
+    case 2: tile_rows(c, x, w, dtype, units, 2); break;
+    case 3: tile_rows(c, x, w, dtype, units, 3); break;
+    case 4: tile_rows(c, x, w, dtype, units, 4); break;
     case 5: tile_rows(c, x, w, dtype, units, 5); break;
     case 6: tile_rows(c, x, w, dtype, units, 6); break;
     case 7: tile_rows(c, x, w, dtype, units, 7); break;
@@ -105,10 +109,13 @@ static double peak(int64_t rounds, float *sink)
 #elif defined(B2_SIMD_AVX2)
 /* Sixteen registers are just enough for 6 x 16 sums, and GCC does not find the way: written out. Sums in ymm0 to ymm11,
  * weights in ymm12 and ymm13, x in ymm14, a product in ymm15. One block of assembly does one group. */
-enum { TILE_ROWS = 6, TILE_PANELS = 1, FEWEST_ROWS = 4, STEP_UNROLL = 8, UNIT_BYTES = B2_QUAD_UNIT * B2_PANEL * 2 };
+enum { TILE_ROWS = 6, TILE_PANELS = 1, STEP_UNROLL = 8, UNIT_BYTES = B2_QUAD_UNIT * B2_PANEL * 2 };
 
 /* DO(rows, row, its two sums) for each row. */
-#define ROWS_4(DO, R) DO(R, 0, 0, 1) DO(R, 1, 2, 3) DO(R, 2, 4, 5) DO(R, 3, 6, 7)
+#define ROWS_1(DO, R) DO(R, 0, 0, 1)
+#define ROWS_2(DO, R) ROWS_1(DO, R) DO(R, 1, 2, 3)
+#define ROWS_3(DO, R) ROWS_2(DO, R) DO(R, 2, 4, 5)
+#define ROWS_4(DO, R) ROWS_3(DO, R) DO(R, 3, 6, 7)
 #define ROWS_5(DO, R) ROWS_4(DO, R) DO(R, 4, 8, 9)
 #define ROWS_6(DO, R) ROWS_5(DO, R) DO(R, 5, 10, 11)
 
@@ -166,6 +173,9 @@ enum { TILE_ROWS = 6, TILE_PANELS = 1, FEWEST_ROWS = 4, STEP_UNROLL = 8, UNIT_BY
                          : CLOBBERED);                                                                              \
     }
 
+DEFINE_TILE(1)
+DEFINE_TILE(2)
+DEFINE_TILE(3)
 DEFINE_TILE(4)
 DEFINE_TILE(5)
 DEFINE_TILE(6)
@@ -175,18 +185,19 @@ static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_
 {
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
-    void (*const i8[])(float *, const char *, const float *, const char *, int64_t) = {tile_i8_4, tile_i8_5, tile_i8_6};
+    void (*const i8[])(float *, const char *, const float *, const char *, int64_t) = {
+        tile_i8_1, tile_i8_2, tile_i8_3, tile_i8_4, tile_i8_5, tile_i8_6};
     void (*const i4[])(float *, const char *, const float *, const char *, int64_t, const uint16_t *) = {
-        tile_i4_4, tile_i4_5, tile_i4_6};
+        tile_i4_1, tile_i4_2, tile_i4_3, tile_i4_4, tile_i4_5, tile_i4_6};
     int64_t step = b2_quad_group(dtype) / B2_QUAD_UNIT;
     for (int64_t u = 0; u < units; u += step) {
         const char *values = x->values + u * B2_QUAD_UNIT * 2 * rows, *weights = w->values[0] + u * UNIT_BYTES;
         const float *scales = x->scales + u / step * rows;
         int64_t count = (u + step <= units ? step : units - u) * B2_QUAD_UNIT / (2 * STEP_UNROLL);
         if (dtype == B2_I8)
-            i8[rows - FEWEST_ROWS](c, values, scales, weights, count);
+            i8[rows - 1](c, values, scales, weights, count);
         else
-            i4[rows - FEWEST_ROWS](c, values, scales, weights, count, (const uint16_t *)w->scales[0] + u * B2_PANEL);
+            i4[rows - 1](c, values, scales, weights, count, (const uint16_t *)w->scales[0] + u * B2_PANEL);
     }
 }
 

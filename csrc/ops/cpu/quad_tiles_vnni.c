@@ -20,12 +20,14 @@
 #define VALUE_BYTES 1
 #include "ops/cpu/quad_rows.inc.h"
 
-enum { TILE_ROWS = 7, FEWEST_ROWS = 5 };
+enum { TILE_ROWS = 7 };
 
 /* DO(rows, row, its two sums, its two fp32 sums, register for x) for each row. */
-#define ROWS_5(DO, R)                                                                                               \
-    DO(R, 0, 0, 1, 14, 15, 30) DO(R, 1, 2, 3, 16, 17, 31) DO(R, 2, 4, 5, 18, 19, 30) DO(R, 3, 6, 7, 20, 21, 31)     \
-    DO(R, 4, 8, 9, 22, 23, 30)
+#define ROWS_1(DO, R) DO(R, 0, 0, 1, 14, 15, 30)
+#define ROWS_2(DO, R) ROWS_1(DO, R) DO(R, 1, 2, 3, 16, 17, 31)
+#define ROWS_3(DO, R) ROWS_2(DO, R) DO(R, 2, 4, 5, 18, 19, 30)
+#define ROWS_4(DO, R) ROWS_3(DO, R) DO(R, 3, 6, 7, 20, 21, 31)
+#define ROWS_5(DO, R) ROWS_4(DO, R) DO(R, 4, 8, 9, 22, 23, 30)
 #define ROWS_6(DO, R) ROWS_5(DO, R) DO(R, 5, 10, 11, 24, 25, 31)
 #define ROWS_7(DO, R) ROWS_6(DO, R) DO(R, 6, 12, 13, 26, 27, 30)
 
@@ -124,6 +126,10 @@ enum { TILE_ROWS = 7, FEWEST_ROWS = 5 };
         "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", "xmm22", \
         "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31"
 
+DEFINE_TILE(1)
+DEFINE_TILE(2)
+DEFINE_TILE(3)
+DEFINE_TILE(4)
 DEFINE_TILE(5)
 DEFINE_TILE(6)
 DEFINE_TILE(7)
@@ -133,8 +139,9 @@ typedef void (*tile_fn)(float *, const b2_quad_block *, const b2_quad_operand *,
 static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
                  int first)
 {
-    static const tile_fn i8[] = {tile_i8_5, tile_i8_6, tile_i8_7}, i4[] = {tile_i4_5, tile_i4_6, tile_i4_7};
-    (dtype == B2_I8 ? i8 : i4)[rows - FEWEST_ROWS](c, x, w, units, first);
+    static const tile_fn i8[TILE_ROWS] = {tile_i8_1, tile_i8_2, tile_i8_3, tile_i8_4, tile_i8_5, tile_i8_6, tile_i8_7};
+    static const tile_fn i4[TILE_ROWS] = {tile_i4_1, tile_i4_2, tile_i4_3, tile_i4_4, tile_i4_5, tile_i4_6, tile_i4_7};
+    (dtype == B2_I8 ? i8 : i4)[rows - 1](c, x, w, units, first);
 }
 
 static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)
