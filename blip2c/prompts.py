@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from blip2c._core import NumericError
 from blip2c.captions import Caption
+from blip2c.forward import Blip2WithQFormer
 from blip2c.images import load_image
 from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, pack_texts
 from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
 from blip2c.processing import Blip2Processor, InstructBlipProcessor
 
-__all__ = ["ROW_ERRORS", "Plan", "Prompts", "shared_beginning"]
+__all__ = ["ROW_ERRORS", "Plan", "Prompts", "read_pixels", "shared_beginning"]
 
 # What one row may raise without being the fault of the others.
 ROW_ERRORS = (ValueError, TypeError, OSError, NumericError)
@@ -64,8 +65,7 @@ class Prompts:
 
     def pixels(self, picture: Any) -> F32:
         """[1, 3, S, S] of anything that load_image() takes. Raises ROW_ERRORS."""
-        values = self.processor.image_processor(load_image(picture), return_tensors="np")["pixel_values"]
-        return check_pixels(values, int(self.model._core_config["vision"]["image_size"]))
+        return read_pixels(self.model, self.processor, picture)
 
     def encode(self, pixels: F32) -> F32:
         """[B, 3, S, S] to the image features [B, Q, D_lm]; where the Q-Former reads the prompt, too, to the image
@@ -137,6 +137,12 @@ class Prompts:
                 f"prompt: token {max(ids)} is outside the Q-Former's vocabulary of {qformer['vocab_size']}"
             )
         return ids
+
+
+def read_pixels(model: Blip2WithQFormer, processor: Blip2Processor, picture: Any) -> F32:
+    """[1, 3, S, S] of anything that load_image() takes. Raises ROW_ERRORS."""
+    values = processor.image_processor(load_image(picture), return_tensors="np")["pixel_values"]
+    return check_pixels(values, int(model._core_config["vision"]["image_size"]))
 
 
 def shared_beginning(rows: Sequence[list[int]]) -> int:
