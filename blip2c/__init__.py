@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
+    from blip2c.index import Hit, Hits, Index
     from blip2c.instructblip import InstructBlipForConditionalGeneration
     from blip2c.matcher import Match, Matcher
     from blip2c.modeling import Blip2ForConditionalGeneration, Blip2Model
@@ -71,6 +72,9 @@ _LAZY = {
     "Captioner": "api",
     "Captions": "api",
     "GenerationConfig": "generation",
+    "Hit": "index",
+    "Hits": "index",
+    "Index": "index",
     "InstructBlipConfig": "config",
     "InstructBlipForConditionalGeneration": "instructblip",
     "InstructBlipProcessor": "processing",
@@ -107,6 +111,9 @@ __all__ = [
     "Captions",
     "CheckpointError",
     "GenerationConfig",
+    "Hit",
+    "Hits",
+    "Index",
     "InstructBlipConfig",
     "InstructBlipForConditionalGeneration",
     "InstructBlipProcessor",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2c import _core
+from blip2c import _core, cli_retrieval
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
@@ -77,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("--recursive", action="store_true", help="look into folders of folders")
     _model_options(embed)
     _batch_option(embed)
+
+    cli_retrieval.add_parsers(commands)
 
     info = commands.add_parser(
         "info", help="about this machine and a model", description="About this machine and a model."
@@ -421,7 +423,7 @@ def _embed(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "caption": _caption, "ask": _ask, "match": _match, "embed": _embed, "info": _info, "quantize": _quantize,
-    "cache": _cache,
+    "cache": _cache, **cli_retrieval.COMMANDS,
 }  # fmt: skip
 
 

@@ -33,11 +33,13 @@ class Match(NamedTuple):
     """How well a picture and a text fit.
 
     probability: that they belong together, from the model that reads both (ITM). cosine: of what each becomes alone, of
-    the picture's queries the nearest one (ITC): between -1 and 1, a measure to rank by and no probability.
+    the picture's queries the nearest one (ITC): between -1 and 1, a measure to rank by and no probability. logit: ITM's
+    "yes" before the softmax; the paper ranks by logit + cosine.
     """
 
     probability: float
     cosine: float
+    logit: float
 
     def __str__(self) -> str:
         return f"probability {self.probability:.4f}, cosine {self.cosine:+.4f}"
@@ -171,7 +173,8 @@ class Matcher:
             for row, (place, (_, embeds)) in enumerate(zip(ready, seen, strict=True)):
                 cosine = core.similarity(np.ascontiguousarray(embeds[None]), np.ascontiguousarray(words[row : row + 1]))
                 no, yes = np.asarray(logits[row], np.float64)
-                results[place] = Match(float(1.0 / (1.0 + np.exp(np.clip(no - yes, -700, 700)))), float(cosine[0, 0]))
+                probability = float(1.0 / (1.0 + np.exp(np.clip(no - yes, -700, 700))))
+                results[place] = Match(probability, float(cosine[0, 0]), float(yes))
         for place in range(len(batch)):
             yield results[place]
 

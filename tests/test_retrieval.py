@@ -334,7 +334,7 @@ def test_command_line(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["text"] for line in lines] == texts
     for line in lines[:2]:
-        assert (line["probability"], line["cosine"]) == friendly.match(names[0], line["text"])
+        assert (line["probability"], line["cosine"]) == friendly.match(names[0], line["text"])[:2]
     assert "empty" in lines[2]["error"]
     assert cli.main(["match", names[0], "two cats", "--model", str(plain)]) == 0
     assert capsys.readouterr().out == f"{friendly.match(names[0], 'two cats')}  two cats\n"

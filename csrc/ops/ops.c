@@ -251,3 +251,17 @@ size_t b2_scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_width, 
 {
     return ctx->ops->scratch_bytes(ctx, max_rows, max_width, max_keys, max_head_dim);
 }
+
+int b2_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_records *r, b2_err *err)
+{
+    enum { MOST_WIDTH = 65536, MOST_QUERIES = 65536 };
+    if (r->dtype != B2_F16 && r->dtype != B2_I8)
+        return b2_fail(err, B2_E_TYPE, "picture_scores: records of F16 or I8, found %s", b2_dtype_name(r->dtype));
+    if (r->pictures < 0 || r->queries < 1 || r->queries > MOST_QUERIES || r->width < 1 || r->width > MOST_WIDTH)
+        return b2_fail(err, B2_E_VALUE, "picture_scores: %lld records of %lld vectors of %lld", (long long)r->pictures,
+                       (long long)r->queries, (long long)r->width);
+    if (check_shape("picture_scores", "texts", texts, texts.rows, r->width, err) < 0 ||
+        check_shape("picture_scores", "out", out, texts.rows, r->pictures, err) < 0)
+        return -1;
+    return texts.rows == 0 || r->pictures == 0 ? 0 : ctx->ops->picture_scores(ctx, out, texts, r, err);
+}

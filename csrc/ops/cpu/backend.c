@@ -32,6 +32,7 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .top_k = b2_cpu_top_k,                                                                              \
                 .log_softmax = b2_cpu_log_softmax,                                                                  \
                 .check_finite = b2_cpu_check_finite,                                                                \
+                .picture_scores = b2_cpu_picture_scores,                                                            \
                 .scratch_bytes = scratch_bytes},                                                                    \
         .kernels = KERNELS,                                                                                         \
         .quads = QUADS,                                                                                             \

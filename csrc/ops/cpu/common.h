@@ -85,5 +85,6 @@ int b2_cpu_unit_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
 int b2_cpu_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err);
 int b2_cpu_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
 int b2_cpu_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);
+int b2_cpu_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *err);
 
 #endif
