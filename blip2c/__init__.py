@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from blip2c.matcher import Match, Matcher
     from blip2c.modeling import Blip2ForConditionalGeneration, Blip2Model
     from blip2c.packed import quantize
+    from blip2c.pipelines import pipeline
     from blip2c.processing import AutoProcessor, Blip2Processor, InstructBlipProcessor
     from blip2c.retrieval import (
         Blip2ForImageTextRetrieval,
@@ -91,6 +92,7 @@ _LAZY = {
     "T5Config": "config",
     "load": "api",
     "load_image": "images",
+    "pipeline": "pipelines",
     "quantize": "packed",
     "sample_path": "api",
 }
@@ -137,6 +139,7 @@ __all__ = [
     "kernels",
     "load",
     "load_image",
+    "pipeline",
     "quantize",
     "sample_path",
     "set_num_threads",

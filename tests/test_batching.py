@@ -1,9 +1,17 @@
-"""Items that come and go get what each would get alone, to the bit; prefixes and conversations read nothing twice."""
+"""Items that come and go get what each would get alone, to the bit; prefixes and conversations read nothing twice.
+
+Then captioning: the batch is kept full, whatever goes wrong or is interrupted leaves no thread behind.
+"""
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +20,10 @@ from numpy.typing import NDArray
 
 import blip2c
 from blip2c import _core
+from blip2c.flow import NAME, Flow
 from helpers import TEXTS, random_checkpoint, random_pixels
+from running import child_process
+from test_api import picture as coarse
 
 FAMILIES = ["opt", "mistral", "t5"]
 MODES: dict[str, dict[str, Any]] = {
@@ -478,3 +489,161 @@ def test_taps_see_every_step(opt: Small) -> None:
         opt.generate([prompt], opt.options(), tap=raising)
     with pytest.raises(TypeError, match="tap: expected a callable"):
         opt.generate([prompt], opt.options(), tap=3)
+
+
+# -- captioning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = random_checkpoint(
+        tmp_path_factory.mktemp("captioner"), 5, tokenizer=True, gain=1.6, text={"eos_token_id": 300}
+    )
+    return blip2c.load(folder)
+
+
+# The machine that runs the tests may be busy.
+SLACK = 5
+ENDS = {"eos_token_id": [300, *range(4, 60)], "max_new_tokens": 20}
+
+
+def flow_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(NAME)]
+
+
+def test_captioning_keeps_the_batch_full(captioner: Any) -> None:
+    pictures, places = [coarse(seed) for seed in range(40)], 4
+    alone = [captioner.caption(image, **ENDS) for image in pictures]
+    lengths = [len(caption.ids) for caption in alone]
+    assert len(set(lengths)) > 3
+    flow = Flow(captioner.prompts, captioner.prompts.plan(ENDS), pictures, [(i, None) for i in range(40)], places)
+    try:
+        found = list(flow.in_order())
+    finally:
+        flow.close()
+    assert [caption.ids for caption in found] == [caption.ids for caption in alone]
+    counters = flow.counters
+    assert counters["items"] == 40
+    assert counters["items_advanced"] == sum(length - 1 for length in lengths)
+    # Only the last few run beside empty places.
+    assert counters["steps"] * places - counters["items_advanced"] <= (places - 1) * 19
+    assert counters["steps"] < sum(max(lengths[i : i + places]) - 1 for i in range(0, 40, places))
+    assert flow_threads() == []
+
+
+def test_results_come_in_order_or_as_they_finish(captioner: Any) -> None:
+    pictures = [coarse(seed) for seed in range(12)]
+    rows = [(i % 12, prompt) for i, prompt in enumerate([None, "a", "two cats"] * 8)]
+    expected = [captioner.caption(pictures[i], prompt, **ENDS).ids for i, prompt in rows]
+    for batch in (1, 3, 50):
+        assert [c.ids for c in captioner.stream(pictures, rows, batch, **ENDS)] == expected
+    numbers, found = zip(*captioner.stream(pictures, rows, 5, as_finished=True, **ENDS), strict=True)
+    assert sorted(numbers) == list(range(24))
+    assert list(numbers) != list(range(24))
+    assert [found[numbers.index(i)].ids for i in range(24)] == expected
+    drawn = {"do_sample": True, "seed": 4, "max_new_tokens": 6}
+    one = [c.ids for c in captioner.stream(pictures, rows, 1, **drawn)]
+    assert one == [c.ids for c in captioner.stream(pictures, rows, 7, **drawn)]
+    assert len({str(ids) for ids in one}) > 12
+
+
+def test_row_errors_beside_captions(captioner: Any, tmp_path: Path) -> None:
+    """More bad pictures than are looked ahead, draws of the others not disturbed."""
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    options = {"do_sample": True, "seed": 9, "max_new_tokens": 4}
+    pictures = [coarse(1), *[tmp_path / "bad.png"] * 90, coarse(2), *[tmp_path / "none.png"] * 3]
+    found = captioner.caption(pictures, errors="return", batch_size=2, **options)
+    expected = list(captioner.stream([coarse(1), coarse(2)], [(0, None)] * 91 + [(1, None)], 2, **options))
+    assert [type(f).__name__ for f in found[1:91]] == ["PictureError"] * 90
+    assert [type(f).__name__ for f in found[92:]] == ["FileNotFoundError"] * 3
+    assert (found[0].ids, found[91].ids) == (expected[0].ids, expected[91].ids)
+
+
+def test_a_slow_taker_bounds_what_is_done_ahead(captioner: Any) -> None:
+    taken: list[int] = []
+
+    class Counted:
+        def __len__(self) -> int:
+            return 400
+
+        def __getitem__(self, index: int) -> Any:
+            if index >= 400:
+                raise IndexError
+            taken.append(index)
+            return coarse(index % 3)
+
+    results = captioner.stream(Counted(), [(i, None) for i in range(400)], 2, max_new_tokens=2)
+    next(results)
+    time.sleep(0.3)
+    assert max(taken[400:]) < 80  # the first 400 looks ask whether they are states
+    results.close()
+    assert flow_threads() == []
+
+
+def test_nothing_is_left_behind(captioner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, rows = [coarse(0), coarse(1)], [(i % 2, None) for i in range(500)]
+    results = captioner.stream(pictures, rows, 2, max_new_tokens=20)
+    next(results)
+    del results
+    gc.collect()
+    assert flow_threads() == []
+    captioner.stream(pictures, rows)  # never begun
+    assert flow_threads() == []
+
+    def raising(*_: Any) -> Any:
+        raise OddError
+
+    for name in ("encode", "caption"):
+        with monkeypatch.context() as patch:
+            patch.setattr(captioner.prompts, name, raising)
+            with pytest.raises(OddError):
+                captioner.caption(pictures, errors="return")
+        assert flow_threads() == []
+    assert len(captioner.caption(pictures, max_new_tokens=2)) == 2
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import blip2c
+model = blip2c.load()
+picture = blip2c.sample_path() / "pictures" / "two.png"
+began = threading.Event()
+def interrupt():
+    began.wait()
+    time.sleep(float(sys.argv[1]))
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+sent = []
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    for number, caption in enumerate(model.stream([picture] * 5000, [(i, None) for i in range(5000)], num_beams=4)):
+        began.set()
+except KeyboardInterrupt:
+    print(time.perf_counter() - sent[0], [t.name for t in threading.enumerate() if t.name.startswith("blip2c")])
+print(model.caption(picture))
+"""
+
+
+@pytest.mark.parametrize("after", [0.0, 0.05])
+def test_ctrl_c_ends_captioning_at_once(after: float) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, str(after)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, **child_process())
+    first, second = done.stdout.splitlines()
+    assert second == blip2c.load().caption(blip2c.sample_path() / "pictures" / "two.png")
+    seconds, threads = first.split(" ", 1)
+    assert threads == "[]"
+    assert float(seconds) < 0.1 * SLACK
+
+
+def test_an_unfinished_stream_does_not_hold_up_the_end() -> None:
+    code = """
+import blip2c
+model = blip2c.load()
+picture = blip2c.sample_path() / "pictures" / "two.png"
+results = model.stream([picture] * 5000, [(i, None) for i in range(5000)], max_new_tokens=9)
+print(next(results))
+"""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **child_process())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.perf_counter() - start < 20
