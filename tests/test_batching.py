@@ -362,6 +362,15 @@ def test_streams_that_go_wrong_are_named(opt: Small) -> None:
     assert rows(opt.generate(prompts, options)) == expected
 
 
+@pytest.mark.parametrize("most", [2**31, 2**61, 2**62, 2**63 - 1])
+def test_more_tokens_than_can_be_counted(opt: Small, most: int) -> None:
+    items = iter([as_item(prompt) for prompt in opt.prompts(1, 53)])
+    with pytest.raises(MemoryError, match=f"max_new_tokens: {most} tokens"):
+        opt.core.generate_stream(
+            lambda wait: next(items), lambda index, result: None, opt.options(max_new_tokens=most), 1, 40
+        )
+
+
 def test_a_callable_may_use_the_model(opt: Small) -> None:
     """next() encodes pictures with the very model that is generating."""
     prompts, options = opt.prompts(5, seed=15), opt.options()

@@ -127,6 +127,33 @@ def test_remove_invalid_values_lets_broken_logits_pass() -> None:
     assert np.isfinite(beams.scores).all()
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_infinite_scores_of_a_processor(pair: Pair, beams: int) -> None:
+    """The largest score for argmax; sums of beams would become NaN with the next -Inf."""
+
+    def push(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, ::2], scores[:, 11] = -torch.inf, torch.inf
+        return scores
+
+    if beams == 1:
+        assert (pair.same(logits_processor=[push])[:, -1] == 11).all()
+        return
+    with pytest.raises(blip2c.NumericError, match="token 11: Inf"):
+        pair.same(num_beams=beams, logits_processor=[push])
+
+
+def test_huge_biases_do_not_make_nan() -> None:
+    from blip2c.search import beam_search
+
+    def step(ids: np.ndarray) -> np.ndarray:
+        return np.tile(np.linspace(0, 1, 9, dtype=np.float32), (ids.shape[0], 1))
+
+    bias, forbidden = [[[3], 3e38], [[5], 3e38]], [0, 1, 2]
+    found = beam_search(step, [[1]], num_beams=3, max_new_tokens=6, sequence_bias=bias, suppress_tokens=forbidden)
+    assert np.isfinite(found.scores).all()
+    assert set(found.sequences[0]) <= {3, 5}
+
+
 # -- processors --------------------------------------------------------------------------------------------------
 
 

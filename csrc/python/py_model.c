@@ -280,7 +280,7 @@ static PyMethodDef model_methods[] = {
      "read(image_embeds, text=None) -> image features [B, Q, D]: Q-Former and projection alone"},
     {"encode_stages", KEYWORDS(b2py_model_encode_stages),
      "encode_stages(pixel_values=None, hidden_states=False, attentions=False, interpolate=False, image_embeds=None,"
-     " qformer=True) -> dict of every stage's output"},
+     " qformer=True, text=None) -> dict of every stage's output"},
     {"forward", KEYWORDS(b2py_model_forward),
      "forward(image_features, ids, offsets, mask=None, hidden_states=False, attentions=False, decoder_ids=None,"
      " decoder_offsets=None, decoder_mask=None) -> {\"logits\": [N, V]}"},
