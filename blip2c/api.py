@@ -193,7 +193,8 @@ class Captioner:
     ) -> Iterator[Any]:
         """For each row (number of a picture, prompt) in order its Caption, or the exception that it met.
 
-        Work is done batch by batch, as results are taken. Errors of options (not of a row) are raised.
+        Work is done batch by batch, as results are taken. What is drawn (do_sample) depends on the seed, the picture's
+        number and how many of its rows came before, not on batches or on rows that failed. Errors of options (not of a row) are raised.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, found {batch_size!r}")
@@ -204,12 +205,13 @@ class Captioner:
         decoder = self.model._begin_decoder(generate_options, 1) if self.model.config.is_encoder_decoder else None
         options = self.model._options(generate_options, [])
         features: dict[int, NDArray[np.float32] | Exception] = {}
+        keys = _draw_keys(rows)
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             wanted = list(dict.fromkeys(index for index, _ in batch))
             features = {index: value for index, value in features.items() if index in wanted}
             self._encode(pictures, [index for index in wanted if index not in features], features)
-            yield from self._batch(batch, features, options, decoder)
+            yield from self._batch(batch, keys[start : start + batch_size], features, options, decoder)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -262,6 +264,7 @@ class Captioner:
     def _batch(
         self,
         batch: Sequence[tuple[int, str | None]],
+        keys: NDArray[np.uint64],
         features: dict[int, NDArray[np.float32] | Exception],
         options: dict[str, Any],
         decoder: DecoderRows | None,
@@ -284,7 +287,8 @@ class Captioner:
             stacked = np.stack([f for _, f, _ in ready])
             if words:
                 stacked = self.model._core.read(stacked, pack_texts(words))
-            captions = self._generate(stacked, [ids for _, _, ids in ready], options, decoder)
+            drawn = keys[[place for place, _, _ in ready]]
+            captions = self._generate(stacked, [ids for _, _, ids in ready], drawn, options, decoder)
             results.update(zip((place for place, _, _ in ready), captions, strict=True))
         for place in range(len(batch)):
             yield results[place]
@@ -341,16 +345,19 @@ class Captioner:
         self,
         features: NDArray[np.float32],
         prompts: list[list[int]],
+        keys: NDArray[np.uint64],
         options: dict[str, Any],
         decoder: DecoderRows | None,
     ) -> list[Caption]:
-        """features [B, Q, D], a prompt each; decoder: one row, for all."""
+        """features [B, Q, D], a prompt and a key of its draws each; decoder: one row, for all."""
         rows = pack_ragged(prompts, self.model._image_token, int(self.model._core_config["num_query_tokens"]))
         rule_ids, beginning = rows.rule_ids, {}
         if decoder is not None:
             begun = repeat_decoder(decoder, len(prompts))
             rule_ids, beginning = begun.ids, decoder_arguments(begun)
-        out = self.model._core.generate(features, rows.ids, rows.offsets, None, rule_ids, options, **beginning)
+        out = self.model._core.generate(
+            features, rows.ids, rows.offsets, None, rule_ids, options, keys=keys, **beginning
+        )
         ends = set(int(i) for i in np.atleast_1d(np.asarray(options.get("eos_ids", []), np.int64)))
         captions = []
         for ids, length in zip(np.asarray(out["ids"]), np.asarray(out["lengths"]), strict=True):
@@ -361,6 +368,16 @@ class Captioner:
 
     def __repr__(self) -> str:
         return f"Captioner({self.model!r})"
+
+
+def _draw_keys(rows: Sequence[tuple[int, str | None]]) -> NDArray[np.uint64]:
+    """What a row's draws depend on beside the seed, [n]: the picture's number, and how many rows of it came before."""
+    before: dict[int, int] = {}
+    keys = np.empty(len(rows), np.uint64)
+    for i, (index, _) in enumerate(rows):
+        keys[i] = index | before.get(index, 0) << 32
+        before[index] = before.get(index, 0) + 1
+    return keys
 
 
 def _listed(name: str, value: Any) -> list[Any]:
