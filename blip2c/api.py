@@ -194,7 +194,8 @@ class Captioner:
         """For each row (number of a picture, prompt) in order its Caption, or the exception that it met.
 
         Work is done batch by batch, as results are taken. What is drawn (do_sample) depends on the seed, the picture's
-        number and how many of its rows came before, not on batches or on rows that failed. Errors of options (not of a row) are raised.
+        number and how many of its rows came before, not on batches or on rows that failed. Errors of options (not of
+        a row) are raised.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, found {batch_size!r}")
