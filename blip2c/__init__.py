@@ -37,10 +37,18 @@ if TYPE_CHECKING:
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
+    from blip2c.index import Hit, Hits, Index
     from blip2c.instructblip import InstructBlipForConditionalGeneration
+    from blip2c.matcher import Match, Matcher
     from blip2c.modeling import Blip2ForConditionalGeneration, Blip2Model
     from blip2c.packed import quantize
     from blip2c.processing import AutoProcessor, Blip2Processor, InstructBlipProcessor
+    from blip2c.retrieval import (
+        Blip2ForImageTextRetrieval,
+        Blip2QFormerModel,
+        Blip2TextModelWithProjection,
+        Blip2VisionModelWithProjection,
+    )
     from blip2c.tokenizer import Blip2Tokenizer
 
 __version__ = "0.1.0"
@@ -50,21 +58,30 @@ _LAZY = {
     "BatchFeature": "batch",
     "Blip2Config": "config",
     "Blip2ForConditionalGeneration": "modeling",
+    "Blip2ForImageTextRetrieval": "retrieval",
     "Blip2Model": "modeling",
     "Blip2Processor": "processing",
     "Blip2QFormerConfig": "config",
+    "Blip2QFormerModel": "retrieval",
+    "Blip2TextModelWithProjection": "retrieval",
     "Blip2Tokenizer": "tokenizer",
     "Blip2VisionConfig": "config",
+    "Blip2VisionModelWithProjection": "retrieval",
     "BlipImageProcessor": "image_processing",
     "Caption": "api",
     "Captioner": "api",
     "Captions": "api",
     "GenerationConfig": "generation",
+    "Hit": "index",
+    "Hits": "index",
+    "Index": "index",
     "InstructBlipConfig": "config",
     "InstructBlipForConditionalGeneration": "instructblip",
     "InstructBlipProcessor": "processing",
     "InstructBlipQFormerConfig": "config",
     "InstructBlipVisionConfig": "config",
+    "Match": "matcher",
+    "Matcher": "matcher",
     "OPTConfig": "config",
     "PictureError": "images",
     "T5Config": "config",
@@ -79,22 +96,31 @@ __all__ = [
     "BatchFeature",
     "Blip2Config",
     "Blip2ForConditionalGeneration",
+    "Blip2ForImageTextRetrieval",
     "Blip2Model",
     "Blip2Processor",
     "Blip2QFormerConfig",
+    "Blip2QFormerModel",
+    "Blip2TextModelWithProjection",
     "Blip2Tokenizer",
     "Blip2VisionConfig",
+    "Blip2VisionModelWithProjection",
     "BlipImageProcessor",
     "Caption",
     "Captioner",
     "Captions",
     "CheckpointError",
     "GenerationConfig",
+    "Hit",
+    "Hits",
+    "Index",
     "InstructBlipConfig",
     "InstructBlipForConditionalGeneration",
     "InstructBlipProcessor",
     "InstructBlipQFormerConfig",
     "InstructBlipVisionConfig",
+    "Match",
+    "Matcher",
     "NumericError",
     "OPTConfig",
     "PictureError",

@@ -14,18 +14,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c._core import NumericError
-from blip2c.forward import decoder_arguments
+from blip2c._core import NumericError, UnsupportedError
+from blip2c.classes import model_class
+from blip2c.forward import Blip2WithQFormer, decoder_arguments
 from blip2c.images import is_picture, is_torch, load_image
 from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, pack_texts, repeat_decoder
-from blip2c.instructblip import InstructBlipForConditionalGeneration, model_class
+from blip2c.instructblip import InstructBlipForConditionalGeneration
 from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
 from blip2c.processing import Blip2Processor, InstructBlipProcessor
+from blip2c.retrieval import Blip2ForImageTextRetrieval
 from blip2c.tokenizer import Blip2Tokenizer
 
 QUESTION = "Question: {} Answer:"
 DEFAULT_BATCH = 8
 CAPTION_TOKENS, ANSWER_TOKENS = 30, 20
+NO_TEXT_SIDE = (
+    "this checkpoint writes texts, and can not read them without a picture: load a retrieval checkpoint"
+    " (Salesforce/blip2-itm-vit-g or its like)"
+)
 # What one row may raise without being the fault of the others.
 ROW_ERRORS = (ValueError, TypeError, OSError, NumericError)
 
@@ -86,8 +92,10 @@ def sample_path() -> Path:
     return folder
 
 
-def load(path_or_id: str | os.PathLike[str] | None = None, **options: Any) -> Captioner:
-    """A model with its processor, ready to caption. Without path_or_id: the small checkpoint inside the package.
+def load(path_or_id: str | os.PathLike[str] | None = None, **options: Any) -> Any:
+    """A model with its processor, ready to use. Without path_or_id: the small checkpoint inside the package.
+
+    A Captioner; or a blip2c.Matcher where the checkpoint compares pictures and texts (blip2-itm-vit-g and its like).
 
     options: as in `Blip2ForConditionalGeneration.from_pretrained` (dtype, revision, cache_dir, local_files_only ...).
     """
@@ -95,8 +103,12 @@ def load(path_or_id: str | os.PathLike[str] | None = None, **options: Any) -> Ca
 
     hub = pop_hub_options(options)
     folder = sample_path() if path_or_id is None else resolve(path_or_id, **hub)
-    model = model_class(folder).from_pretrained(folder, **options)
+    model: Any = model_class(folder).from_pretrained(folder, **options)
     model.name_or_path = str(folder if path_or_id is None else path_or_id)
+    if isinstance(model, Blip2ForImageTextRetrieval):
+        from blip2c.matcher import Matcher
+
+        return Matcher(model, Blip2Processor.from_pretrained(folder))
     processor = InstructBlipProcessor if isinstance(model, InstructBlipForConditionalGeneration) else Blip2Processor
     return Captioner(model, processor.from_pretrained(folder))
 
@@ -132,9 +144,9 @@ class Captioner:
         after 30 new tokens. Raises PictureError or FileNotFoundError naming the picture.
         """
         single = is_picture(images)
-        pictures = [images] if single else _listed("images", images)
+        pictures = [images] if single else listed("images", images)
         one = prompt is None or isinstance(prompt, str)
-        prompts = [prompt] * len(pictures) if one else _listed("prompt", prompt)
+        prompts = [prompt] * len(pictures) if one else listed("prompt", prompt)
         if len(prompts) != len(pictures):
             raise ValueError(f"{len(prompts)} prompts for {len(pictures)} pictures; pass one, or one each")
         rows = list(zip(range(len(pictures)), prompts, strict=True))
@@ -163,8 +175,8 @@ class Captioner:
         if "{}" not in template:
             raise ValueError(f"template must hold {{}} where the question goes, found {template!r}")
         one_picture, one_question = is_picture(images), isinstance(questions, str)
-        pictures = [images] if one_picture else _listed("images", images)
-        asked = [questions] if isinstance(questions, str) else _listed("questions", questions)
+        pictures = [images] if one_picture else listed("images", images)
+        asked = [questions] if isinstance(questions, str) else listed("questions", questions)
         for question in asked:
             if not isinstance(question, str):
                 raise TypeError(f"a question must be a string, found {type(question).__name__}")
@@ -184,6 +196,29 @@ class Captioner:
         names = [picture_name(pictures[i], i) if one_question else q for i, q in pairs]
         return Captions(found, names)
 
+    def embed(
+        self, images: Any, *, batch_size: int = DEFAULT_BATCH, progress: bool | None = None, errors: str = "raise"
+    ) -> Any:
+        """What the Q-Former says of pictures: float32 [Q, D_q] of one, else [B, Q, D_q], before the projection.
+
+        These are features, and no space that texts share: for that load a retrieval checkpoint. Arguments as in
+        blip2c.Matcher.embed(). UnsupportedError for InstructBLIP, whose Q-Former reads a prompt with the picture.
+        """
+        from blip2c.matcher import collect
+
+        single = is_picture(images)
+        pictures = [images] if single else listed("images", images)
+        found = collect(self._embeddings(pictures, batch_size), len(pictures), batch_size, progress, errors)
+        return found[0] if single else found if errors == "return" else np.stack(found)
+
+    def embed_text(self, texts: Any) -> Any:
+        """Raises UnsupportedError: a model that captions has no text side."""
+        raise UnsupportedError(f"embed_text: {NO_TEXT_SIDE}")
+
+    def match(self, images: Any, texts: Any, **_: Any) -> Any:
+        """Raises UnsupportedError: a model that captions has no text side."""
+        raise UnsupportedError(f"match: {NO_TEXT_SIDE}")
+
     def stream(
         self,
         pictures: Sequence[Any],
@@ -197,8 +232,7 @@ class Captioner:
         number and how many of its rows came before, not on batches or on rows that failed. Errors of options (not of
         a row) are raised.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, found {batch_size!r}")
+        check_batch_size(batch_size)
         several = generate_options.get("num_return_sequences")
         if several not in (None, 1):
             raise ValueError(f"num_return_sequences={several}: one caption a picture; use model.generate for more")
@@ -240,6 +274,17 @@ class Captioner:
                 bar.update(1)
         return results
 
+    def _embeddings(self, pictures: Sequence[Any], batch_size: int) -> Iterator[Any]:
+        if self._words is not None:
+            raise UnsupportedError("embed: this model's Q-Former reads a prompt with each picture: it has no features")
+        for start in range(0, len(pictures), check_batch_size(batch_size)):
+            batch = pictures[start : start + batch_size]
+            pixels, failed = read_pictures(self.model, self.processor, batch, range(len(batch)))
+            states = self.model._core.encode_stages(np.concatenate(list(pixels.values())))["qformer"] if pixels else []
+            found = dict(zip(pixels, states, strict=True))
+            for place in range(len(batch)):
+                yield failed[place] if place in failed else found[place].copy()
+
     def _encode(
         self, pictures: Sequence[Any], wanted: Sequence[int], features: dict[int, NDArray[np.float32] | Exception]
     ) -> None:
@@ -247,16 +292,8 @@ class Captioner:
 
         Where the Q-Former reads the prompt, too, these are the image embeddings [T, Dv].
         """
-        size = int(self.model._core_config["vision"]["image_size"])
-        pixels: dict[int, NDArray[np.float32]] = {}
-        for index in wanted:
-            try:
-                image = load_image(pictures[index])
-                pixels[index] = check_pixels(
-                    self.processor.image_processor(image, return_tensors="np")["pixel_values"], size
-                )
-            except ROW_ERRORS as error:
-                features[index] = error
+        pixels, failed = read_pictures(self.model, self.processor, pictures, wanted)
+        features.update(failed)
         if pixels:
             core, every = self.model._core, np.concatenate(list(pixels.values()))
             encoded = core.vision(every) if self._words is not None else core.encode(every)
@@ -381,7 +418,31 @@ def _draw_keys(rows: Sequence[tuple[int, str | None]]) -> NDArray[np.uint64]:
     return keys
 
 
-def _listed(name: str, value: Any) -> list[Any]:
+def check_batch_size(value: Any) -> int:
+    """The number, or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"batch_size must be a positive integer, found {value!r}")
+    return value
+
+
+def read_pictures(
+    model: Blip2WithQFormer, processor: Blip2Processor, pictures: Sequence[Any], wanted: Iterable[int]
+) -> tuple[dict[int, NDArray[np.float32]], dict[int, Exception]]:
+    """Pixels [1, 3, S, S] of each wanted picture, by its number; and what the others failed with."""
+    size = int(model._core_config["vision"]["image_size"])
+    pixels: dict[int, NDArray[np.float32]] = {}
+    failed: dict[int, Exception] = {}
+    for index in wanted:
+        try:
+            image = load_image(pictures[index])
+            pixels[index] = check_pixels(processor.image_processor(image, return_tensors="np")["pixel_values"], size)
+        except ROW_ERRORS as error:
+            failed[index] = error
+    return pixels, failed
+
+
+def listed(name: str, value: Any) -> list[Any]:
+    """An iterable as a list. Raises TypeError naming it."""
     if isinstance(value, bytes | bytearray | memoryview):
         raise TypeError(f"{name}: expected a list, found {type(value).__name__}")
     try:

@@ -23,6 +23,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -96,8 +97,10 @@ def clear() -> int:
     """
     folder, freed = cache_folder(), 0
     for path in _files_of(folder) if folder else []:
-        freed += path.stat().st_size
-        path.unlink()
+        with suppress(FileNotFoundError):  # another process was faster
+            size = path.stat().st_size
+            path.unlink()
+            freed += size
     return freed
 
 
@@ -123,7 +126,7 @@ def _source_of(files: Sequence[str], core: Mapping[str, Any], dtype: Dtype) -> s
 def _chosen_folder(files: Sequence[str], dtype: Dtype, cache: Any) -> Path | None:
     if isinstance(cache, str | os.PathLike):
         return Path(cache).expanduser()
-    if cache not in (None, True, False):
+    if cache is not None and not isinstance(cache, bool):
         raise TypeError(f"cache must be None, True, False or a folder, found {type(cache).__name__}")
     if cache is True:
         return cache_folder() or _default_folder()
@@ -184,8 +187,9 @@ def _keep(model: _core.Model, path: Path, source: str, core: Mapping[str, Any]) 
 def _remove_abandoned(folder: Path) -> None:
     """Temporary files of processes that were killed long ago."""
     for path in _files_of(folder):
-        if path.suffix != SUFFIX and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process has just renamed its own
+            if path.suffix != SUFFIX and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
 
 
 def _remove_outdated(path: Path, source: str) -> None:

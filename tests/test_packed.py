@@ -348,8 +348,9 @@ def test_when_it_is_kept_without_being_asked(
     monkeypatch.setenv(cache.SETTING, "off")
     load(plain, dtype="int8")
     assert len(cached(own_cache)) == 1
-    with pytest.raises(TypeError, match="cache must be"):
-        load(plain, dtype="int8", cache=3)
+    for wrong in (3, 1, 0):  # 1 and 0 equal True and False
+        with pytest.raises(TypeError, match="cache must be"):
+            load(plain, dtype="int8", cache=wrong)
     monkeypatch.delenv(cache.SETTING)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache.cache_folder() == tmp_path / "xdg" / "blip2c"
@@ -427,3 +428,16 @@ def test_listing_and_clearing(plain: Path, own_cache: Path, capsys: pytest.Captu
     assert cli.main(["cache", "--clear"]) == 0
     assert [path.name for path in cached(own_cache)] == ["somebody-elses"]
     assert cache.entries() == []
+
+
+def test_files_that_others_take_away_meanwhile(plain: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary file that another process renames between the listing and the look at it changes nothing."""
+    gone = [own_cache / "packed-gone.tmp", own_cache / "packed-gone.safetensors"]
+    listed = cache._files_of
+    monkeypatch.setattr(cache, "_files_of", lambda folder: [*gone, *listed(folder)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(plain, dtype="int8", cache=True)
+    (entry,) = cached(own_cache)
+    assert cache.clear() > 0
+    assert not entry.exists()

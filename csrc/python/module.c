@@ -56,7 +56,7 @@ static int module_exec(PyObject *module)
         return -1;
     if (b2py_add_kernels(module) < 0 || b2py_add_search(module) < 0 || b2py_add_rules(module) < 0 ||
         b2py_add_safetensors(module) < 0 || b2py_add_model(module) < 0 || b2py_add_dtype(module) < 0 ||
-        b2py_add_prefix(module) < 0)
+        b2py_add_prefix(module) < 0 || b2py_add_index(module) < 0)
         return -1;
     return 0;
 }

@@ -73,6 +73,7 @@ int b2py_add_search(PyObject *module);      /* py_search.c: greedy and beam sear
 int b2py_add_rules(PyObject *module);       /* py_hooks.c: the rules of generation on arrays */
 int b2py_add_safetensors(PyObject *module); /* py_safetensors.c: the SafetensorsFile type, write_safetensors */
 int b2py_add_model(PyObject *module);       /* py_model.c: the Model type */
+int b2py_add_index(PyObject *module);       /* py_index.c: the pictures of an index against texts */
 int b2py_add_prefix(PyObject *module);      /* py_generate.c: the Prefix type */
 
 #endif

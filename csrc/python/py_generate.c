@@ -155,7 +155,7 @@ static PyObject *run_prefill(PyObject *self, const b2_blip2 *model, const b2_pro
 PyObject *b2py_model_prefill(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"image_features", "ids", "rule_ids", "prefix", NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     PyObject *features, *ids, *rules, *before = Py_None, *result = NULL;
     prompt_arrays arrays = {0};
     b2_prompt prompt = {0};
@@ -368,7 +368,7 @@ PyObject *b2py_model_generate(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"image_features", "ids",         "offsets",  "mask", "rule_ids", "options", "decoder_ids",
                             "decoder_offsets", "decoder_mask", "prefixes", "keys", "hooks",    "tap",     "keep", NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     request q = {.prefix_list = Py_None, .key_array = Py_None, .hook_dict = Py_None, .tap = Py_None};
     b2py_row_objects *o = &q.objects;
     if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|OOOOOOOp", names, &o->features, &o->ids, &o->offsets,

@@ -127,6 +127,15 @@ const b2_blip2 *b2py_loaded_model(PyObject *object)
     return NULL;
 }
 
+const b2_blip2 *b2py_language_model(PyObject *object)
+{
+    const b2_blip2 *model = b2py_loaded_model(object);
+    if (!model || model->lm)
+        return model;
+    PyErr_SetString(state_of(object)->unsupported_error, "this model has no language model");
+    return NULL;
+}
+
 /* ---- running ---- */
 
 void b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
@@ -280,7 +289,14 @@ static PyMethodDef model_methods[] = {
      "read(image_embeds, text=None) -> image features [B, Q, D]: Q-Former and projection alone"},
     {"encode_stages", KEYWORDS(b2py_model_encode_stages),
      "encode_stages(pixel_values=None, hidden_states=False, attentions=False, interpolate=False, image_embeds=None,"
-     " qformer=True) -> dict of every stage's output"},
+     " qformer=True, text=None) -> dict of every stage's output"},
+    {"read_texts", KEYWORDS(b2py_model_read_texts),
+     "read_texts(text, hidden_states=False, attentions=False) -> dict: texts through the Q-Former alone"},
+    {"run_qformer", KEYWORDS(b2py_model_run_qformer),
+     "run_qformer(queries, text=None, query_mask=None, text_mask=None, image_embeds=None, image_mask=None,"
+     " hidden_states=False, attentions=False) -> dict: the Q-Former on any embeddings"},
+    {"similarity", b2py_model_similarity, METH_VARARGS,
+     "similarity(images, texts) -> [I, J]: the largest cosine of a query of picture i with text j"},
     {"forward", KEYWORDS(b2py_model_forward),
      "forward(image_features, ids, offsets, mask=None, hidden_states=False, attentions=False, decoder_ids=None,"
      " decoder_offsets=None, decoder_mask=None) -> {\"logits\": [N, V]}"},

@@ -242,7 +242,7 @@ static PyObject *stream_items(stream *s, const b2_stream_size *size, const b2_ge
 PyObject *b2py_model_generate_stream(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"next", "done", "options", "places", "longest", "longest_decoder", "masked", NULL};
-    stream s = {.source = {next}, .sink = {done}, .model = self, .weights = b2py_loaded_model(self)};
+    stream s = {.source = {next}, .sink = {done}, .model = self, .weights = b2py_language_model(self)};
     PyObject *options;
     long long places, longest, longest_decoder = 0;
     b2_stream_size size = {0};
