@@ -22,8 +22,9 @@ from blip2c._core import (
 
 if TYPE_CHECKING:
     from blip2c import kernels
-    from blip2c.api import Caption, Captioner, Captions, load, sample_path
+    from blip2c.api import Captioner, load, sample_path
     from blip2c.batch import BatchFeature
+    from blip2c.captions import Caption, Captions
     from blip2c.config import (
         Blip2Config,
         Blip2QFormerConfig,
@@ -37,10 +38,19 @@ if TYPE_CHECKING:
     from blip2c.generation import GenerationConfig
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
+    from blip2c.index import Hit, Hits, Index
     from blip2c.instructblip import InstructBlipForConditionalGeneration
+    from blip2c.matcher import Match, Matcher
     from blip2c.modeling import Blip2ForConditionalGeneration, Blip2Model
     from blip2c.packed import quantize
     from blip2c.processing import AutoProcessor, Blip2Processor, InstructBlipProcessor
+    from blip2c.retrieval import (
+        Blip2ForImageTextRetrieval,
+        Blip2QFormerModel,
+        Blip2TextModelWithProjection,
+        Blip2VisionModelWithProjection,
+    )
+    from blip2c.states import Chat, State
     from blip2c.tokenizer import Blip2Tokenizer
 
 __version__ = "0.1.0"
@@ -50,23 +60,34 @@ _LAZY = {
     "BatchFeature": "batch",
     "Blip2Config": "config",
     "Blip2ForConditionalGeneration": "modeling",
+    "Blip2ForImageTextRetrieval": "retrieval",
     "Blip2Model": "modeling",
     "Blip2Processor": "processing",
     "Blip2QFormerConfig": "config",
+    "Blip2QFormerModel": "retrieval",
+    "Blip2TextModelWithProjection": "retrieval",
     "Blip2Tokenizer": "tokenizer",
     "Blip2VisionConfig": "config",
+    "Blip2VisionModelWithProjection": "retrieval",
     "BlipImageProcessor": "image_processing",
-    "Caption": "api",
+    "Caption": "captions",
     "Captioner": "api",
-    "Captions": "api",
+    "Captions": "captions",
+    "Chat": "states",
     "GenerationConfig": "generation",
+    "Hit": "index",
+    "Hits": "index",
+    "Index": "index",
     "InstructBlipConfig": "config",
     "InstructBlipForConditionalGeneration": "instructblip",
     "InstructBlipProcessor": "processing",
     "InstructBlipQFormerConfig": "config",
     "InstructBlipVisionConfig": "config",
+    "Match": "matcher",
+    "Matcher": "matcher",
     "OPTConfig": "config",
     "PictureError": "images",
+    "State": "states",
     "T5Config": "config",
     "load": "api",
     "load_image": "images",
@@ -79,25 +100,36 @@ __all__ = [
     "BatchFeature",
     "Blip2Config",
     "Blip2ForConditionalGeneration",
+    "Blip2ForImageTextRetrieval",
     "Blip2Model",
     "Blip2Processor",
     "Blip2QFormerConfig",
+    "Blip2QFormerModel",
+    "Blip2TextModelWithProjection",
     "Blip2Tokenizer",
     "Blip2VisionConfig",
+    "Blip2VisionModelWithProjection",
     "BlipImageProcessor",
     "Caption",
     "Captioner",
     "Captions",
+    "Chat",
     "CheckpointError",
     "GenerationConfig",
+    "Hit",
+    "Hits",
+    "Index",
     "InstructBlipConfig",
     "InstructBlipForConditionalGeneration",
     "InstructBlipProcessor",
     "InstructBlipQFormerConfig",
     "InstructBlipVisionConfig",
+    "Match",
+    "Matcher",
     "NumericError",
     "OPTConfig",
     "PictureError",
+    "State",
     "T5Config",
     "UnsupportedError",
     "cpu_info",

@@ -14,6 +14,10 @@ class UnsupportedError(NotImplementedError): ...
 def cpu_info() -> dict[str, Any]: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
+def cancel_calls(thread_ident: int, /) -> None: ...
+
+"""The calls of a Model that a thread is in now end soon, with KeyboardInterrupt."""
+
 def _allocation_count() -> int: ...
 def _fail_allocation_after(countdown: int, /) -> None: ...
 
@@ -77,11 +81,36 @@ class Model:
         text: PackedTexts | None = None,
     ) -> dict[str, Any]: ...
     """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
-    "image_features": [B, Q, D_lm]}; when asked, lists "vision_hidden_states", "qformer_hidden_states" (layers + 1) and
+    "image_features": [B, Q, D_lm] (with a language model), "text": [N, Dq] (with texts), "embeds": [B, Q, P], rows of
+    length 1 (vision_projection, without texts), "match": [B, 2] (itm_head, with texts)}; when asked, lists
+    "vision_hidden_states", "qformer_hidden_states" (layers + 1) and
     "vision_attentions" [B, H, T, T], "qformer_attentions" [B, H, Q, Q], "qformer_cross_attentions" [B, H, Q, T].
     image_embeds instead of pixel_values: the Q-Former on them; qformer=False: the vision encoder alone. text: as in
     read(); those of one length N can be watched as well: "qformer_text_hidden_states" and "qformer_text_attentions"
     [B, H, N, Q + N], and the queries' attentions are [B, H, Q, Q + N]."""
+    def read_texts(
+        self, text: PackedTexts, hidden_states: bool = False, attentions: bool = False
+    ) -> dict[str, Any]: ...
+    """Texts through the Q-Former alone: {"text": [N, Dq], "embeds": [N, P], rows of length 1 (text_projection)}; when
+    asked (all of one length T), lists "qformer_text_hidden_states" [B, T, Dq] and "qformer_text_attentions"
+    [B, H, T, T]."""
+    def run_qformer(
+        self,
+        queries: NDArray[np.float32],
+        text: NDArray[np.float32] | None = None,
+        query_mask: NDArray[np.uint8] | None = None,
+        text_mask: NDArray[np.uint8] | None = None,
+        image_embeds: NDArray[np.float32] | None = None,
+        image_mask: NDArray[np.uint8] | None = None,
+        hidden_states: bool = False,
+        attentions: bool = False,
+    ) -> dict[str, Any]: ...
+    """The Q-Former on any embeddings, before their norm: queries [B, Q, Dq] (Q may be 0), text [B, T, Dq], pictures
+    [B, Tv, Dv]; masks of the same [B, ...] (0: not seen). {"qformer": [B, Q, Dq], "text": [B, T, Dq]}, each where there
+    is one; hidden states and attentions as in encode_stages()."""
+    def similarity(self, images: NDArray[np.float32], texts: NDArray[np.float32], /) -> NDArray[np.float32]: ...
+    """images [I, Q, P], texts [J, P], rows of length 1 -> [I, J]: the largest cosine of text j with a query of
+    picture i."""
     def forward(
         self,
         image_features: NDArray[np.float32] | None,
@@ -145,9 +174,9 @@ class Model:
     """Continuous batching: items that finish leave their place and the next ones enter.
 
     next(wait) gives (image_features float32 [places, D_lm] | None, ids int32 [n], rule_ids int32, mask uint8 [n] |
-    None, prefix | None, decoder_ids int32 | None), or None where there is none yet (only if not wait: then
-    something runs); StopIteration ends. done(index, result) has each item when it is finished, counted from 0 as
-    they came; result has "ids", "lengths" and "scores" of its num_return_sequences rows. places: how many run
+    None, prefix | None, decoder_ids int32 | None, key int: see generate()), or None where there is none yet (only if
+    not wait: then something runs); StopIteration ends. done(index, result) has each item when it is finished, counted
+    from 0 as they came; result has "ids", "lengths" and "scores" of its num_return_sequences rows. places: how many run
     together. longest: tokens of the longest prompt, its prefix included (longest_decoder: of decoder_ids). masked:
     whether prompts may have masks. Returns the counters of generate(); the batch was full where items_advanced ==
     steps * places."""
@@ -173,6 +202,8 @@ class Prefix:
     From Model.prefill() and Model.generate(keep=True). len() is its number of tokens."""
 
     def __len__(self) -> int: ...
+    def head(self, length: int, /) -> Prefix: ...
+    """Its first tokens, as a Prefix of their own."""
     @property
     def ids(self) -> NDArray[np.int32]: ...
     """[len(self)], -1 where an image feature stands."""
@@ -309,3 +340,8 @@ def _attention(
 ) -> NDArray[np.float32]: ...
 def _fma_peak() -> float: ...
 def _int8_peak() -> float: ...
+def _picture_scores(
+    texts: NDArray[np.float32], records: NDArray[np.uint8], queries: int, dtype: str, /
+) -> NDArray[np.float32]: ...
+
+"""[T, P] against records uint8 [N, bytes] (csrc/ops/ops.h) of `queries` vectors -> [T, N]: the largest products."""

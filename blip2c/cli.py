@@ -1,4 +1,5 @@
-"""The command line: blip2c caption PICTURE_OR_FOLDER..., ask PICTURE QUESTION, info [MODEL], quantize MODEL OUT, cache.
+"""The command line: blip2c caption PICTURE_OR_FOLDER..., ask PICTURE QUESTION, match PICTURE TEXT..., embed
+PICTURE_OR_FOLDER..., info [MODEL], quantize MODEL OUT, cache.
 
 Results go to stdout, one line a picture (or a JSON object a line with --json), everything else to stderr. Exit codes:
 0 all went well, 1 some pictures failed, 2 wrong usage or a model that can not be loaded, 130 interrupted.
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2c import _core
+from blip2c import _core, cli_retrieval
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
@@ -60,6 +61,24 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("--template", "--prompt", dest="template", help='how to put a question ("Question: {} Answer:")')
     _model_options(ask)
     _generation_options(ask, 20)
+
+    match = commands.add_parser(
+        "match", help="say how well texts fit a picture", description="Say how well texts fit a picture."
+    )
+    match.add_argument("picture", metavar="PICTURE")
+    match.add_argument("texts", nargs="+", metavar="TEXT")
+    _model_options(match)
+    _batch_option(match)
+
+    what = "write vectors of pictures, one for each query of the Q-Former, to a file of NumPy's"
+    embed = commands.add_parser("embed", help="pictures as vectors", description=what.capitalize() + ".")
+    embed.add_argument("pictures", nargs="+", metavar="PICTURE_OR_FOLDER")
+    embed.add_argument("--out", required=True, metavar="FILE.npz", help='"names" [B] and "embeddings" [B, Q, P]')
+    embed.add_argument("--recursive", action="store_true", help="look into folders of folders")
+    _model_options(embed)
+    _batch_option(embed)
+
+    cli_retrieval.add_parsers(commands)
 
     info = commands.add_parser(
         "info", help="about this machine and a model", description="About this machine and a model."
@@ -112,7 +131,11 @@ def _generation_options(parser: argparse.ArgumentParser, new_tokens: int) -> Non
     group.add_argument(
         "--max-new-tokens", type=_positive, default=new_tokens, metavar="N", help=f"default {new_tokens}"
     )
-    group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
+    _batch_option(group)
+
+
+def _batch_option(parser: Any) -> None:
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
 
 
 def _version() -> str:
@@ -255,16 +278,16 @@ def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any
     from blip2c.api import sample_path
     from blip2c.cache import cache_folder, entries
     from blip2c.checkpoint import resolve_files
-    from blip2c.config import core_config
+    from blip2c.classes import model_class
     from blip2c.hub import resolve
-    from blip2c.instructblip import model_class
     from blip2c.packed import describe_packed
 
     kept = cache_folder()
     folder = sample_path() if model is None else resolve(model, local_files_only=local_files_only)
-    core = core_config(model_class(folder).config_class.from_pretrained(folder))
+    kind = model_class(folder)
+    core = kind._core_of(kind.config_class.from_pretrained(folder))
     for name in ("inv_freq", "slides"):  # numbers by the dozen that config.json says in words
-        core["text"].pop(name, None)
+        core.get("text", {}).pop(name, None)
     count, size, dtypes = 0, 0, set()
     for path in resolve_files(folder):
         file = _core.SafetensorsFile(str(path))
@@ -301,7 +324,7 @@ def _info(args: argparse.Namespace) -> int:
         print(json.dumps(facts, ensure_ascii=False, default=str))
         return 0
     model = facts["model"]
-    vision, qformer, text = model["vision"], model["qformer"], model["text"]
+    vision, qformer = model["vision"], model["qformer"]
     print(f"blip2c {facts['blip2c']}, {facts['threads']} threads")
     print("cpu:      " + ", ".join(f"{key} {value}" for key, value in facts["cpu"].items()))
     cache = facts["cache"]
@@ -318,6 +341,10 @@ def _info(args: argparse.Namespace) -> int:
         f"q-former: {model['num_query_tokens']} queries,"
         f" {qformer['num_hidden_layers']} layers of {qformer['hidden_size']}"
     )
+    if "heads" in model:
+        print(f"heads:    projections to {model['heads']['projection_size']}, matching of pictures and texts")
+        return 0
+    text = model["text"]
     print(
         f"text:     {text['model_type']}, {text['num_hidden_layers']} layers of {text['hidden_size']},"
         f" {text['vocab_size']} tokens, {text.get('max_position_embeddings', 'any number of')} positions"
@@ -352,10 +379,58 @@ def _cache(args: argparse.Namespace) -> int:
     return 0
 
 
+def _match(args: argparse.Namespace) -> int:
+    model = _load(args)
+    if not hasattr(model, "stream_matches"):
+        model.match(args.picture, args.texts)  # says why it can not
+    failed = 0
+    results = model.stream_matches([args.picture], [(0, text) for text in args.texts], args.batch_size)
+    for text, result in zip(args.texts, results, strict=True):
+        failed += isinstance(result, Exception)
+        if args.json:
+            row = {"error": f"{type(result).__name__}: {result}"} if isinstance(result, Exception) else result._asdict()
+            print(json.dumps({"text": text, **row}, ensure_ascii=not _encodable(text)), flush=True)
+        elif isinstance(result, Exception):
+            say(_one_line(f"{text}: {result}"))
+        else:
+            print(_one_line(f"{result}  {text}"), flush=True)
+    return FAILED if failed else 0
+
+
+def _embed(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    names = find_pictures(args.pictures, args.recursive)
+    if not names:
+        say(f"no pictures in {', '.join(args.pictures)}")
+        return USAGE
+    progress = False if args.no_progress else None
+    found = _load(args).embed(names, batch_size=args.batch_size, progress=progress, errors="return")
+    good = [(name, item) for name, item in zip(names, found, strict=True) if not isinstance(item, Exception)]
+    for name, item in zip(names, found, strict=True):
+        if isinstance(item, Exception):
+            say(_one_line(str(item) if name in str(item) else f"{name}: {item}"))
+    if good:
+        with open(args.out, "wb") as file:
+            np.savez(file, names=[name for name, _ in good], embeddings=np.stack([item for _, item in good]))
+    shape = list(np.shape([item for _, item in good]))
+    if args.json:
+        print(json.dumps({"out": args.out, "shape": shape, "failed": len(names) - len(good)}))
+    elif good:
+        print(_one_line(f"{args.out}: {len(good)} pictures, {shape[1]} vectors of {shape[2]} each"))
+    return FAILED if len(good) < len(names) else 0
+
+
+COMMANDS = {
+    "caption": _caption, "ask": _ask, "match": _match, "embed": _embed, "info": _info, "quantize": _quantize,
+    "cache": _cache, **cli_retrieval.COMMANDS,
+}  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    command = {"caption": _caption, "ask": _ask, "info": _info, "quantize": _quantize, "cache": _cache}[args.command]
+    command = COMMANDS[args.command]
     _log_to_stderr()
     try:
         code = command(args)

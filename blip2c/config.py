@@ -565,7 +565,8 @@ def _vision_core(config: Blip2VisionConfig) -> dict[str, Any]:
     }
 
 
-def _qformer_core(config: Blip2QFormerConfig) -> dict[str, Any]:
+def _qformer_core(config: Blip2QFormerConfig, text_side: str) -> dict[str, Any]:
+    """text_side: "none", "beside" (InstructBLIP: a text with each picture) or "apart" (retrieval: texts alone, too)."""
     position = config.get("position_embedding_type", "absolute")
     if position not in ("absolute", None):
         raise UnsupportedError(f"config.json: qformer_config.position_embedding_type {position!r}; only 'absolute'")
@@ -579,7 +580,7 @@ def _qformer_core(config: Blip2QFormerConfig) -> dict[str, Any]:
         "encoder_hidden_size": _integer(
             "qformer_config.encoder_hidden_size", config.encoder_hidden_size, 1, MAX_DIMENSION
         ),
-        "reads_text": config.model_type == InstructBlipQFormerConfig.model_type,
+        "text_side": text_side,
         "vocab_size": _integer("qformer_config.vocab_size", config.vocab_size, 1, MAX_VOCABULARY),
         "max_position_embeddings": _integer(
             "qformer_config.max_position_embeddings", config.max_position_embeddings, 1, MAX_VOCABULARY
@@ -729,7 +730,10 @@ def core_config(config: Blip2Config) -> dict[str, Any]:
     core: dict[str, Any] = {
         "num_query_tokens": _integer("num_query_tokens", config.num_query_tokens, 1, 4096),
         "vision": _vision_core(config.vision_config),
-        "qformer": _qformer_core(config.qformer_config),
+        "qformer": _qformer_core(
+            config.qformer_config,
+            "beside" if config.qformer_config.model_type == InstructBlipQFormerConfig.model_type else "none",
+        ),
         "text": TEXT_CORES[text.model_type](text),
     }
     vocabulary = core["text"]["vocab_size"]
@@ -737,4 +741,26 @@ def core_config(config: Blip2Config) -> dict[str, Any]:
     core["image_token_id"] = (
         -1 if image_token is None else _integer("image_token_index", image_token, 0, vocabulary - 1)
     )
+    return core
+
+
+def retrieval_core(config: Blip2Config, *, vision: bool, text: bool, match: bool, heads: bool = True) -> dict[str, Any]:
+    """As core_config(), of a model without a language model: what it reads and whether it tells pairs that match."""
+    qformer = config.qformer_config
+    if text and not _flag("qformer_config.use_qformer_text_input", qformer.get("use_qformer_text_input", False)):
+        raise UnsupportedError(
+            "config.json: qformer_config.use_qformer_text_input is false: this Q-Former reads no texts, only pictures"
+        )
+    core: dict[str, Any] = {
+        "num_query_tokens": _integer("num_query_tokens", config.num_query_tokens, 1, 4096),
+        "qformer": _qformer_core(qformer, "apart" if text else "none"),
+    }
+    if vision:
+        core["vision"] = _vision_core(config.vision_config)
+    if heads:
+        size = _integer("image_text_hidden_size", config.image_text_hidden_size, 1, MAX_DIMENSION)
+        core["heads"] = {"projection_size": size, "vision": vision, "text": text, "match": match}
+    # No table has a row for it: on the Hub it is the first id behind the Q-Former's vocabulary.
+    token = config.image_token_index
+    core["image_token_id"] = -1 if token is None else _integer("image_token_index", token, 0, MAX_VOCABULARY - 1)
     return core

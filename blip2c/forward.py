@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from blip2c import kernels
 from blip2c._core import UnsupportedError
-from blip2c.config import core_config
 from blip2c.inputs import (
     DecoderRows,
     PackedRows,
@@ -102,8 +101,8 @@ class Labels(NamedTuple):
             return np.float32(np.float64(total) / np.float64(count))
 
 
-class Blip2WithLanguageModel(Blip2PreTrainedModel):
-    """The common part of Blip2ForConditionalGeneration and Blip2Model."""
+class Blip2WithQFormer(Blip2PreTrainedModel):
+    """What every model here has: a Q-Former, and checks and outputs in one form."""
 
     # Under float16 transformers leaves this class's Q-Former as it is.
     _qformer_stays_float32 = True
@@ -116,8 +115,6 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         """Each model's own."""
         raise NotImplementedError
 
-    # -- parts ---------------------------------------------------------------------------------------------------
-
     @property
     def vision_model(self) -> VisionModel:
         """The vision encoder: vision_model(pixel_values)."""
@@ -129,6 +126,73 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         return QFormer(self)
 
     @property
+    def query_tokens(self) -> Any:
+        """The learned queries [1, Q, D_q], a copy: a tensor where torch is loaded, else an array. float32."""
+        return Like.loaded("float32").floats(self._core.weights("query_tokens")["query_tokens"])
+
+    def _pixels(self, value: Any, interpolate: bool = False) -> F32:
+        vision = self._core_config["vision"]
+        return check_pixels(value, int(vision["image_size"]), int(vision["patch_size"]) if interpolate else None)
+
+    @property
+    def _queries(self) -> int:
+        return int(self._core_config["num_query_tokens"])
+
+    @property
+    def _image_token_bound(self) -> int:
+        """The image token's id is below it."""
+        raise NotImplementedError
+
+    @property
+    def _image_token(self) -> int | None:
+        # As it is now: scripts that bring old checkpoints up to date set it after loading.
+        token = self.config.image_token_index
+        vocabulary = self._image_token_bound
+        if token is None:
+            return None
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
+            raise ValueError(f"config.image_token_index must be None or in 0..{vocabulary - 1}, found {token!r}")
+        return int(token)
+
+    def _check_config(self) -> None:
+        """The weights were bound by the configuration as it was: an edit since then is refused, not ignored."""
+        if self._core_config["image_token_id"] != -1 or self.config.image_token_index is not None:
+            self._image_token  # noqa: B018 - honoured whenever it changes, so only checked
+        now = self._core_of(self.config)
+        for part, before in self._core_config.items():
+            values = before.items() if isinstance(before, Mapping) else [(None, before)]
+            for name, value in values:
+                found = now[part] if name is None else now[part].get(name)
+                if part != "image_token_id" and found != value:
+                    where = part if name is None else f"{part}_config.{name}"
+                    raise ValueError(
+                        f"config.{where} was {value!r} when the model was loaded and is {found!r} now: pass the changed"
+                        " config to from_pretrained(config=)"
+                    )
+
+    def _wishes(self, options: dict[str, Any]) -> Wishes:
+        """Takes output_hidden_states and output_attentions out of `options`; the config's where they are not given."""
+        states, weights = options.pop("output_hidden_states", None), options.pop("output_attentions", None)
+        states = self.config.get("output_hidden_states", False) if states is None else states
+        weights = self.config.get("output_attentions", False) if weights is None else weights
+        if not isinstance(states, bool | int) and not (
+            isinstance(states, list | tuple) and all(isinstance(i, int) for i in states)
+        ):
+            raise TypeError(f"output_hidden_states must be a bool or indices of layers, found {states!r}")
+        return Wishes(states or False, bool(weights))
+
+    def _finished(self, result: ModelOutput, return_dict: bool | None) -> Any:
+        """The output, or a tuple where return_dict or else the config says so."""
+        as_dict = self.config.get("return_dict", True) if return_dict is None else return_dict
+        return result if as_dict is None or as_dict else result.to_tuple()
+
+
+class Blip2WithLanguageModel(Blip2WithQFormer):
+    """The common part of Blip2ForConditionalGeneration and Blip2Model."""
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    @property
     def language_projection(self) -> LanguageProjection:
         """The linear layer from the Q-Former to the language model."""
         return LanguageProjection(self)
@@ -137,11 +201,6 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
     def language_model(self) -> LanguageModel:
         """The language model alone: its config, its generation defaults, language_model(inputs_embeds=...)."""
         return LanguageModel(self)
-
-    @property
-    def query_tokens(self) -> Any:
-        """The learned queries [1, Q, D_q], a copy: a tensor where torch is loaded, else an array. float32."""
-        return Like.loaded("float32").floats(self._core.weights("query_tokens")["query_tokens"])
 
     def get_input_embeddings(self) -> TokenEmbedding:
         """The language model's token embeddings, called with ids."""
@@ -159,13 +218,13 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         """Pixels through vision encoder, Q-Former and projection."""
         stages = self._core.encode_stages(
             self._pixels(pixel_values, bool(interpolate)),
-            hidden_states=wishes.hidden_states is not False or texts is not None,
+            hidden_states=wishes.hidden_states is not False,
             attentions=wishes.attentions,
             interpolate=bool(interpolate),
             text=texts,
         )
         if texts is not None:
-            join_text(stages, wishes)
+            join_text(stages, len(stages["vision"]))
         return Pictures(
             stages["image_features"],
             vision_output(stages, like, wishes),
@@ -183,10 +242,6 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         array = check_embeds(features, shape, "mm_encoder_outputs['image'].pooler_output")
         return Pictures(array, getattr(image, "vision_outputs", None), getattr(image, "qformer_outputs", None))
 
-    def _pixels(self, value: Any, interpolate: bool = False) -> F32:
-        vision = self._core_config["vision"]
-        return check_pixels(value, int(vision["image_size"]), int(vision["patch_size"]) if interpolate else None)
-
     # -- rows ----------------------------------------------------------------------------------------------------
 
     @property
@@ -199,35 +254,8 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
         return int(self._core_config["text"]["vocab_size"])
 
     @property
-    def _queries(self) -> int:
-        return int(self._core_config["num_query_tokens"])
-
-    @property
-    def _image_token(self) -> int | None:
-        # As it is now: scripts that bring old checkpoints up to date set it after loading.
-        token = self.config.image_token_index
-        vocabulary = self._vocabulary
-        if token is None:
-            return None
-        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < vocabulary:
-            raise ValueError(f"config.image_token_index must be None or in 0..{vocabulary - 1}, found {token!r}")
-        return int(token)
-
-    def _check_config(self) -> None:
-        """The weights were bound by the configuration as it was: an edit since then is refused, not ignored."""
-        if self._core_config["image_token_id"] != -1 or self.config.image_token_index is not None:
-            self._image_token  # noqa: B018 - honoured whenever it changes, so only checked
-        now = core_config(self.config)
-        for part, before in self._core_config.items():
-            values = before.items() if isinstance(before, Mapping) else [(None, before)]
-            for name, value in values:
-                found = now[part] if name is None else now[part].get(name)
-                if part != "image_token_id" and found != value:
-                    where = part if name is None else f"{part}_config.{name}"
-                    raise ValueError(
-                        f"config.{where} was {value!r} when the model was loaded and is {found!r} now: pass the changed"
-                        " config to from_pretrained(config=)"
-                    )
+    def _image_token_bound(self) -> int:
+        return self._vocabulary
 
     def _ids(self, value: Any, name: str = "input_ids") -> NDArray[np.int64]:
         return check_ids(value, self._vocabulary, name)
@@ -390,22 +418,6 @@ class Blip2WithLanguageModel(Blip2PreTrainedModel):
             language_model_outputs=language,
         )
 
-    def _wishes(self, options: dict[str, Any]) -> Wishes:
-        """Takes output_hidden_states and output_attentions out of `options`; the config's where they are not given."""
-        states, weights = options.pop("output_hidden_states", None), options.pop("output_attentions", None)
-        states = self.config.get("output_hidden_states", False) if states is None else states
-        weights = self.config.get("output_attentions", False) if weights is None else weights
-        if not isinstance(states, bool | int) and not (
-            isinstance(states, list | tuple) and all(isinstance(i, int) for i in states)
-        ):
-            raise TypeError(f"output_hidden_states must be a bool or indices of layers, found {states!r}")
-        return Wishes(states or False, bool(weights))
-
-    def _finished(self, result: ModelOutput, return_dict: bool | None) -> Any:
-        """The output, or a tuple where return_dict or else the config says so."""
-        as_dict = self.config.get("return_dict", True) if return_dict is None else return_dict
-        return result if as_dict is None or as_dict else result.to_tuple()
-
 
 def decoder_arguments(rows: DecoderRows) -> dict[str, Any]:
     """As the C part takes them."""
@@ -437,17 +449,17 @@ def vision_output(stages: Mapping[str, Any], like: Like, wishes: Wishes) -> Mode
     )
 
 
-def join_text(stages: dict[str, Any], wishes: Wishes) -> None:
-    """What the C part gives for a Q-Former's queries and text apart becomes one, queries first, as upstream has it."""
-    queries, text = stages.pop("qformer_hidden_states"), stages.pop("qformer_text_hidden_states")
-    stages["qformer"] = np.concatenate([stages["qformer"], text[-1]], axis=1)
-    if wishes.hidden_states is False:
-        stages.pop("vision_hidden_states", None)
-    else:
-        stages["qformer_hidden_states"] = [np.concatenate(pair, axis=1) for pair in zip(queries, text, strict=True)]
-    if "qformer_attentions" in stages:
-        pairs = zip(stages["qformer_attentions"], stages.pop("qformer_text_attentions"), strict=True)
-        stages["qformer_attentions"] = [np.concatenate(pair, axis=2) for pair in pairs]
+def join_text(stages: dict[str, Any], batch: int) -> None:
+    """A Q-Former's queries (where there are any) and texts, apart in the C part, become one as upstream has it."""
+    text = stages.pop("text")
+    text = text.reshape(batch, -1, text.shape[-1])
+    stages["qformer"] = np.concatenate([stages["qformer"], text], axis=1) if "qformer" in stages else text
+    for key, axis in (("hidden_states", 1), ("attentions", 2)):
+        words, queries = stages.pop(f"qformer_text_{key}", None), stages.get(f"qformer_{key}")
+        if words is not None and queries is not None:
+            words = [np.concatenate(pair, axis=axis) for pair in zip(queries, words, strict=True)]
+        if words is not None:
+            stages[f"qformer_{key}"] = words
 
 
 def qformer_output(stages: Mapping[str, Any], like: Like, wishes: Wishes, stays_float32: bool = True) -> ModelOutput:

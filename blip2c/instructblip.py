@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 
-from blip2c.checkpoint import read_json
 from blip2c.config import Blip2Config, InstructBlipConfig
 from blip2c.forward import PackedTexts
-from blip2c.hub import resolve
 from blip2c.inputs import check_ids, check_mask
 from blip2c.modeling import Blip2ForConditionalGeneration
 
@@ -115,11 +112,3 @@ class InstructBlipForConditionalGeneration(Blip2ForConditionalGeneration):
         offsets = np.arange(len(checked) + 1, dtype=np.int64) * checked.shape[1]
         kept = None if shown is None or shown.all() else np.ascontiguousarray(shown.reshape(-1))
         return checked.astype(np.int32).reshape(-1), offsets, kept
-
-
-def model_class(folder: str | os.PathLike[str]) -> type[Blip2ForConditionalGeneration]:
-    """The class for what a folder's config.json describes; Blip2ForConditionalGeneration reports what it is not."""
-    path = resolve(folder, weights=False) / "config.json"
-    values = read_json(path) if path.is_file() else {}
-    instruct = isinstance(values, dict) and values.get("model_type") == InstructBlipConfig.model_type
-    return InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration

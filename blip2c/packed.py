@@ -92,8 +92,8 @@ def quantize(
     and processor are copied. Returns `out`. Raises ValueError for a dtype that quantises nothing, FileExistsError where
     `out` holds plain weights, OSError where it cannot be written: nothing is left of the weights then.
     """
+    from blip2c.classes import model_class
     from blip2c.hub import pop_hub_options, resolve
-    from blip2c.instructblip import model_class
 
     if not asks_to_quantise(read_dtype(dtype)):
         raise ValueError(f"dtype: expected int8 or int4 for some part, found {dtype!r}: there is nothing to quantise")

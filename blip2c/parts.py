@@ -8,19 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blip2c._core import UnsupportedError
 from blip2c.inputs import check_embeds, check_mask, to_numpy
 from blip2c.outputs import Like
 
 if TYPE_CHECKING:
-    from blip2c.forward import Blip2WithLanguageModel, Wishes
+    from blip2c.forward import Blip2WithLanguageModel, Blip2WithQFormer, Wishes
 
 
 class Part:
     """What every part answers: config, dtype and device as the model's."""
 
-    def __init__(self, model: Blip2WithLanguageModel, config: Any) -> None:
+    def __init__(self, model: Blip2WithQFormer, config: Any) -> None:
         self._model = model
         self.config = config
 
@@ -51,7 +52,7 @@ class Part:
 class VisionModel(Part):
     """The vision encoder (upstream: Blip2VisionModel)."""
 
-    def __init__(self, model: Blip2WithLanguageModel) -> None:
+    def __init__(self, model: Blip2WithQFormer) -> None:
         super().__init__(model, model.config.vision_config)
 
     def __call__(
@@ -81,9 +82,9 @@ class VisionModel(Part):
 
 
 class QFormer(Part):
-    """The Q-Former over the model's own queries (upstream: Blip2QFormerModel)."""
+    """The Q-Former (upstream: Blip2QFormerModel)."""
 
-    def __init__(self, model: Blip2WithLanguageModel) -> None:
+    def __init__(self, model: Blip2WithQFormer) -> None:
         super().__init__(model, model.config.qformer_config)
 
     def __call__(
@@ -96,39 +97,64 @@ class QFormer(Part):
         return_dict: bool | None = None,
         **options: Any,
     ) -> Any:
-        """encoder_hidden_states [B, T, D_v] -> last_hidden_state [B, Q, D_q]; query_embeds are `model.query_tokens`.
+        """query_embeds [B, L, D_q], of which the first query_length (None: all) look at the picture.
 
-        output_hidden_states: layers + 1 of [B, Q, D_q]; output_attentions: attentions [B, H, Q, Q] and, of the layers
-        that look at the picture, cross_attentions [B, H, Q, T]. UnsupportedError for other queries and for masks that
-        hide something.
+        The others are texts, where the model reads texts. encoder_hidden_states [B, T, D_v] are the pictures (one B may
+        be 1), not needed without queries. attention_mask [B, L] and encoder_attention_mask [B, T] hide what is 0. Gives
+        last_hidden_state [B, L, D_q] and pooler_output [B, D_q], its first row. output_hidden_states: layers + 1 of
+        [B, L, D_q]; output_attentions: attentions [B, H, L, L] and, of the layers that look at the picture,
+        cross_attentions [B, H, query_length, T]. Raises ValueError for what does not fit, UnsupportedError for texts
+        where the model reads none.
         """
-        from blip2c.forward import qformer_output
+        from blip2c.forward import join_text, qformer_output
 
         model, wishes = self._model, self._wishes(options)
-        own = model._core.weights("query_tokens")["query_tokens"]
-        given = to_numpy(query_embeds)
-        if given.shape[1:] != own.shape[1:] or not (given == own).all() or query_length not in (None, own.shape[1]):
-            raise UnsupportedError("qformer: query_embeds other than the model's query_tokens are not computed")
-        if encoder_hidden_states is None:
-            raise ValueError("qformer: encoder_hidden_states must be given")
-        embeds = check_embeds(
-            encoder_hidden_states, (None, int(model.config.vision_config.hidden_size)), "encoder_hidden_states"
+        core = model._core_config["qformer"]
+        embeds = check_embeds(query_embeds, (None, int(core["hidden_size"])), "query_embeds")
+        queries = embeds.shape[1] if query_length is None else int(query_length)
+        if not 0 <= queries <= embeds.shape[1]:
+            raise ValueError(f"query_length is {queries}, query_embeds has {embeds.shape[1]} rows")
+        image = None
+        if queries:
+            if encoder_hidden_states is None:
+                raise ValueError("qformer: encoder_hidden_states must be given")
+            image = check_embeds(
+                encoder_hidden_states, (None, int(core["encoder_hidden_size"])), "encoder_hidden_states"
+            )
+            if len(embeds) != len(image) and 1 not in (len(embeds), len(image)):
+                raise ValueError(f"qformer: query_embeds for {len(embeds)} pictures, there are {len(image)}")
+        batch = max(len(embeds), 0 if image is None else len(image))
+        mask = _mask(attention_mask, embeds.shape[:2], "attention_mask", batch)
+        shown = None
+        if image is not None:
+            shown = _mask(encoder_attention_mask, image.shape[:2], "encoder_attention_mask", batch)
+        stages = model._core.run_qformer(
+            _repeated(embeds[:, :queries], batch),
+            _repeated(embeds[:, queries:], batch) if queries < embeds.shape[1] else None,
+            None if mask is None else np.ascontiguousarray(mask[:, :queries]),
+            None if mask is None or queries == embeds.shape[1] else np.ascontiguousarray(mask[:, queries:]),
+            None if image is None else _repeated(image, batch),
+            shown,
+            hidden_states=wishes.hidden_states is not False,
+            attentions=wishes.attentions,
         )
-        if given.shape[0] not in (1, embeds.shape[0]):
-            raise ValueError(f"qformer: query_embeds for {given.shape[0]} pictures, there are {embeds.shape[0]}")
-        shown = {
-            "attention_mask": (attention_mask, own.shape[1]),
-            "encoder_attention_mask": (encoder_attention_mask, None),
-        }
-        for name, (mask, length) in shown.items():
-            shape = (embeds.shape[0], embeds.shape[1] if length is None else length)
-            if mask is not None and not check_mask(mask, shape, name, "what it masks").all():
-                raise UnsupportedError(f"qformer: an {name} that hides something is not computed")
-        stages = model._core.encode_stages(
-            image_embeds=embeds, hidden_states=wishes.hidden_states is not False, attentions=wishes.attentions
-        )
-        like = Like(encoder_hidden_states, model._dtype)
-        return model._finished(qformer_output(stages, like, wishes), return_dict)
+        if "text" in stages:
+            join_text(stages, batch)
+        like = Like(query_embeds if image is None else encoder_hidden_states, model._dtype)
+        return model._finished(qformer_output(stages, like, wishes, model._qformer_stays_float32), return_dict)
+
+
+def _repeated(array: NDArray[Any], batch: int) -> NDArray[Any]:
+    """`batch` rows of an array that has as many, or one."""
+    return np.ascontiguousarray(np.broadcast_to(array, (batch, *array.shape[1:])))
+
+
+def _mask(value: Any, shape: tuple[int, ...], name: str, batch: int) -> NDArray[np.uint8] | None:
+    """The mask, or None where it hides nothing."""
+    if value is None:
+        return None
+    mask = check_mask(value, shape, name, "what it masks")
+    return None if mask.all() else _repeated(mask, batch)
 
 
 class LanguageProjection(Part):
@@ -154,6 +180,8 @@ class LanguageProjection(Part):
 class TokenEmbedding(Part):
     """The language model's token embeddings."""
 
+    _model: Blip2WithLanguageModel
+
     def __init__(self, model: Blip2WithLanguageModel) -> None:
         super().__init__(model, model.config.text_config)
         self.num_embeddings = int(model._core_config["text"]["vocab_size"])
@@ -172,6 +200,8 @@ class TokenEmbedding(Part):
 
 class LanguageModel(Part):
     """The language model alone (upstream: the class that text_config names)."""
+
+    _model: Blip2WithLanguageModel
 
     def __init__(self, model: Blip2WithLanguageModel) -> None:
         super().__init__(model, model.config.text_config)

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,11 +93,15 @@ class Blip2PreTrainedModel:
 
     main_input_name = "pixel_values"
     config_class: type[Blip2Config] = Blip2Config
+    # Whether there is a language model, and with it generation options.
+    _speaks: ClassVar[bool] = True
+    # Beginnings of names that a file may hold and this class does without, as it says of itself.
+    _leaves_out: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Blip2Config, files: list[str], *, dtype: Dtype = "auto", cache: Any = None) -> None:
         """config: checked here. files: safetensors paths. dtype: see blip2c.dtypes. cache: see blip2c.cache."""
         self.config = config
-        self._core_config = core_config(config)
+        self._core_config = self._core_of(config)
         self._files = [str(file) for file in files]
         warn_of_missing_instructions(dtype, stacklevel=3)
         if [Path(file).name for file in self._files] == [PACKED_WEIGHTS]:
@@ -114,14 +118,20 @@ class Blip2PreTrainedModel:
         self._lock = threading.Lock()
         self.training = False
         self.name_or_path = ""
-        self.generation_config = GenerationConfig.from_model_config(config.text_config)
-        # What generate() takes its defaults from: language_model.generation_config.
-        self._generation_defaults = GenerationConfig.from_model_config(config.text_config)
-        self._text_options = generation_options(config.text_config)
-        if self._core.unexpected:
-            names = sorted(self._core.unexpected)
+        if self._speaks:
+            self.generation_config = GenerationConfig.from_model_config(config.text_config)
+            # What generate() takes its defaults from: language_model.generation_config.
+            self._generation_defaults = GenerationConfig.from_model_config(config.text_config)
+            self._text_options = generation_options(config.text_config)
+        names = sorted(name for name in self._core.unexpected if not name.startswith(self._leaves_out))
+        if names:
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             warnings.warn(f"weights that this architecture does not have were left out: {shown}", stacklevel=3)
+
+    @classmethod
+    def _core_of(cls, config: Any) -> dict[str, Any]:
+        """The checked numbers of a configuration that the C part needs for this class."""
+        return core_config(config)
 
     # -- loading and saving --------------------------------------------------------------------------------------
 
@@ -164,11 +174,11 @@ class Blip2PreTrainedModel:
             if not hasattr(config, "to_dict"):
                 raise TypeError(f"config must be a {cls.config_class.__name__}, found {type(config).__name__}")
             config = cls.config_class.from_dict(config.to_dict())
-        core_config(config)  # refuse what can not be computed before looking for its weights
+        cls._core_of(config)  # refuse what can not be computed before looking for its weights
         model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested, cache=cache)
         model.name_or_path = str(pretrained_model_name_or_path)
         file = folder / "generation_config.json"
-        if file.is_file():
+        if cls._speaks and file.is_file():
             values = read_json(file)
             if not isinstance(values, dict):
                 raise CheckpointError(f"{file}: expected an object, found {type(values).__name__}")
@@ -200,7 +210,8 @@ class Blip2PreTrainedModel:
             self._remove_shards(folder)
             values["dtype"] = self._dtype
         type(self.config).from_dict(values).save_pretrained(folder)
-        self.generation_config.save_pretrained(folder)
+        if self._speaks:
+            self.generation_config.save_pretrained(folder)
 
     def _remove_shards(self, folder: Path) -> None:
         """Takes away the shards of an earlier, larger checkpoint, as transformers does: two models in one folder."""
@@ -372,7 +383,7 @@ class Blip2PreTrainedModel:
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None) -> None:
         """Nothing where the vocabulary has that size already; UnsupportedError where rows would be made up."""
-        size = int(self._core_config["text"]["vocab_size"])
+        size = int(self._core_config["text" if self._speaks else "qformer"]["vocab_size"])
         wanted = size if new_num_tokens is None else int(new_num_tokens)
         if pad_to_multiple_of is not None:
             wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
@@ -390,7 +401,8 @@ class Blip2PreTrainedModel:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         twin = copy.copy(self)  # weights are immutable, so they are shared
         memo[id(self)] = twin
-        for name in ("config", "generation_config", "_generation_defaults"):
+        names = ("config", "generation_config", "_generation_defaults") if self._speaks else ("config",)
+        for name in names:
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -409,8 +421,8 @@ class Blip2PreTrainedModel:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self.name_or_path!r}, dtype={self._held()}, {self._core.nbytes / 1e6:.1f} MB,"
-            f" text={self.config.text_config.model_type})"
+            f"{type(self).__name__}({self.name_or_path!r}, dtype={self._held()}, {self._core.nbytes / 1e6:.1f} MB"
+            + (f", text={self.config.text_config.model_type})" if self._speaks else ")")
         )
 
 

@@ -144,6 +144,16 @@ def random_instruct_config(**overrides: Any) -> transformers.InstructBlipConfig:
     return transformers.InstructBlipConfig(**values)
 
 
+def random_retrieval_config(**overrides: Any) -> transformers.Blip2Config:
+    """As random_config(), of a retrieval model: the image token is the first id behind the Q-Former's vocabulary."""
+    qformer = {"use_qformer_text_input": True, **overrides.pop("qformer", {})}
+    config = random_config(qformer=qformer, **overrides)
+    config.image_text_hidden_size = 12
+    if config.image_token_index is not None:
+        config.image_token_index = config.qformer_config.vocab_size
+    return config
+
+
 def randomize(model: torch.nn.Module, seed: int, gain: float = 1.3) -> None:
     """Draw every parameter anew: matrices by their fan-in, norms around one, biases and embeddings of visible size."""
     generator = torch.Generator().manual_seed(seed)
@@ -169,6 +179,8 @@ def randomize(model: torch.nn.Module, seed: int, gain: float = 1.3) -> None:
 
 def reference_class(config: Any) -> Any:
     """transformers' class for a config of either kind."""
+    if config.qformer_config.to_dict().get("use_qformer_text_input"):
+        return transformers.Blip2ForImageTextRetrieval
     instruct = config.model_type == "instructblip"
     return transformers.InstructBlipForConditionalGeneration if instruct else transformers.Blip2ForConditionalGeneration
 
@@ -197,16 +209,19 @@ def random_checkpoint(
     gain: float = 1.3,
     own_head: bool = False,
     instruct: bool = False,
+    retrieval: bool = False,
     **overrides: Any,
 ) -> Path:
     """Write a random checkpoint with transformers and return its folder.
 
-    overrides go to random_config(); instruct makes it an InstructBLIP. dtype is what the weights are stored as.
+    overrides go to random_config(); instruct makes it an InstructBLIP, retrieval a model of pictures
+    and texts. dtype is what the weights are stored as.
     tokenizer=True adds a processor.
     Load the reference with reference_model(path): the stored values in float32.
     """
     path = Path(path)
-    config = random_instruct_config(**overrides) if instruct else random_config(**overrides)
+    make = random_instruct_config if instruct else random_retrieval_config if retrieval else random_config
+    config = make(**overrides)
     model = random_model(config, seed, gain, own_head).to(getattr(torch, dtype))
     # One dtype throughout, as the Hub's files have it: transformers alone would keep the Q-Former in float32.
     shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -246,6 +261,8 @@ def random_processor(config: Any) -> Any:
     text = make(config.text_config.vocab_size, has_image_token)
     image = BlipImageProcessorPil(size={"height": size, "width": size})
     queries = config.num_query_tokens if has_image_token else None
+    if config.qformer_config.to_dict().get("use_qformer_text_input"):
+        return transformers.Blip2Processor(image, word_tokenizer(config.qformer_config.vocab_size), queries)
     if config.model_type == "instructblip":
         words = word_tokenizer(config.qformer_config.vocab_size)
         return transformers.InstructBlipProcessor(image, text, words, num_query_tokens=queries)

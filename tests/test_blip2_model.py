@@ -95,10 +95,14 @@ def test_parts_refuse_what_they_do_not_compute(both: tuple[Any, Any]) -> None:
     model, _ = both
     image = np.zeros((2, 5, 24), np.float32)
     queries = model.query_tokens
-    with pytest.raises(UnsupportedError, match="query_embeds"):
-        model.qformer(queries + 1, encoder_hidden_states=image)
-    with pytest.raises(UnsupportedError, match="encoder_attention_mask"):
-        model.qformer(queries, encoder_hidden_states=image, encoder_attention_mask=np.eye(2, 5))
+    with pytest.raises(UnsupportedError, match="reads no text"):
+        model.qformer(queries, query_length=1, encoder_hidden_states=image)
+    with pytest.raises(ValueError, match="query_length is 9"):
+        model.qformer(queries, query_length=9, encoder_hidden_states=image)
+    with pytest.raises(ValueError, match="query_embeds for 3 pictures, there are 2"):
+        model.qformer(np.zeros((3, 4, 16), np.float32), encoder_hidden_states=image)
+    with pytest.raises(ValueError, match="all zeros in row 1"):
+        model.qformer(queries, encoder_hidden_states=image, encoder_attention_mask=np.eye(2, 5)[[0, 0]] * [[1], [0]])
     with pytest.raises(ValueError, match="encoder_hidden_states must be given"):
         model.qformer(queries)
     with pytest.raises(ValueError, match=r"encoder_hidden_states must be \[batch, length, 24\]"):

@@ -158,7 +158,11 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"qformer_input_ids": None, "qformer_attention_mask": None}, ValueError, "qformer_input_ids.*none was given"),
     ({"qformer_input_ids": None}, ValueError, "qformer_attention_mask was given without qformer_input_ids"),
     ({"qformer_input_ids": np.full((3, 7), 64)}, ValueError, r"qformer_input_ids\[0, 0\] is 64"),
-    ({"qformer_input_ids": np.ones((2, 7), int), "qformer_attention_mask": None}, ValueError, "2 texts for 3 pictures"),
+    (
+        {"qformer_input_ids": np.ones((2, 7), int), "qformer_attention_mask": None},
+        ValueError,
+        "expected 3 texts, found 2",
+    ),
     ({"qformer_attention_mask": np.ones((3, 6), int)}, ValueError, r"qformer_attention_mask has shape \(3, 6\)"),
     ({"qformer_input_ids": np.ones((3, 33), int), "qformer_attention_mask": None}, ValueError, "33 tokens, .* 32"),
 ]
@@ -249,5 +253,5 @@ def test_quantised_copies_and_info(folder: Path, tmp_path: Path) -> None:
     assert answers[0] == answers[1]
     facts = describe(str(folder))["model"]
     assert facts["text"]["model_type"] == "llama"
-    assert facts["qformer"]["reads_text"] is True
+    assert facts["qformer"]["text_side"] == "beside"
     assert "inv_freq" not in facts["text"]

@@ -24,34 +24,28 @@ static void fill_dims(int64_t dims[B2_DIM_COUNT], const b2_qformer_config *qform
 
 static int check_config(const b2_blip2_config *c, b2_err *err)
 {
-    if (c->qformer.encoder_hidden_size != c->vision.hidden_size)
+    if (c->has_vision && c->qformer.encoder_hidden_size != c->vision.hidden_size)
         return b2_fail(err, B2_E_VALUE, "config: qformer encoder_hidden_size %lld is not the vision hidden_size %lld",
                        (long long)c->qformer.encoder_hidden_size, (long long)c->vision.hidden_size);
     return 0;
 }
 
-/* The one matrix that every picture passes through is held as the language model, but never quantised: a thousandth of the
- * weights. */
-static b2_dtype_policy projection_policy(b2_dtype_policy language)
+/* The matrices that everything passes through, the projection to the language model (held as that is) and the heads (held
+ * as the Q-Former is), are never quantised: a thousandth of the weights. */
+static b2_dtype_policy unquantised(b2_dtype_policy policy)
 {
-    if (language.hold == B2_HOLD_DTYPE && b2_dtype_is_quantised(language.dtype))
+    if (policy.hold == B2_HOLD_DTYPE && b2_dtype_is_quantised(policy.dtype))
         return (b2_dtype_policy){.hold = B2_HOLD_HALF};
-    return language;
+    return policy;
 }
 
-static int bind_all(b2_blip2 *model, const b2_blip2_config *config, const b2_dtype_policy *policies, b2_binder *binder,
-                    b2_err *err)
+static int bind_language(b2_blip2 *model, const b2_blip2_config *config, const b2_dtype_policy *policies,
+                         b2_binder *binder, b2_err *err)
 {
-    binder->policy = policies[B2_PART_VISION];
-    if (b2_vit_bind(&model->vit, &config->vision, binder, err) < 0)
-        return -1;
-    binder->policy = policies[B2_PART_QFORMER];
-    if (b2_qformer_bind(&model->qformer, &config->qformer, binder, err) < 0)
-        return -1;
     int64_t dims[B2_DIM_COUNT] = {0};
     fill_dims(dims, &config->qformer, &config->text);
     binder->dims = dims;
-    binder->policy = projection_policy(policies[B2_PART_LANGUAGE]);
+    binder->policy = unquantised(policies[B2_PART_LANGUAGE]);
     if (b2_bind(binder, model, projection_table, PROJECTION_COUNT, err) < 0)
         return -1;
     binder->policy = policies[B2_PART_LANGUAGE];
@@ -64,6 +58,21 @@ static int bind_all(b2_blip2 *model, const b2_blip2_config *config, const b2_dty
     model->lm->class_ = class_;
     model->lm->config = config->text;
     return class_->bind(model->lm, binder, err);
+}
+
+static int bind_all(b2_blip2 *model, const b2_blip2_config *config, const b2_dtype_policy *policies, b2_binder *binder,
+                    b2_err *err)
+{
+    binder->policy = policies[B2_PART_VISION];
+    if (config->has_vision && b2_vit_bind(&model->vit, &config->vision, binder, err) < 0)
+        return -1;
+    binder->policy = policies[B2_PART_QFORMER];
+    if (b2_qformer_bind(&model->qformer, &config->qformer, binder, err) < 0)
+        return -1;
+    if (config->has_text && bind_language(model, config, policies, binder, err) < 0)
+        return -1;
+    binder->policy = unquantised(policies[B2_PART_QFORMER]);
+    return config->has_heads ? b2_heads_bind(&model->heads, &config->heads, binder, err) : 0;
 }
 
 typedef struct byte_counter {
@@ -101,9 +110,13 @@ static b2_dtype part_dtype(const byte_counter *counter)
 static int visit_part(const b2_blip2 *model, b2_part part, b2_weight_visitor *visitor, b2_err *err)
 {
     if (part == B2_PART_VISION)
-        return b2_vit_visit(&model->vit, visitor, err);
+        return model->vit.layers ? b2_vit_visit(&model->vit, visitor, err) : 0;
     if (part == B2_PART_QFORMER)
-        return b2_qformer_visit(&model->qformer, visitor, err);
+        return b2_qformer_visit(&model->qformer, visitor, err) < 0 || b2_heads_visit(&model->heads, visitor, err) < 0
+                   ? -1
+                   : 0;
+    if (!model->lm)
+        return 0;
     int64_t dims[B2_DIM_COUNT] = {0};
     fill_dims(dims, &model->qformer.config, &model->lm->config);
     if (b2_visit_weights(visitor, model, projection_table, PROJECTION_COUNT, dims, err) < 0)
@@ -278,6 +291,7 @@ void b2_blip2_release(b2_blip2 *model)
 {
     b2_vit_release(&model->vit);
     b2_qformer_release(&model->qformer);
+    b2_heads_release(&model->heads);
     b2_release_weights(model, projection_table, PROJECTION_COUNT);
     if (model->lm) {
         model->lm->class_->release(model->lm);
@@ -296,8 +310,10 @@ static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, b2_pictur
     int64_t queries = model->qformer.config.num_query_tokens;
     size_t vit = group.data ? b2_vit_scratch(ctx, &model->vit, group) : 0;
     size_t positions = group.data ? b2_vit_positions_scratch(&model->vit, group.height, group.width) : 0;
-    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, tokens, text);
-    return positions + (vit > qformer ? vit : qformer) +
+    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, queries, tokens, text);
+    size_t heads = b2_heads_scratch(ctx, &model->heads, group.count * queries);
+    size_t most = vit > qformer ? vit : qformer;
+    return positions + (most > heads ? most : heads) +
            b2_arena_cost((size_t)(group.count * tokens * model->vit.config.hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(group.count * queries * model->qformer.config.hidden_size), sizeof(float));
 }
@@ -315,13 +331,32 @@ static int output_rows(b2_ctx *ctx, b2_tensor *out, b2_tensor wanted, int64_t fi
     return data ? 0 : -1;
 }
 
+static int wants_qformer(const b2_encoded *out)
+{
+    return out->qformer.data || out->text.data || out->features.data || out->embeds.data || out->match.data;
+}
+
+/* What is wanted of the queries [count*Q, D_q] of pictures [first, first + count). */
+static int read_off(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_tensor qformer, int64_t first,
+                    int64_t count, b2_err *err)
+{
+    int64_t queries = model->qformer.config.num_query_tokens, rows = count * queries, start = first * queries;
+    b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = b2_item_rows(ctx, queries)};
+    if (out->features.data &&
+        b2_linear(ctx, b2_rows(out->features, start, rows), qformer, &model->projection_weight, &project, err) < 0)
+        return -1;
+    if (out->embeds.data &&
+        b2_heads_project_vision(ctx, &model->heads, b2_rows(out->embeds, start, rows), qformer, err) < 0)
+        return -1;
+    return out->match.data ? b2_heads_match(ctx, &model->heads, b2_rows(out->match, first, count), qformer, err) : 0;
+}
+
 /* Pictures [first, first + group.count), whose pixels are `group`; positions [T, D_v]; texts of all pictures or NULL. */
 static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group, int64_t first,
                         b2_tensor positions, const b2_texts *texts, b2_err *err)
 {
     int64_t tokens = positions.rows, queries = model->qformer.config.num_query_tokens, count = group.count;
     b2_tensor vision, qformer;
-    b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = b2_item_rows(ctx, queries)};
     if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, positions.cols, err) < 0 ||
         output_rows(ctx, &qformer, out->qformer, first * queries, count * queries, model->qformer.config.hidden_size,
                     err) < 0)
@@ -330,13 +365,16 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
         return -1;
     if (out->pooled.data && b2_vit_pool(ctx, &model->vit, b2_rows(out->pooled, first, count), vision, err) < 0)
         return -1;
-    if (!out->features.data)
+    if (!wants_qformer(out))
         return 0;
     b2_texts own = texts ? b2_texts_from(*texts, first) : (b2_texts){0};
-    if (b2_qformer_forward(ctx, &model->qformer, qformer, vision, count, texts ? &own : NULL, err) < 0)
-        return -1;
-    b2_tensor features = b2_rows(out->features, first * queries, count * queries);
-    return b2_linear(ctx, features, qformer, &model->projection_weight, &project, err);
+    b2_qformer_in in = {.items = count, .queries = queries, .image = vision, .texts = texts ? &own : NULL};
+    b2_qformer_out states = {.queries = qformer};
+    if (texts && out->text.data)
+        states.text = b2_rows(out->text, own.offsets[0] - texts->offsets[0], own.offsets[count] - own.offsets[0]);
+    return b2_qformer_forward(ctx, &model->qformer, &states, &in, err) < 0
+               ? -1
+               : read_off(ctx, model, out, qformer, first, count, err);
 }
 
 int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err)
@@ -370,7 +408,7 @@ static int64_t longest_text(const b2_texts *texts, int64_t count)
 int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures pictures,
                     const b2_texts *texts, b2_err *err)
 {
-    if (out->features.data && b2_texts_check(&model->qformer.config, texts, pictures.count, err) < 0)
+    if (wants_qformer(out) && b2_texts_check(&model->qformer.config, texts, pictures.count, err) < 0)
         return -1;
     if (pictures.count == 0)
         return 0;

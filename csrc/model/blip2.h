@@ -1,19 +1,23 @@
-/* BLIP-2 for conditional generation: vision encoder, Q-Former, projection, language model
- * (transformers' Blip2ForConditionalGeneration).
+/* BLIP-2: vision encoder, Q-Former, and what they are for: projection and language model (transformers'
+ * Blip2ForConditionalGeneration), or the heads of retrieval (Blip2ForImageTextRetrieval and its halves).
  *
  * A `b2_blip2` is immutable once loaded and may be shared by threads. It owns its packed weights and the mapped
  * checkpoint that the others point into. */
 #ifndef B2_MODEL_BLIP2_H
 #define B2_MODEL_BLIP2_H
 
+#include "model/heads.h"
 #include "model/lm.h"
 #include "model/qformer.h"
 #include "model/vit.h"
 
+/* Which parts a model has; the Q-Former always. */
 typedef struct b2_blip2_config {
+    int has_vision, has_text, has_heads;
     b2_vit_config vision;
     b2_qformer_config qformer;
     b2_lm_config text;
+    b2_heads_config heads;
 } b2_blip2_config;
 
 typedef struct b2_blip2 {
@@ -24,7 +28,8 @@ typedef struct b2_blip2 {
     b2_qformer qformer;
     b2_weight projection_weight;   /* language_projection: [D_lm, D_qformer] */
     b2_weight projection_bias;     /* [D_lm] */
-    b2_lm *lm;                     /* owned */
+    b2_lm *lm;                     /* owned; NULL: a model of retrieval, which has no projection to it either */
+    b2_heads heads;                /* absent weights where the config has none */
     b2_dtype dtypes[B2_PART_COUNT];/* of each part: int4 or int8 if any matrix is, else what holds most bytes */
     b2_dtype dtype;                /* in which most of all bytes are held */
     int64_t bytes;                 /* of all weights as held */
@@ -48,12 +53,16 @@ int b2_blip2_save_packed(const b2_blip2 *model, const char *path, const char *co
 /* Every weight by name, for saving. */
 int b2_blip2_visit(const b2_blip2 *model, b2_weight_visitor *visitor, b2_err *err);
 
-/* What one picture's way through the encoder leaves behind; data NULL where it is not wanted. */
+/* What the pictures' way through the encoder leaves behind; data NULL where it is not wanted. If nothing behind the vision
+ * encoder is, it runs alone. */
 typedef struct b2_encoded {
     b2_tensor vision;   /* [B*T, D_v]: last hidden state after post_layernorm */
     b2_tensor pooled;   /* [B, D_v] */
     b2_tensor qformer;  /* [B*Q, D_q] */
-    b2_tensor features; /* [B*Q, D_lm]: what the language model reads; not wanted: the vision encoder alone runs */
+    b2_tensor text;     /* [N, D_q]: of the texts beside the pictures */
+    b2_tensor features; /* [B*Q, D_lm]: what the language model reads */
+    b2_tensor embeds;   /* [B*Q, P]: vision_projection, rows of length 1 */
+    b2_tensor match;    /* [B, 2]: logits of whether picture and text belong together: no, yes */
 } b2_encoded;
 
 /* Pictures -> out. Where they have not the size that the model was trained on, its positions are interpolated.

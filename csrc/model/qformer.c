@@ -16,11 +16,19 @@ static const b2_weight_row top_table[] = {
     {"qformer.layernorm.bias", AT(norm_bias), B2_VECTOR, {B2_DIM_D}},
 };
 /* InstructBLIP's, instead. */
-static const b2_weight_row text_top_table[] = {
+static const b2_weight_row beside_table[] = {
     {"qformer.embeddings.word_embeddings.weight", AT(word_embeddings), B2_VOCABULARY, {B2_DIM_V, B2_DIM_D}},
     {"qformer.embeddings.position_embeddings.weight", AT(position_embeddings), B2_TABLE, {B2_DIM_T, B2_DIM_D}},
     {"qformer.embeddings.layernorm.weight", AT(norm_weight), B2_VECTOR, {B2_DIM_D}},
     {"qformer.embeddings.layernorm.bias", AT(norm_bias), B2_VECTOR, {B2_DIM_D}},
+};
+
+/* Retrieval's, instead: here the embeddings stand outside. */
+static const b2_weight_row apart_table[] = {
+    {"embeddings.word_embeddings.weight", AT(word_embeddings), B2_VOCABULARY, {B2_DIM_V, B2_DIM_D}},
+    {"embeddings.position_embeddings.weight", AT(position_embeddings), B2_TABLE, {B2_DIM_T, B2_DIM_D}},
+    {"qformer.layernorm.weight", AT(norm_weight), B2_VECTOR, {B2_DIM_D}},
+    {"qformer.layernorm.bias", AT(norm_bias), B2_VECTOR, {B2_DIM_D}},
 };
 
 #define LAYER "qformer.encoder.layer.%d."
@@ -62,8 +70,14 @@ static int has_cross_attention(const b2_qformer_config *config, int layer)
 
 static const b2_weight_row *top_rows(const b2_qformer_config *config, size_t *count)
 {
-    *count = config->reads_text ? COUNT(text_top_table) : COUNT(top_table);
-    return config->reads_text ? text_top_table : top_table;
+    static const struct {
+        const b2_weight_row *rows;
+        size_t count;
+    } tables[] = {[B2_TEXT_NONE] = {top_table, COUNT(top_table)},
+                  [B2_TEXT_BESIDE] = {beside_table, COUNT(beside_table)},
+                  [B2_TEXT_APART] = {apart_table, COUNT(apart_table)}};
+    *count = tables[config->text_side].count;
+    return tables[config->text_side].rows;
 }
 
 static void fill_dims(int64_t dims[B2_DIM_COUNT], const b2_qformer_config *config)
@@ -86,7 +100,7 @@ static int bind_layer(b2_qformer *qformer, int i, b2_binder *binder, b2_err *err
         return -1;
     if (has_cross_attention(config, i) && b2_bind(binder, layer, cross_table, COUNT(cross_table), err) < 0)
         return -1;
-    return config->reads_text ? b2_bind(binder, layer, text_table, COUNT(text_table), err) : 0;
+    return config->text_side ? b2_bind(binder, layer, text_table, COUNT(text_table), err) : 0;
 }
 
 int b2_qformer_bind(b2_qformer *qformer, const b2_qformer_config *config, b2_binder *binder, b2_err *err)
@@ -98,6 +112,7 @@ int b2_qformer_bind(b2_qformer *qformer, const b2_qformer_config *config, b2_bin
     binder->dims = dims;
     qformer->config = *config;
     b2_binder_ignore(binder, "qformer.embeddings.position_ids"); /* 0, 1, 2 ...: older files hold it */
+    b2_binder_ignore(binder, "embeddings.position_ids");
     qformer->layers =
         b2_alloc_zeroed((size_t)config->num_hidden_layers, sizeof *qformer->layers, "Q-Former layers", err);
     if (!qformer->layers || b2_bind(binder, qformer, &queries_row, 1, err) < 0 ||
@@ -145,7 +160,7 @@ void b2_qformer_release(b2_qformer *qformer)
 
 int b2_texts_check(const b2_qformer_config *c, const b2_texts *texts, int64_t items, b2_err *err)
 {
-    if (!texts != !c->reads_text)
+    if (texts ? c->text_side == B2_TEXT_NONE : c->text_side == B2_TEXT_BESIDE)
         return b2_fail(err, B2_E_VALUE, texts ? "this model's Q-Former reads no text, but texts were given"
                                               : "this model's Q-Former reads a text beside each picture (qformer_input_ids): "
                                                 "none was given");
@@ -154,7 +169,7 @@ int b2_texts_check(const b2_qformer_config *c, const b2_texts *texts, int64_t it
         if (end < first || end - first > c->max_position_embeddings)
             return b2_fail(err, B2_E_VALUE, "text %lld has %lld tokens, the Q-Former has positions for %lld", (long long)b,
                            (long long)(end - first), (long long)c->max_position_embeddings);
-        for (int64_t i = first; i < end; i++)
+        for (int64_t i = first; texts->ids && i < end; i++)
             if (texts->ids[i] < 0 || texts->ids[i] >= c->vocab_size)
                 return b2_fail(err, B2_E_INDEX, "text %lld: token id %d is outside the Q-Former's vocabulary of %lld",
                                (long long)b, (int)texts->ids[i], (long long)c->vocab_size);
@@ -162,19 +177,19 @@ int b2_texts_check(const b2_qformer_config *c, const b2_texts *texts, int64_t it
     return 0;
 }
 
-size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t pictures, int64_t image_tokens,
-                          int64_t longest_text)
+size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t items, int64_t queries,
+                          int64_t image_tokens, int64_t longest_text)
 {
     const b2_qformer_config *c = &qformer->config;
-    int64_t queries = pictures * c->num_query_tokens, text = pictures * longest_text, rows = queries + text;
-    int64_t keys = b2_max64(pictures * image_tokens, rows);
+    int64_t of_all = items * queries, text = items * longest_text, rows = of_all + text;
+    int64_t keys = b2_max64(items * image_tokens, rows);
     int64_t widest = b2_max64(b2_max64(c->hidden_size, c->intermediate_size), c->encoder_hidden_size);
     return 3 * b2_arena_cost((size_t)(rows * c->hidden_size), sizeof(float)) +
-           b2_arena_cost((size_t)(b2_max64(queries, text) * c->intermediate_size), sizeof(float)) +
+           b2_arena_cost((size_t)(b2_max64(of_all, text) * c->intermediate_size), sizeof(float)) +
            2 * b2_arena_cost((size_t)(keys * c->hidden_size), sizeof(float)) +
-           2 * b2_stage_attention_scratch(pictures) + 2 * b2_arena_cost((size_t)pictures + 1, sizeof(int32_t)) +
+           2 * b2_stage_attention_scratch(items) + 2 * b2_arena_cost((size_t)items + 1, sizeof(int32_t)) +
            2 * b2_arena_cost((size_t)text, sizeof(int32_t)) + b2_arena_cost((size_t)rows, 1) +
-           b2_scratch_bytes(ctx, b2_max64(rows, keys), widest, b2_max64(image_tokens, c->num_query_tokens + longest_text),
+           b2_scratch_bytes(ctx, b2_max64(rows, keys), widest, b2_max64(image_tokens, queries + longest_text),
                             (int)(c->hidden_size / c->num_attention_heads));
 }
 
@@ -186,16 +201,18 @@ typedef struct buffers {
     b2_tensor h;     /* [B*Q + N, D] */
     b2_tensor inner; /* [max(B*Q, N), F] */
     float *k, *v;    /* [max(B*T, B*Q + N), D] */
+    int64_t each;    /* Q */
     int64_t queries; /* B*Q */
     int64_t text;    /* N; 0 without texts */
     b2_stage_rows over_queries, over_image;
-    int64_t image_tokens;
+    int64_t image_tokens; /* T */
+    const uint8_t *image_mask; /* [B, T] or NULL */
+    uint8_t *key_mask;    /* [B, Q + longest] or NULL */
     /* Of texts. */
     int32_t *text_offsets;  /* [B+1] */
     int32_t *text_lens;     /* [B] */
     int32_t *slots;         /* [B, longest]: rows of x */
     int32_t *positions;     /* [N] */
-    uint8_t *key_mask;      /* [B, Q + longest] or NULL */
     int64_t longest;
 } buffers;
 
@@ -207,19 +224,17 @@ static int64_t longest_text(const b2_texts *texts, int64_t items)
     return longest;
 }
 
-static int take_text_tables(b2_ctx *ctx, buffers *w, int64_t items, int64_t queries, const b2_texts *texts, b2_err *err)
+static int take_text_tables(b2_ctx *ctx, buffers *w, const b2_qformer_in *in, b2_err *err)
 {
-    w->text_offsets = b2_arena_take(ctx->scratch, (size_t)items + 1, sizeof(int32_t), err);
-    w->text_lens = b2_arena_take(ctx->scratch, (size_t)items + 1, sizeof(int32_t), err);
-    w->slots = b2_arena_take(ctx->scratch, (size_t)(items * w->longest), sizeof(int32_t), err);
+    const b2_texts *texts = in->texts;
+    w->text_offsets = b2_arena_take(ctx->scratch, (size_t)in->items + 1, sizeof(int32_t), err);
+    w->text_lens = b2_arena_take(ctx->scratch, (size_t)in->items + 1, sizeof(int32_t), err);
+    w->slots = b2_arena_take(ctx->scratch, (size_t)(in->items * w->longest), sizeof(int32_t), err);
     w->positions = b2_arena_take(ctx->scratch, (size_t)w->text, sizeof(int32_t), err);
     if (!w->text_offsets || !w->text_lens || !w->slots || !w->positions)
         return -1;
-    size_t mask_ld = (size_t)(queries + w->longest);
-    if (texts->mask && !(w->key_mask = b2_arena_take(ctx->scratch, (size_t)items * mask_ld, 1, err)))
-        return -1;
     w->text_offsets[0] = 0;
-    for (int64_t b = 0; b < items; b++) {
+    for (int64_t b = 0; b < in->items; b++) {
         int64_t first = texts->offsets[b] - texts->offsets[0], length = texts->offsets[b + 1] - texts->offsets[b];
         w->text_offsets[b + 1] = (int32_t)(first + length);
         w->text_lens[b] = (int32_t)length;
@@ -227,22 +242,39 @@ static int take_text_tables(b2_ctx *ctx, buffers *w, int64_t items, int64_t quer
             w->slots[b * w->longest + i] = (int32_t)(w->queries + first + i);
             w->positions[first + i] = (int32_t)i;
         }
-        if (!w->key_mask)
-            continue;
-        memset(w->key_mask + (size_t)b * mask_ld, 1, (size_t)queries);
-        memcpy(w->key_mask + (size_t)b * mask_ld + queries, texts->mask + first, (size_t)length);
     }
     return 0;
 }
 
-static int take_buffers(b2_ctx *ctx, buffers *w, const b2_qformer_config *c, int64_t items, int64_t image_tokens,
-                        const b2_texts *texts, b2_err *err)
+/* Of each item's keys: its queries, then its text. */
+static int take_key_mask(b2_ctx *ctx, buffers *w, const b2_qformer_in *in, b2_err *err)
 {
-    *w = (buffers){.image_tokens = image_tokens, .queries = items * c->num_query_tokens};
-    w->longest = longest_text(texts, items);
-    w->text = texts ? texts->offsets[items] - texts->offsets[0] : 0;
+    const uint8_t *text_mask = w->text > 0 ? in->texts->mask : NULL;
+    size_t queries = (size_t)w->each, ld = queries + (size_t)w->longest;
+    if (!in->query_mask && !text_mask)
+        return 0;
+    if (!(w->key_mask = b2_arena_take(ctx->scratch, (size_t)in->items * ld, 1, err)))
+        return -1;
+    memset(w->key_mask, 1, (size_t)in->items * ld);
+    for (int64_t b = 0; b < in->items; b++) {
+        uint8_t *row = w->key_mask + (size_t)b * ld;
+        if (in->query_mask)
+            memcpy(row, in->query_mask + (size_t)b * queries, queries);
+        if (text_mask)
+            memcpy(row + queries, text_mask + w->text_offsets[b], (size_t)w->text_lens[b]);
+    }
+    return 0;
+}
+
+static int take_buffers(b2_ctx *ctx, buffers *w, const b2_qformer_config *c, const b2_qformer_in *in, b2_err *err)
+{
+    int64_t items = in->items;
+    *w = (buffers){.each = in->queries, .queries = items * in->queries, .image_mask = in->image_mask};
+    w->image_tokens = w->queries > 0 ? in->image.rows / items : 0;
+    w->longest = longest_text(in->texts, items);
+    w->text = in->texts ? in->texts->offsets[items] - in->texts->offsets[0] : 0;
     int64_t rows = w->queries + w->text;
-    size_t keys = (size_t)(b2_max64(items * image_tokens, rows) * c->hidden_size);
+    size_t keys = (size_t)(b2_max64(items * w->image_tokens, rows) * c->hidden_size);
     if (b2_stage_take(ctx, &w->x, rows, c->hidden_size, err) < 0 ||
         b2_stage_take(ctx, &w->q, rows, c->hidden_size, err) < 0 ||
         b2_stage_take(ctx, &w->h, rows, c->hidden_size, err) < 0 ||
@@ -252,26 +284,29 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_qformer_config *c, int
     w->v = b2_arena_take(ctx->scratch, keys, sizeof *w->v, err);
     if (!w->k || !w->v)
         return -1;
-    if (b2_stage_equal_rows(ctx, &w->over_queries, items, c->num_query_tokens, c->num_query_tokens, err) < 0 ||
-        b2_stage_equal_rows(ctx, &w->over_image, items, c->num_query_tokens, image_tokens, err) < 0)
+    if (b2_stage_equal_rows(ctx, &w->over_queries, items, w->each, w->each, err) < 0 ||
+        b2_stage_equal_rows(ctx, &w->over_image, items, w->each, w->image_tokens, err) < 0)
         return -1;
-    return w->text > 0 ? take_text_tables(ctx, w, items, c->num_query_tokens, texts, err) : 0;
+    if (w->text > 0 && take_text_tables(ctx, w, in, err) < 0)
+        return -1;
+    return take_key_mask(ctx, w, in, err);
 }
 
 /* One of the two kinds of rows: a stretch of the buffers' rows, and how many of them belong to one item where products of
  * whole items are faster. */
 typedef struct part {
     int64_t first, rows, item_rows;
+    int is_text;
 } part;
 
-static part query_part(const b2_ctx *ctx, const b2_qformer_config *c, const buffers *w)
+static part query_part(const b2_ctx *ctx, const buffers *w)
 {
-    return (part){0, w->queries, b2_item_rows(ctx, c->num_query_tokens)};
+    return (part){0, w->queries, b2_item_rows(ctx, w->each), 0};
 }
 
 static part text_part(const buffers *w)
 {
-    return (part){w->queries, w->text, 0};
+    return (part){w->queries, w->text, 0, 1};
 }
 
 /* out = source . w + b on the rows of a part */
@@ -299,6 +334,8 @@ static b2_attention_args self_attention_args(const b2_qformer_config *c, const b
 {
     b2_attention_args args = b2_stage_attention(&w->over_queries, b2_rows(w->h, p.first, p.rows),
                                                 b2_rows(w->q, p.first, p.rows), k, v, c->num_attention_heads);
+    args.key_mask = w->key_mask;
+    args.key_mask_ld = w->each + w->longest;
     if (w->text == 0)
         return args;
     args.k_suffix = k;
@@ -306,9 +343,7 @@ static b2_attention_args self_attention_args(const b2_qformer_config *c, const b
     args.suffix_slots = w->slots;
     args.suffix_ld = w->longest;
     args.suffix_lens = w->text_lens;
-    args.key_mask = w->key_mask;
-    args.key_mask_ld = c->num_query_tokens + w->longest;
-    if (p.first > 0)
+    if (p.is_text)
         args.q_offsets = w->text_offsets;
     return args;
 }
@@ -317,15 +352,15 @@ static int self_attention(b2_ctx *ctx, const b2_qformer *m, int i, buffers *w, b
 {
     const b2_qformer_config *c = &m->config;
     const b2_qformer_attention *a = &m->layers[i].self_attention;
-    const part parts[] = {query_part(ctx, c, w), text_part(w)};
-    const int count = w->text > 0 ? 2 : 1;
+    const part parts[] = {query_part(ctx, w), text_part(w)};
+    const int first = w->queries > 0 ? 0 : 1, count = w->text > 0 ? 2 : 1;
     b2_tensor k = b2_tensor_of(w->k, w->x.rows, c->hidden_size), v = b2_tensor_of(w->v, w->x.rows, c->hidden_size);
-    for (int p = 0; p < count; p++)
+    for (int p = first; p < count; p++)
         if (project(ctx, w->q, w->x, parts[p], &a->query_weight, &a->query_bias, err) < 0 ||
             project(ctx, k, w->x, parts[p], &a->key_weight, &a->key_bias, err) < 0 ||
             project(ctx, v, w->x, parts[p], &a->value_weight, &a->value_bias, err) < 0)
             return -1;
-    for (int p = 0; p < count; p++) {
+    for (int p = first; p < count; p++) {
         b2_attention_args args = self_attention_args(c, w, parts[p], k, v);
         if (b2_stage_attend(ctx, p == 0 ? "qformer" : "qformer_text", i, &args, err) < 0 ||
             add_and_norm(ctx, c, a, w, parts[p], err) < 0)
@@ -339,7 +374,7 @@ static int cross_attention(b2_ctx *ctx, const b2_qformer *m, int i, buffers *w, 
 {
     const b2_qformer_config *c = &m->config;
     const b2_qformer_attention *a = &m->layers[i].cross_attention;
-    const part queries = query_part(ctx, c, w), pictures = {0, image.rows, b2_item_rows(ctx, w->image_tokens)};
+    const part queries = query_part(ctx, w), pictures = {0, image.rows, b2_item_rows(ctx, w->image_tokens), 0};
     b2_tensor k = b2_tensor_of(w->k, image.rows, c->hidden_size), v = b2_tensor_of(w->v, image.rows, c->hidden_size);
     if (project(ctx, w->q, w->x, queries, &a->query_weight, &a->query_bias, err) < 0 ||
         project(ctx, k, image, pictures, &a->key_weight, &a->key_bias, err) < 0 ||
@@ -347,6 +382,8 @@ static int cross_attention(b2_ctx *ctx, const b2_qformer *m, int i, buffers *w, 
         return -1;
     b2_attention_args args = b2_stage_attention(&w->over_image, b2_rows(w->h, 0, w->queries),
                                                 b2_rows(w->q, 0, w->queries), k, v, c->num_attention_heads);
+    args.key_mask = w->image_mask;
+    args.key_mask_ld = w->image_tokens;
     if (b2_stage_attend(ctx, "qformer_cross", i, &args, err) < 0)
         return -1;
     return add_and_norm(ctx, c, a, w, queries, err);
@@ -374,41 +411,59 @@ static int feed_forwards(b2_ctx *ctx, const b2_qformer *m, int i, buffers *w, b2
                                     &l->norm_weight,         &l->norm_bias};
     feed_forward_weights text = {&l->text_intermediate_weight, &l->text_intermediate_bias, &l->text_output_weight,
                                  &l->text_output_bias,         &l->text_norm_weight,       &l->text_norm_bias};
-    if (feed_forward(ctx, c, queries, w, query_part(ctx, c, w), err) < 0)
+    if (w->queries > 0 && feed_forward(ctx, c, queries, w, query_part(ctx, w), err) < 0)
         return -1;
     return w->text > 0 ? feed_forward(ctx, c, text, w, text_part(w), err) : 0;
 }
 
 static int done(b2_ctx *ctx, int layer, buffers *w, b2_err *err)
 {
-    if (b2_stage_done(ctx, "qformer", layer, b2_rows(w->x, 0, w->queries), err) < 0)
+    if (w->queries > 0 && b2_stage_done(ctx, "qformer", layer, b2_rows(w->x, 0, w->queries), err) < 0)
         return -1;
     return w->text > 0 ? b2_stage_done(ctx, "qformer_text", layer, b2_rows(w->x, w->queries, w->text), err) : 0;
 }
 
-static int embed(b2_ctx *ctx, const b2_qformer *m, buffers *w, int64_t items, const b2_texts *texts, b2_err *err)
+/* The queries' rows, which are the model's own for each item, or given. */
+static int embed_queries(b2_ctx *ctx, const b2_qformer *m, buffers *w, const b2_qformer_in *in, b2_err *err)
 {
     const b2_qformer_config *c = &m->config;
-    b2_tensor queries = b2_tensor_of((float *)m->query_tokens.data, c->num_query_tokens, c->hidden_size);
-    b2_tensor text = b2_rows(w->x, w->queries, w->text);
-    for (int64_t b = 0; b < items; b++)
-        if (b2_layer_norm(ctx, b2_rows(w->x, b * queries.rows, queries.rows), queries, &m->norm_weight, &m->norm_bias,
+    b2_tensor own = b2_tensor_of((float *)m->query_tokens.data, c->num_query_tokens, c->hidden_size);
+    if (in->embeds.data)
+        return b2_layer_norm(ctx, b2_rows(w->x, 0, w->queries), in->embeds, &m->norm_weight, &m->norm_bias,
+                             c->layer_norm_eps, err);
+    for (int64_t b = 0; w->each > 0 && b < in->items; b++)
+        if (b2_layer_norm(ctx, b2_rows(w->x, b * w->each, w->each), own, &m->norm_weight, &m->norm_bias,
                           c->layer_norm_eps, err) < 0)
             return -1;
-    if (w->text > 0 && (b2_embedding(ctx, text, &m->word_embeddings, texts->ids, 0, err) < 0 ||
-                        b2_embedding(ctx, text, &m->position_embeddings, w->positions, 1, err) < 0 ||
-                        b2_layer_norm(ctx, text, text, &m->norm_weight, &m->norm_bias, c->layer_norm_eps, err) < 0))
+    return 0;
+}
+
+static int embed_text(b2_ctx *ctx, const b2_qformer *m, buffers *w, const b2_texts *texts, b2_err *err)
+{
+    b2_tensor text = b2_rows(w->x, w->queries, w->text), given = text;
+    if (texts->ids && (b2_embedding(ctx, text, &m->word_embeddings, texts->ids, 0, err) < 0 ||
+                       b2_embedding(ctx, text, &m->position_embeddings, w->positions, 1, err) < 0))
+        return -1;
+    if (!texts->ids)
+        given = b2_tensor_of((float *)texts->embeds, w->text, m->config.hidden_size);
+    return b2_layer_norm(ctx, text, given, &m->norm_weight, &m->norm_bias, m->config.layer_norm_eps, err);
+}
+
+static int embed(b2_ctx *ctx, const b2_qformer *m, buffers *w, const b2_qformer_in *in, b2_err *err)
+{
+    if (embed_queries(ctx, m, w, in, err) < 0 || (w->text > 0 && embed_text(ctx, m, w, in->texts, err) < 0))
         return -1;
     return done(ctx, 0, w, err);
 }
 
 /* Layer 0's self-attention, taken from where it was computed before unless someone wants to look at it. */
-static int first_self_attention(b2_ctx *ctx, const b2_qformer *m, buffers *w, int64_t items, b2_err *err)
+static int first_self_attention(b2_ctx *ctx, const b2_qformer *m, buffers *w, const b2_qformer_in *in, b2_err *err)
 {
     b2_tensor start = b2_tensor_of(m->start, m->config.num_query_tokens, m->config.hidden_size);
-    if (!m->start || w->text > 0 || (ctx->tap && ctx->tap->attention))
+    int alone = w->text == 0 && !in->embeds.data && !w->key_mask;
+    if (!m->start || !alone || (ctx->tap && ctx->tap->attention))
         return self_attention(ctx, m, 0, w, err);
-    for (int64_t b = 0; b < items; b++)
+    for (int64_t b = 0; b < in->items; b++)
         if (b2_copy_rows(ctx, b2_rows(w->x, b * start.rows, start.rows), NULL, start, NULL, start.rows, err) < 0)
             return -1;
     return 0;
@@ -417,12 +472,13 @@ static int first_self_attention(b2_ctx *ctx, const b2_qformer *m, buffers *w, in
 int b2_qformer_prepare(b2_ctx *ctx, b2_qformer *m, b2_err *err)
 {
     const b2_qformer_config *c = &m->config;
+    b2_qformer_in in = {.items = 1, .queries = c->num_query_tokens, .image = {.rows = 1}};
     buffers w;
-    if (m->config.num_hidden_layers == 0 || m->config.reads_text)
+    if (c->num_hidden_layers == 0 || c->text_side == B2_TEXT_BESIDE)
         return 0;
     float *start = b2_alloc((size_t)(c->num_query_tokens * c->hidden_size), sizeof *start, "Q-Former start", err);
-    int status = start ? b2_arena_reserve(ctx->scratch, b2_qformer_scratch(ctx, m, 1, 1, 0), err) : -1;
-    if (status == 0 && (take_buffers(ctx, &w, c, 1, 1, NULL, err) < 0 || embed(ctx, m, &w, 1, NULL, err) < 0 ||
+    int status = start ? b2_arena_reserve(ctx->scratch, b2_qformer_scratch(ctx, m, 1, in.queries, 1, 0), err) : -1;
+    if (status == 0 && (take_buffers(ctx, &w, c, &in, err) < 0 || embed(ctx, m, &w, &in, err) < 0 ||
                         self_attention(ctx, m, 0, &w, err) < 0 ||
                         b2_copy_rows(ctx, b2_tensor_of(start, w.queries, c->hidden_size), NULL, w.x, NULL, w.queries,
                                      err) < 0))
@@ -439,21 +495,29 @@ int b2_qformer_prepare(b2_ctx *ctx, b2_qformer *m, b2_err *err)
     return 0;
 }
 
-int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *m, b2_tensor out, b2_tensor image, int64_t pictures,
-                       const b2_texts *texts, b2_err *err)
+/* Rows [first, ...) of the buffers, where somebody wants them. */
+static int hand_out(b2_ctx *ctx, const buffers *w, b2_tensor out, int64_t first, b2_err *err)
+{
+    return out.data ? b2_copy_rows(ctx, out, NULL, b2_rows(w->x, first, out.rows), NULL, out.rows, err) : 0;
+}
+
+int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_out *out, const b2_qformer_in *in,
+                       b2_err *err)
 {
     size_t mark = b2_arena_mark(ctx->scratch);
     buffers w;
-    if (take_buffers(ctx, &w, &m->config, pictures, image.rows / pictures, texts, err) < 0 ||
-        embed(ctx, m, &w, pictures, texts, err) < 0)
+    if (take_buffers(ctx, &w, &m->config, in, err) < 0 || embed(ctx, m, &w, in, err) < 0)
         return -1;
     for (int i = 0; i < m->config.num_hidden_layers; i++) {
-        int status = i == 0 ? first_self_attention(ctx, m, &w, pictures, err) : self_attention(ctx, m, i, &w, err);
-        if (status < 0 || (has_cross_attention(&m->config, i) && cross_attention(ctx, m, i, &w, image, err) < 0) ||
+        int crosses = w.queries > 0 && has_cross_attention(&m->config, i);
+        int status = i == 0 ? first_self_attention(ctx, m, &w, in, err) : self_attention(ctx, m, i, &w, err);
+        if (status < 0 || (crosses && cross_attention(ctx, m, i, &w, in->image, err) < 0) ||
             feed_forwards(ctx, m, i, &w, err) < 0 || done(ctx, i + 1, &w, err) < 0)
             return -1;
     }
-    int status = b2_copy_rows(ctx, out, NULL, b2_rows(w.x, 0, w.queries), NULL, out.rows, err);
+    int status = hand_out(ctx, &w, out->queries, 0, err);
+    if (status == 0)
+        status = hand_out(ctx, &w, out->text, w.queries, err);
     b2_arena_reset(ctx->scratch, mark);
     return status;
 }

@@ -1,6 +1,6 @@
 /* The Q-Former (BLIP-2 paper, section 3.1; transformers' Blip2QFormerModel, InstructBlipQFormerModel): a BERT whose
  * learned queries read the picture through cross-attention in every cross_attention_frequency-th layer. Texts may go
- * through beside them: then queries and text see each other in self-attention.
+ * through beside them (then queries and text see each other in self-attention) or alone.
  *
  *     x = LN(queries);  y = LN(word(ids) + position(0, 1, ...))
  *     x, y = LN(. + dense(self_attention(. over x and y)))
@@ -14,6 +14,12 @@
 #include "model/weight_table.h"
 #include "ops/ops.h"
 
+typedef enum b2_text_side {
+    B2_TEXT_NONE = 0, /* queries alone */
+    B2_TEXT_BESIDE,   /* InstructBLIP: a text beside each picture, always */
+    B2_TEXT_APART     /* retrieval: a text beside each picture, none, or texts alone */
+} b2_text_side;
+
 typedef struct b2_qformer_config {
     int64_t num_query_tokens;    /* Q */
     int64_t hidden_size;         /* D */
@@ -24,7 +30,7 @@ typedef struct b2_qformer_config {
     int cross_attention_frequency;
     float layer_norm_eps;
     b2_act act;
-    int reads_text;                  /* InstructBLIP: the next two are read */
+    b2_text_side text_side;          /* B2_TEXT_NONE: the next two are not read */
     int64_t vocab_size;              /* V */
     int64_t max_position_embeddings; /* P: tokens that a text may have */
 } b2_qformer_config;
@@ -62,16 +68,36 @@ typedef struct b2_qformer {
 
 /* Texts, one an item. */
 typedef struct b2_texts {
-    const int32_t *ids;      /* [N] */
+    const int32_t *ids;      /* [N]; NULL: `embeds` instead */
+    const float *embeds;     /* [N, D], before the norm */
     const int64_t *offsets;  /* [B + 1]: item b's are ids[offsets[b] - offsets[0] .. offsets[b + 1] - offsets[0]) */
     const uint8_t *mask;     /* [N], 0: a pad that nobody sees; NULL: none */
 } b2_texts;
 
-/* Items [first, ...) alone. */
+/* What one pass reads, item by item. */
+typedef struct b2_qformer_in {
+    int64_t items;             /* B */
+    int64_t queries;           /* Q: rows of each item that look at its picture; 0: texts alone */
+    b2_tensor image;           /* [B*T, E]; not looked at without queries */
+    const b2_texts *texts;     /* one an item; NULL: none */
+    b2_tensor embeds;          /* [B*Q, D] in place of the model's own queries, before the norm; data NULL: those */
+    const uint8_t *query_mask; /* [B, Q], 0: a query that nobody sees; NULL: none */
+    const uint8_t *image_mask; /* [B, T], 0: a token of the picture that no query sees; NULL: none */
+} b2_qformer_in;
+
+/* Last hidden states; data NULL where they are not wanted. */
+typedef struct b2_qformer_out {
+    b2_tensor queries; /* [B*Q, D] */
+    b2_tensor text;    /* [N, D] */
+} b2_qformer_out;
+
+/* Items [first, ...) alone, of texts given as ids. */
 static inline b2_texts b2_texts_from(b2_texts texts, int64_t first)
 {
     int64_t skipped = texts.offsets[first] - texts.offsets[0];
-    return (b2_texts){texts.ids + skipped, texts.offsets + first, texts.mask ? texts.mask + skipped : NULL};
+    return (b2_texts){.ids = texts.ids + skipped,
+                      .offsets = texts.offsets + first,
+                      .mask = texts.mask ? texts.mask + skipped : NULL};
 }
 
 /* Ids in range, no item longer than the model has positions for; whether this model reads texts at all (texts NULL: the
@@ -85,14 +111,14 @@ void b2_qformer_release(b2_qformer *qformer);
 /* Computes what every picture shares. Reserves the arena itself. */
 int b2_qformer_prepare(b2_ctx *ctx, b2_qformer *qformer, b2_err *err);
 
-/* Arena bytes for `pictures` at once, each with `image_tokens` (T) embeddings and a text of at most `longest_text`. */
-size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t pictures, int64_t image_tokens,
-                          int64_t longest_text);
+/* Arena bytes for `items` at once, each with `queries` (Q, or 0), `image_tokens` (T) embeddings and a text of at most
+ * `longest_text`. */
+size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t items, int64_t queries,
+                          int64_t image_tokens, int64_t longest_text);
 
-/* out [B*Q, D] = last hidden state of the queries; image [B*T, E]; texts: one a picture, or NULL. Taps: "qformer" the
- * queries (and their attention over queries and text), "qformer_text" the texts, "qformer_cross" the attention to the
- * picture. */
-int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *qformer, b2_tensor out, b2_tensor image, int64_t pictures,
-                       const b2_texts *texts, b2_err *err);
+/* Taps: "qformer" the queries (and their attention over queries and text), "qformer_text" the texts, "qformer_cross" the
+ * attention to the picture: for each query and head what every token of the picture weighs. */
+int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *qformer, const b2_qformer_out *out, const b2_qformer_in *in,
+                       b2_err *err);
 
 #endif

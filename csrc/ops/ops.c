@@ -206,6 +206,23 @@ int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)
     return out.rows == 0 ? 0 : ctx->ops->add_rows(ctx, out, x, err);
 }
 
+int b2_reduce_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *err)
+{
+    if (check_view("reduce_rows", "x", x, err) < 0 || check_shape("reduce_rows", "out", out, out.rows, x.cols, err) < 0)
+        return -1;
+    if (out.rows == 0 ? x.rows != 0 : x.rows == 0 || x.rows % out.rows != 0)
+        return b2_fail(err, B2_E_VALUE, "reduce_rows: %lld rows are no multiple of %lld", (long long)x.rows,
+                       (long long)out.rows);
+    return out.rows == 0 ? 0 : ctx->ops->reduce_rows(ctx, out, x, reduction, err);
+}
+
+int b2_unit_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)
+{
+    if (check_view("unit_rows", "x", x, err) < 0 || check_shape("unit_rows", "out", out, x.rows, x.cols, err) < 0)
+        return -1;
+    return x.rows == 0 ? 0 : ctx->ops->unit_rows(ctx, out, x, err);
+}
+
 int b2_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err)
 {
     if (check_view("top_k", "x", x, err) < 0)
@@ -233,4 +250,18 @@ int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *er
 size_t b2_scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim)
 {
     return ctx->ops->scratch_bytes(ctx, max_rows, max_width, max_keys, max_head_dim);
+}
+
+int b2_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_records *r, b2_err *err)
+{
+    enum { MOST_WIDTH = 65536, MOST_QUERIES = 65536 };
+    if (r->dtype != B2_F16 && r->dtype != B2_I8)
+        return b2_fail(err, B2_E_TYPE, "picture_scores: records of F16 or I8, found %s", b2_dtype_name(r->dtype));
+    if (r->pictures < 0 || r->queries < 1 || r->queries > MOST_QUERIES || r->width < 1 || r->width > MOST_WIDTH)
+        return b2_fail(err, B2_E_VALUE, "picture_scores: %lld records of %lld vectors of %lld", (long long)r->pictures,
+                       (long long)r->queries, (long long)r->width);
+    if (check_shape("picture_scores", "texts", texts, texts.rows, r->width, err) < 0 ||
+        check_shape("picture_scores", "out", out, texts.rows, r->pictures, err) < 0)
+        return -1;
+    return texts.rows == 0 || r->pictures == 0 ? 0 : ctx->ops->picture_scores(ctx, out, texts, r, err);
 }

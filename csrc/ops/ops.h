@@ -63,6 +63,8 @@ typedef enum b2_act {
     B2_ACT_SILU
 } b2_act;
 
+typedef enum b2_reduction { B2_MEAN = 0, B2_MAX } b2_reduction;
+
 typedef struct b2_linear_opts {
     const b2_weight *bias; /* [Dout] or NULL */
     b2_act act;
@@ -108,6 +110,34 @@ typedef struct b2_pictures {
     int64_t height, width;
 } b2_pictures;
 
+/* Pictures of an index, each a record of the same size: its Q vectors [Q, P] in ceil(Q/16) panels as b2_weight holds them,
+ * F16 in B2_PANELS or I8 in B2_QUADS (behind the panels' bytes their scales F32 [panels][16], one a vector). Where Q is no
+ * multiple of 16, the last panel repeats the first vector, which changes no maximum. */
+typedef struct b2_records {
+    const void *data;  /* [pictures] records */
+    int64_t pictures;  /* N */
+    int64_t queries;   /* Q */
+    int64_t width;     /* P */
+    b2_dtype dtype;    /* B2_F16 or B2_I8 */
+} b2_records;
+
+static inline int64_t b2_record_panels(const b2_records *r)
+{
+    return (r->queries + B2_PANEL - 1) / B2_PANEL;
+}
+
+/* Bytes of one panel's vectors, without scales. */
+static inline int64_t b2_record_panel_bytes(const b2_records *r)
+{
+    return B2_PANEL * (r->dtype == B2_I8 ? (r->width + 31) / 32 * 32 : 2 * r->width);
+}
+
+static inline int64_t b2_record_bytes(const b2_records *r)
+{
+    int64_t scales = r->dtype == B2_I8 ? B2_PANEL * (int64_t)sizeof(float) : 0;
+    return b2_record_panels(r) * (b2_record_panel_bytes(r) + scales);
+}
+
 struct b2_ops {
     const char *name;
     int items_by_blas; /* 1: whole pictures times a fp32 weight are fastest through the vendor's product */
@@ -125,9 +155,12 @@ struct b2_ops {
     int (*copy_rows)(b2_ctx *, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *);
     int (*add_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
+    int (*reduce_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *);
+    int (*unit_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
     int (*top_k)(b2_ctx *, float *values, int32_t *ids, b2_tensor x, int k, b2_err *);
     int (*log_softmax)(b2_ctx *, b2_tensor x, b2_err *);
     int (*check_finite)(b2_ctx *, int64_t *first_bad_row, b2_tensor x, b2_err *);
+    int (*picture_scores)(b2_ctx *, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *);
     size_t (*scratch_bytes)(const b2_ctx *, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim);
 };
 
@@ -184,6 +217,12 @@ int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor 
 /* out[i] += x[i mod x.rows]: the same rows (position embeddings) onto every picture. */
 int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
 
+/* out [B, D]: column by column the mean or the largest of each n rows of x [B*n, D], all of them numbers. */
+int b2_reduce_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *err);
+
+/* out = x / max(|x|, 1e-12), row by row: every row gets length 1 (torch's normalize); out may be x. */
+int b2_unit_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
+
 /* The k largest of each row of x [N, V], largest first, equal values by ascending id, NaN last: values, ids [N, k]. */
 int b2_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err);
 
@@ -192,5 +231,10 @@ int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
 
 /* first_bad_row = index of the first row of x that holds a NaN or an Inf, or -1. */
 int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);
+
+/* out [T, N] = the largest product of text t [T, P] with any of the vectors of picture n: of unit vectors, the largest
+ * cosine. One pass over the records for many texts. An element is the same whatever T, N and the threads are. Allocates
+ * a little by itself, takes nothing from ctx->scratch. */
+int b2_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *err);
 
 #endif

@@ -99,6 +99,32 @@ static int read_vision(b2py_state *state, PyObject *config, b2_vit_config *c)
     return check_heads(s, c->hidden_size, c->num_attention_heads);
 }
 
+static int read_text_side(PyObject *config, b2_text_side *out)
+{
+    static const char *const names[] = {[B2_TEXT_NONE] = "none", [B2_TEXT_BESIDE] = "beside", [B2_TEXT_APART] = "apart"};
+    char name[16];
+    if (read_text(config, "qformer", "text_side", name, sizeof name) < 0)
+        return -1;
+    for (int i = 0; i <= B2_TEXT_APART; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *out = (b2_text_side)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "config: qformer.text_side: expected none, beside or apart, found %s", name);
+    return -1;
+}
+
+static int read_heads(PyObject *config, b2_heads_config *c)
+{
+    const char *s = "heads";
+    return read_int(config, s, "projection_size", 1, MAX_WIDTH, &c->projection_size) < 0 ||
+                   read_small(config, s, "vision", 0, 1, &c->vision) < 0 ||
+                   read_small(config, s, "text", 0, 1, &c->text) < 0 ||
+                   read_small(config, s, "match", 0, 1, &c->match) < 0
+               ? -1
+               : 0;
+}
+
 static int read_qformer(b2py_state *state, PyObject *config, b2_qformer_config *c)
 {
     const char *s = "qformer";
@@ -111,7 +137,7 @@ static int read_qformer(b2py_state *state, PyObject *config, b2_qformer_config *
         read_small(config, s, "cross_attention_frequency", 1, MAX_LAYERS, &c->cross_attention_frequency) < 0 ||
         read_float(config, s, "layer_norm_eps", &c->layer_norm_eps) < 0 ||
         read_act(state, config, s, "hidden_act", &c->act) < 0 ||
-        read_small(config, s, "reads_text", 0, 1, &c->reads_text) < 0 ||
+        read_text_side(config, &c->text_side) < 0 ||
         read_int(config, s, "vocab_size", 1, MAX_VOCABULARY, &c->vocab_size) < 0 ||
         read_int(config, s, "max_position_embeddings", 1, MAX_VOCABULARY, &c->max_position_embeddings) < 0)
         return -1;
@@ -234,8 +260,14 @@ static int read_text_config(b2py_state *state, PyObject *config, b2_lm_config *c
 
 int b2py_read_config(b2py_state *state, PyObject *config, b2_blip2_config *out)
 {
-    return read_vision(state, config, &out->vision) < 0 || read_qformer(state, config, &out->qformer) < 0 ||
-                   read_text_config(state, config, &out->text) < 0
-               ? -1
-               : 0;
+    out->has_vision = PyMapping_HasKeyString(config, "vision");
+    out->has_text = PyMapping_HasKeyString(config, "text");
+    out->has_heads = PyMapping_HasKeyString(config, "heads");
+    if (read_qformer(state, config, &out->qformer) < 0 ||
+        (out->has_vision && read_vision(state, config, &out->vision) < 0) ||
+        (out->has_text && read_text_config(state, config, &out->text) < 0) ||
+        (out->has_heads && read_heads(config, &out->heads) < 0))
+        return -1;
+    out->heads.hidden_size = out->qformer.hidden_size;
+    return 0;
 }

@@ -6,7 +6,8 @@
 
 #include "model/blip2.h"
 
-/* 0, or -1 with an exception that names the section and the key. */
+/* 0, or -1 with an exception that names the section and the key. A part whose section (vision, text, heads) is missing
+ * is not in the model. */
 int b2py_read_config(b2py_state *state, PyObject *config, b2_blip2_config *out);
 
 #endif

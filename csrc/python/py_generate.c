@@ -71,6 +71,31 @@ static PyObject *prefix_nbytes(PyObject *object, void *Py_UNUSED(closure))
     return PyLong_FromLongLong(cache->rows * b2_kv_cache_row_bytes(cache));
 }
 
+static PyObject *prefix_head(PyObject *object, PyObject *argument)
+{
+    prefix_object *self = (prefix_object *)object;
+    int64_t length = PyLong_AsLongLong(argument);
+    if (length == -1 && PyErr_Occurred())
+        return NULL;
+    if (length < 1 || length > self->prefix->length) {
+        PyErr_Format(PyExc_ValueError, "length: expected 1 to %lld, found %lld", (long long)self->prefix->length,
+                     (long long)length);
+        return NULL;
+    }
+    if (length == self->prefix->length)
+        return Py_NewRef(object);
+    b2_prefix *head = NULL;
+    b2py_run r;
+    b2py_run_begin(&r, self->model, NULL);
+    int status = b2_prefix_head(&head, &r.ctx, self->prefix, length, &r.err);
+    return b2py_run_end(&r, self->model, status) < 0 ? NULL : new_prefix(self->model, head);
+}
+
+static PyMethodDef prefix_methods[] = {
+    {"head", prefix_head, METH_O, "head(length) -> Prefix: its first tokens."},
+    {0},
+};
+
 static PyGetSetDef prefix_getset[] = {
     {"ids", prefix_ids, NULL, "int32 [len(self)]: what the model has read; -1 where an image feature stands.", NULL},
     {"rule_ids", prefix_rule_ids, NULL, "int32 [len(self)]: the same as the rules of generation see it.", NULL},
@@ -81,6 +106,7 @@ static PyGetSetDef prefix_getset[] = {
 static PyType_Slot prefix_slots[] = {
     {Py_tp_doc, "A beginning of a prompt that the model has read: immutable, to be shared by any number of prompts."},
     {Py_tp_dealloc, prefix_dealloc},
+    {Py_tp_methods, prefix_methods},
     {Py_tp_getset, prefix_getset},
     {Py_sq_length, prefix_length},
     {0, NULL},
@@ -155,7 +181,7 @@ static PyObject *run_prefill(PyObject *self, const b2_blip2 *model, const b2_pro
 PyObject *b2py_model_prefill(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"image_features", "ids", "rule_ids", "prefix", NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     PyObject *features, *ids, *rules, *before = Py_None, *result = NULL;
     prompt_arrays arrays = {0};
     b2_prompt prompt = {0};
@@ -368,7 +394,7 @@ PyObject *b2py_model_generate(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"image_features", "ids",         "offsets",  "mask", "rule_ids", "options", "decoder_ids",
                             "decoder_offsets", "decoder_mask", "prefixes", "keys", "hooks",    "tap",     "keep", NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     request q = {.prefix_list = Py_None, .key_array = Py_None, .hook_dict = Py_None, .tap = Py_None};
     b2py_row_objects *o = &q.objects;
     if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|OOOOOOOp", names, &o->features, &o->ids, &o->offsets,

@@ -127,6 +127,15 @@ const b2_blip2 *b2py_loaded_model(PyObject *object)
     return NULL;
 }
 
+const b2_blip2 *b2py_language_model(PyObject *object)
+{
+    const b2_blip2 *model = b2py_loaded_model(object);
+    if (!model || model->lm)
+        return model;
+    PyErr_SetString(state_of(object)->unsupported_error, "this model has no language model");
+    return NULL;
+}
+
 /* ---- running ---- */
 
 void b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
@@ -135,13 +144,14 @@ void b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
     *r = (b2py_run){0};
     r->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &r->arena, .tap = tap,
                        .rows_are = B2_ROWS_TOGETHER};
-    r->ctx.cancel = b2py_call_begin(&r->call);
+    r->ctx.cancel = b2py_call_begin_listed(&r->call, state);
 }
 
 int b2py_run_end(b2py_run *r, PyObject *self, int status)
 {
     b2_arena_release(&r->arena);
     b2py_call_end(&r->call);
+    b2py_call_unlist(state_of(self), &r->call);
     if (status < 0)
         b2py_raise(state_of(self), &r->err);
     return status;
@@ -280,7 +290,14 @@ static PyMethodDef model_methods[] = {
      "read(image_embeds, text=None) -> image features [B, Q, D]: Q-Former and projection alone"},
     {"encode_stages", KEYWORDS(b2py_model_encode_stages),
      "encode_stages(pixel_values=None, hidden_states=False, attentions=False, interpolate=False, image_embeds=None,"
-     " qformer=True) -> dict of every stage's output"},
+     " qformer=True, text=None) -> dict of every stage's output"},
+    {"read_texts", KEYWORDS(b2py_model_read_texts),
+     "read_texts(text, hidden_states=False, attentions=False) -> dict: texts through the Q-Former alone"},
+    {"run_qformer", KEYWORDS(b2py_model_run_qformer),
+     "run_qformer(queries, text=None, query_mask=None, text_mask=None, image_embeds=None, image_mask=None,"
+     " hidden_states=False, attentions=False) -> dict: the Q-Former on any embeddings"},
+    {"similarity", b2py_model_similarity, METH_VARARGS,
+     "similarity(images, texts) -> [I, J]: the largest cosine of a query of picture i with text j"},
     {"forward", KEYWORDS(b2py_model_forward),
      "forward(image_features, ids, offsets, mask=None, hidden_states=False, attentions=False, decoder_ids=None,"
      " decoder_offsets=None, decoder_mask=None) -> {\"logits\": [N, V]}"},

@@ -1,14 +1,17 @@
 /* What the files behind blip2c._core.Model share: py_model.c (life), py_weights.c, py_stages.c (its parts one by one: encode,
- * forward), py_generate.c and py_stream.c (generation). */
+ * forward), py_retrieval.c (texts alone, similarity), py_generate.c and py_stream.c (generation). */
 #ifndef B2_PY_MODEL_H
 #define B2_PY_MODEL_H
 
 #include "python/py_common.h"
 
 #include "model/session.h"
+#include "python/py_watch.h"
 
 /* NULL with RuntimeError before __init__ has succeeded. */
 const b2_blip2 *b2py_loaded_model(PyObject *self);
+/* The same where there is a language model; else NULL with UnsupportedError. */
+const b2_blip2 *b2py_language_model(PyObject *self);
 
 /* A context for one call: its own scratch, the module's threads. begin releases the GIL, end takes it back. */
 typedef struct b2py_run {
@@ -43,6 +46,11 @@ PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_project(PyObject *self, PyObject *object);
 PyObject *b2py_model_embed(PyObject *self, PyObject *object);
+
+/* In py_retrieval.c. */
+PyObject *b2py_model_read_texts(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_run_qformer(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_similarity(PyObject *self, PyObject *args);
 
 /* In py_generate.c and py_stream.c. */
 PyObject *b2py_model_generate(PyObject *self, PyObject *args, PyObject *kwargs);

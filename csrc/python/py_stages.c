@@ -11,184 +11,7 @@ static b2py_state *state_of(PyObject *self)
     return b2py_state_of_type(Py_TYPE(self));
 }
 
-/* ---- watching ---- */
-
-/* The arrays of one stage, filled group by group as its layers report. */
-typedef struct track {
-    const char *stage;
-    const char *key;      /* of the result */
-    int count;            /* arrays */
-    int first;            /* layers before it are left out */
-    int stride;           /* layer first + i fills array i / stride */
-    PyObject *arrays;     /* list of float32 arrays, owned */
-    float **data;         /* [count], owned */
-    int64_t *filled;      /* [count + 1], owned: floats so far; one more for what follows the last norm */
-    int64_t size;         /* floats of an array */
-} track;
-
-enum { MOST_TRACKS = 8 };
-
-typedef struct recorder {
-    b2_tap tap; /* first */
-    track hidden[MOST_TRACKS], attention[MOST_TRACKS];
-    int hidden_count, attention_count;
-} recorder;
-
-/* Where the next `size` floats of a layer go. The states behind the final norm (layer = count) replace those before it:
- * transformers' last hidden states are normalised. */
-static float *next_floats(track *t, int layer, int64_t size, b2_err *err)
-{
-    int at = (layer - t->first) / t->stride, array = at < t->count ? at : t->count - 1;
-    if (at > t->count || t->filled[at] + size > t->size) {
-        b2_fail(err, B2_E_INTERNAL, "%s: layer %d does not fit what was planned for", t->key, layer);
-        return NULL;
-    }
-    float *to = t->data[array] + t->filled[at];
-    t->filled[at] += size;
-    return to;
-}
-
-static int record_hidden(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err)
-{
-    recorder *r = (recorder *)tap;
-    for (int i = 0; i < r->hidden_count; i++) {
-        track *t = &r->hidden[i];
-        if (strcmp(t->stage, stage) != 0 || layer < t->first)
-            continue;
-        float *to = next_floats(t, layer, hidden.rows * hidden.cols, err);
-        if (!to)
-            return -1;
-        for (int64_t row = 0; row < hidden.rows; row++)
-            memcpy(to + row * hidden.cols, hidden.data + row * hidden.ld, (size_t)hidden.cols * sizeof *to);
-    }
-    return 0;
-}
-
-static int64_t weights_of(const b2_attention_args *args)
-{
-    int64_t size = 0;
-    for (int64_t b = 0; b < args->rows; b++) {
-        int64_t keys = (int64_t)args->prefix_lens[b] + (args->suffix_lens ? args->suffix_lens[b] : 0);
-        size += args->heads * ((int64_t)args->q_offsets[b + 1] - args->q_offsets[b]) * keys;
-    }
-    return size;
-}
-
-static int record_attention(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, const b2_attention_args *args,
-                            b2_err *err)
-{
-    recorder *r = (recorder *)tap;
-    for (int i = 0; i < r->attention_count; i++) {
-        if (strcmp(r->attention[i].stage, stage) != 0)
-            continue;
-        float *to = next_floats(&r->attention[i], layer, weights_of(args), err);
-        return to ? b2_attention_weights(ctx, to, args, err) : -1;
-    }
-    return 0;
-}
-
-static void release_tracks(track *tracks, int count)
-{
-    for (int i = 0; i < count; i++) {
-        Py_XDECREF(tracks[i].arrays);
-        b2_free(tracks[i].data);
-        b2_free(tracks[i].filled);
-    }
-}
-
-static void recorder_release(recorder *r)
-{
-    release_tracks(r->hidden, r->hidden_count);
-    release_tracks(r->attention, r->attention_count);
-    r->hidden_count = r->attention_count = 0;
-}
-
-/* tracks[*count] gets its arrays; 0, or -1 with the exception set (recorder_release frees what there is). */
-static int add_track(track *tracks, int *count, b2py_state *state, track plan, int ndim, npy_intp *shape)
-{
-    b2_err err = {0};
-    track *t = &tracks[(*count)++];
-    *t = plan;
-    t->size = PyArray_MultiplyList(shape, ndim);
-    t->data = b2_alloc_zeroed((size_t)t->count, sizeof *t->data, t->key, &err);
-    t->filled = b2_alloc_zeroed((size_t)t->count + 1, sizeof *t->filled, t->key, &err);
-    if (!t->data || !t->filled) {
-        b2py_raise(state, &err);
-        return -1;
-    }
-    if (!(t->arrays = PyList_New(0)))
-        return -1;
-    for (int i = 0; i < t->count; i++) {
-        PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
-        if (!array || PyList_Append(t->arrays, array) < 0) {
-            Py_XDECREF(array);
-            return -1;
-        }
-        t->data[i] = PyArray_DATA((PyArrayObject *)array);
-        Py_DECREF(array);
-    }
-    return 0;
-}
-
-/* What to watch. */
-typedef struct wishes {
-    int hidden_states, attentions;
-} wishes;
-
-static int watch_hidden(recorder *r, b2py_state *state, const char *stage, const char *key, int layers, int ndim,
-                        npy_intp *shape)
-{
-    track plan = {.stage = stage, .key = key, .count = layers + 1, .stride = 1};
-    return add_track(r->hidden, &r->hidden_count, state, plan, ndim, shape);
-}
-
-static int watch_attention(recorder *r, b2py_state *state, const char *stage, const char *key, int layers, int stride,
-                           npy_intp *shape)
-{
-    track plan = {.stage = stage, .key = key, .count = (layers + stride - 1) / stride, .stride = stride};
-    return add_track(r->attention, &r->attention_count, state, plan, 4, shape);
-}
-
-static b2_tap *recorder_tap(recorder *r)
-{
-    r->tap = (b2_tap){record_hidden, r->attention_count > 0 ? record_attention : NULL};
-    return r->hidden_count + r->attention_count > 0 ? &r->tap : NULL;
-}
-
-/* Puts the arrays under their keys. A stage that did not report all of them is a fault here, not somebody's numbers. */
-static int put_tracks(const track *tracks, int count, PyObject *result)
-{
-    for (int i = 0; i < count; i++) {
-        for (int a = 0; a < tracks[i].count; a++)
-            if (tracks[i].filled[a] != tracks[i].size) {
-                PyErr_Format(PyExc_RuntimeError, "%s: layer %d was not reported", tracks[i].key,
-                             tracks[i].first + a * tracks[i].stride);
-                return -1;
-            }
-        if (PyDict_SetItemString(result, tracks[i].key, tracks[i].arrays) < 0)
-            return -1;
-    }
-    return 0;
-}
-
-static int recorder_result(const recorder *r, PyObject *result)
-{
-    return put_tracks(r->hidden, r->hidden_count, result) < 0
-               ? -1
-               : put_tracks(r->attention, r->attention_count, result);
-}
-
 /* ---- pictures ---- */
-
-static PyObject *new_float_array(int ndim, npy_intp *shape, b2_tensor *view)
-{
-    PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
-    if (!array)
-        return NULL;
-    int64_t rows = PyArray_MultiplyList(shape, ndim - 1);
-    *view = b2_tensor_of(PyArray_DATA((PyArrayObject *)array), rows, shape[ndim - 1]);
-    return array;
-}
 
 /* What the encoder reads: pixels, or the image embeddings that it would make of them. */
 typedef struct picture_input {
@@ -231,82 +54,11 @@ static int read_embeds(picture_input *in, PyObject *object, const b2_vit_config 
     return 0;
 }
 
-/* What the Q-Former reads beside the pictures. */
-typedef struct text_input {
-    PyArrayObject *ids, *offsets, *mask; /* owned */
-    b2_texts texts;
-    const b2_texts *given; /* NULL: none */
-} text_input;
-
-static void text_release(text_input *in)
-{
-    Py_XDECREF(in->ids);
-    Py_XDECREF(in->offsets);
-    Py_XDECREF(in->mask);
-}
-
-/* One text a picture, packed: offsets run from 0 to the number of ids. */
-static int check_text(const text_input *in, int64_t pictures)
-{
-    const int64_t *offsets = PyArray_DATA(in->offsets);
-    npy_intp tokens = PyArray_DIM(in->ids, 0), rows = PyArray_DIM(in->offsets, 0) - 1;
-    if (rows != pictures) {
-        PyErr_Format(PyExc_ValueError, "text: %zd texts for %lld pictures", (Py_ssize_t)rows, (long long)pictures);
-        return -1;
-    }
-    int fits = offsets[0] == 0 && offsets[rows] == tokens;
-    for (npy_intp b = 0; fits && b < rows; b++)
-        fits = offsets[b] <= offsets[b + 1];
-    if (!fits) {
-        PyErr_Format(PyExc_ValueError, "text: expected offsets that run from 0 to %zd", (Py_ssize_t)tokens);
-        return -1;
-    }
-    if (in->mask && PyArray_DIM(in->mask, 0) != tokens) {
-        PyErr_Format(PyExc_ValueError, "text: %zd ids, a mask of %zd", (Py_ssize_t)tokens,
-                     (Py_ssize_t)PyArray_DIM(in->mask, 0));
-        return -1;
-    }
-    return 0;
-}
-
-/* `object`: None, or a tuple (ids, offsets, mask or None). */
-static int read_text(text_input *in, PyObject *object, int64_t pictures)
-{
-    PyObject *ids, *offsets, *mask;
-    if (object == Py_None)
-        return 0;
-    if (!PyTuple_Check(object) || !PyArg_ParseTuple(object, "OOO", &ids, &offsets, &mask)) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_TypeError, "text: expected None or a tuple (ids, offsets, mask)");
-        return -1;
-    }
-    if (!(in->ids = b2py_array(ids, "text ids", NPY_INT32, 1)) ||
-        !(in->offsets = b2py_array(offsets, "text offsets", NPY_INT64, 1)) ||
-        (mask != Py_None && !(in->mask = b2py_array(mask, "text mask", NPY_UINT8, 1))) || check_text(in, pictures) < 0)
-        return -1;
-    in->texts = (b2_texts){PyArray_DATA(in->ids), PyArray_DATA(in->offsets), in->mask ? PyArray_DATA(in->mask) : NULL};
-    in->given = &in->texts;
-    return 0;
-}
-
-/* Tokens of each text where all have the same number, which is what watching them needs; -1 with the exception set. */
-static int64_t text_length(const text_input *in, int64_t pictures)
-{
-    if (!in->given)
-        return 0;
-    for (int64_t b = 1; b < pictures; b++)
-        if (in->texts.offsets[b + 1] - in->texts.offsets[b] != in->texts.offsets[1]) {
-            PyErr_SetString(PyExc_ValueError, "text: hidden states and attentions need texts of one length");
-            return -1;
-        }
-    return in->texts.offsets[1];
-}
-
 /* The arrays of encode. */
 typedef struct stages {
-    PyObject *vision, *pooled, *qformer, *features; /* owned; NULL where not wanted */
+    PyObject *vision, *pooled, *qformer, *text, *features, *embeds, *match; /* owned; NULL where not wanted */
     b2_encoded out;
-    recorder recorder;
+    b2py_recorder recorder;
 } stages;
 
 static void stages_release(stages *s)
@@ -314,24 +66,27 @@ static void stages_release(stages *s)
     Py_XDECREF(s->vision);
     Py_XDECREF(s->pooled);
     Py_XDECREF(s->qformer);
+    Py_XDECREF(s->text);
     Py_XDECREF(s->features);
-    recorder_release(&s->recorder);
+    Py_XDECREF(s->embeds);
+    Py_XDECREF(s->match);
+    b2py_recorder_release(&s->recorder);
 }
 
-static int watch_vision(stages *s, b2py_state *state, const b2_vit_config *c, npy_intp *shape, wishes w)
+static int watch_vision(stages *s, b2py_state *state, const b2_vit_config *c, npy_intp *shape, b2py_wishes w)
 {
     npy_intp weights[] = {shape[0], c->num_attention_heads, shape[1], shape[1]};
-    if (w.hidden_states && watch_hidden(&s->recorder, state, "vision", "vision_hidden_states", c->num_hidden_layers, 3,
+    if (w.hidden_states && b2py_watch_hidden(&s->recorder, state, "vision", "vision_hidden_states", c->num_hidden_layers, 3,
                                         shape) < 0)
         return -1;
-    return w.attentions ? watch_attention(&s->recorder, state, "vision", "vision_attentions", c->num_hidden_layers, 1,
+    return w.attentions ? b2py_watch_attention(&s->recorder, state, "vision", "vision_attentions", c->num_hidden_layers, 1,
                                           weights)
                         : 0;
 }
 
 /* `text` tokens beside the queries of each picture; those are reported apart. */
 static int watch_qformer(stages *s, b2py_state *state, const b2_qformer_config *c, npy_intp *shape, int64_t tokens,
-                         int64_t text, wishes w)
+                         int64_t text, b2py_wishes w)
 {
     npy_intp queries = shape[1], heads = c->num_attention_heads;
     npy_intp self[] = {shape[0], heads, queries, queries + text}, of_text[] = {shape[0], heads, text, queries + text};
@@ -340,33 +95,55 @@ static int watch_qformer(stages *s, b2py_state *state, const b2_qformer_config *
     if (text < 0)
         return -1;
     if (w.hidden_states &&
-        (watch_hidden(&s->recorder, state, "qformer", "qformer_hidden_states", layers, 3, shape) < 0 ||
-         (text > 0 && watch_hidden(&s->recorder, state, "qformer_text", "qformer_text_hidden_states", layers, 3,
+        (b2py_watch_hidden(&s->recorder, state, "qformer", "qformer_hidden_states", layers, 3, shape) < 0 ||
+         (text > 0 && b2py_watch_hidden(&s->recorder, state, "qformer_text", "qformer_text_hidden_states", layers, 3,
                                    text_hidden) < 0)))
         return -1;
     if (!w.attentions)
         return 0;
-    return watch_attention(&s->recorder, state, "qformer", "qformer_attentions", layers, 1, self) < 0 ||
-                   (text > 0 && watch_attention(&s->recorder, state, "qformer_text", "qformer_text_attentions", layers,
+    return b2py_watch_attention(&s->recorder, state, "qformer", "qformer_attentions", layers, 1, self) < 0 ||
+                   (text > 0 && b2py_watch_attention(&s->recorder, state, "qformer_text", "qformer_text_attentions", layers,
                                                 1, of_text) < 0) ||
-                   watch_attention(&s->recorder, state, "qformer_cross", "qformer_cross_attentions", layers,
+                   b2py_watch_attention(&s->recorder, state, "qformer_cross", "qformer_cross_attentions", layers,
                                    c->cross_attention_frequency, cross) < 0
                ? -1
                : 0;
 }
 
+/* What the model reads off the queries: with a text beside them whether it matches, without one the embeddings. */
+static int results_make(stages *s, const b2_blip2 *model, npy_intp count, const b2py_text *text)
+{
+    const b2_heads_config *heads = &model->heads.config;
+    npy_intp queries = model->qformer.config.num_query_tokens;
+    if (model->lm) {
+        npy_intp features[] = {count, queries, model->lm->config.hidden_size};
+        if (!(s->features = b2py_new_array(3, features, &s->out.features)))
+            return -1;
+    }
+    if (text->given) {
+        npy_intp words[] = {PyArray_DIM(text->ids, 0), model->qformer.config.hidden_size}, match[] = {count, 2};
+        if (!(s->text = b2py_new_array(2, words, &s->out.text)) ||
+            (heads->match && !(s->match = b2py_new_array(2, match, &s->out.match))))
+            return -1;
+    } else if (heads->vision) {
+        npy_intp embeds[] = {count, queries, heads->projection_size};
+        if (!(s->embeds = b2py_new_array(3, embeds, &s->out.embeds)))
+            return -1;
+    }
+    return 0;
+}
+
 /* "vision", "pooled" and the Q-Former's arrays, each where it is to be computed. */
 static int stages_make(stages *s, b2py_state *state, const b2_blip2 *model, const picture_input *in,
-                       const text_input *text, int with_qformer, wishes w)
+                       const b2py_text *text, int with_qformer, b2py_wishes w)
 {
     const b2_qformer_config *q = &model->qformer.config;
     npy_intp count = in->pictures.count, width = model->vit.config.hidden_size;
     npy_intp vision[] = {count, in->tokens, width}, pooled[] = {count, width};
     npy_intp qformer[] = {count, q->num_query_tokens, q->hidden_size};
-    npy_intp features[] = {count, q->num_query_tokens, model->lm->config.hidden_size};
     if (in->pictures.data) {
-        if (!(s->vision = new_float_array(3, vision, &s->out.vision)) ||
-            !(s->pooled = new_float_array(2, pooled, &s->out.pooled)) ||
+        if (!(s->vision = b2py_new_array(3, vision, &s->out.vision)) ||
+            !(s->pooled = b2py_new_array(2, pooled, &s->out.pooled)) ||
             watch_vision(s, state, &model->vit.config, vision, w) < 0)
             return -1;
     } else {
@@ -374,12 +151,11 @@ static int stages_make(stages *s, b2py_state *state, const b2_blip2 *model, cons
     }
     if (!with_qformer)
         return 0;
-    if (!(s->qformer = new_float_array(3, qformer, &s->out.qformer)) ||
-        !(s->features = new_float_array(3, features, &s->out.features)))
+    if (!(s->qformer = b2py_new_array(3, qformer, &s->out.qformer)) || results_make(s, model, count, text) < 0)
         return -1;
     if (!w.hidden_states && !w.attentions)
         return 0;
-    return watch_qformer(s, state, q, qformer, in->tokens, text_length(text, count), w);
+    return watch_qformer(s, state, q, qformer, in->tokens, b2py_text_length(text, count), w);
 }
 
 static PyObject *stages_result(const stages *s)
@@ -387,24 +163,35 @@ static PyObject *stages_result(const stages *s)
     struct {
         const char *key;
         PyObject *array;
-    } parts[] = {{"vision", s->vision}, {"pooled", s->pooled}, {"qformer", s->qformer}, {"image_features", s->features}};
+    } parts[] = {{"vision", s->vision}, {"pooled", s->pooled}, {"qformer", s->qformer}, {"text", s->text},
+                 {"image_features", s->features}, {"embeds", s->embeds}, {"match", s->match}};
     PyObject *result = PyDict_New();
     for (size_t i = 0; result && i < sizeof parts / sizeof *parts; i++)
         if (parts[i].array && PyDict_SetItemString(result, parts[i].key, parts[i].array) < 0)
             Py_CLEAR(result);
-    if (result && recorder_result(&s->recorder, result) < 0)
+    if (result && b2py_recorder_result(&s->recorder, result) < 0)
         Py_CLEAR(result);
     return result;
+}
+
+/* A model that looks at pictures; else NULL with the exception set. */
+static const b2_blip2 *loaded_vision(PyObject *self)
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    if (!model || model->vit.layers)
+        return model;
+    PyErr_SetString(state_of(self)->unsupported_error, "this model has no vision encoder");
+    return NULL;
 }
 
 PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"pixel_values", "hidden_states", "attentions", "interpolate", "image_embeds", "qformer", "text",
                             NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = loaded_vision(self);
     PyObject *pixels = Py_None, *embeds = Py_None, *words = Py_None, *result = NULL;
     int interpolate = 0, with_qformer = 1;
-    wishes w = {0};
+    b2py_wishes w = {0};
     if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OpppOpO", names, &pixels, &w.hidden_states, &w.attentions,
                                                &interpolate, &embeds, &with_qformer, &words))
         return NULL;
@@ -414,28 +201,28 @@ PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwa
     }
     stages s = {0};
     picture_input in = {0};
-    text_input text = {0};
+    b2py_text text = {0};
     int status = embeds == Py_None ? read_pixels(&in, pixels, &model->vit.config, interpolate)
                                    : read_embeds(&in, embeds, &model->vit.config);
     if (status == 0)
-        status = read_text(&text, words, in.pictures.count);
+        status = b2py_read_text(&text, words, in.pictures.count);
     if (status == 0)
         status = stages_make(&s, state_of(self), model, &in, &text, with_qformer, w);
     if (status == 0) {
         b2py_run r;
-        b2py_run_begin(&r, self, recorder_tap(&s.recorder));
+        b2py_run_begin(&r, self, b2py_recorder_tap(&s.recorder));
         status = b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, &s.out, in.pictures, text.given, &r.err));
     }
     if (status == 0)
         result = stages_result(&s);
     stages_release(&s);
-    text_release(&text);
+    b2py_text_release(&text);
     Py_XDECREF(in.array);
     return result;
 }
 
 /* One array of a plain run: `view` points into `out` where its result goes. */
-static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input *in, text_input *text, PyObject *array,
+static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input *in, b2py_text *text, PyObject *array,
                             const b2_encoded *out)
 {
     if (array) {
@@ -444,7 +231,7 @@ static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input
         if (b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, out, in->pictures, text->given, &r.err)) < 0)
             Py_CLEAR(array);
     }
-    text_release(text);
+    b2py_text_release(text);
     Py_XDECREF(in->array);
     return array;
 }
@@ -452,37 +239,37 @@ static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input
 static PyObject *new_features(const b2_blip2 *model, int64_t pictures, b2_tensor *view)
 {
     npy_intp shape[] = {pictures, model->qformer.config.num_query_tokens, model->lm->config.hidden_size};
-    return new_float_array(3, shape, view);
+    return b2py_new_array(3, shape, view);
 }
 
 PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"pixel_values", "interpolate", "text", NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     PyObject *object, *words = Py_None, *features = NULL;
     int interpolate = 0;
     picture_input in = {0};
-    text_input text = {0};
+    b2py_text text = {0};
     b2_encoded out = {0};
     if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|pO", names, &object, &interpolate, &words))
         return NULL;
-    if (read_pixels(&in, object, &model->vit.config, interpolate) == 0 && read_text(&text, words, in.pictures.count) == 0)
+    if (read_pixels(&in, object, &model->vit.config, interpolate) == 0 && b2py_read_text(&text, words, in.pictures.count) == 0)
         features = new_features(model, in.pictures.count, &out.features);
     return encode_one(self, model, &in, &text, features, &out);
 }
 
 PyObject *b2py_model_vision(PyObject *self, PyObject *object)
 {
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = loaded_vision(self);
     picture_input in = {0};
-    text_input none = {0};
+    b2py_text none = {0};
     b2_encoded out = {0};
     PyObject *hidden = NULL;
     if (!model)
         return NULL;
     if (read_pixels(&in, object, &model->vit.config, 0) == 0) {
         npy_intp shape[] = {in.pictures.count, in.tokens, model->vit.config.hidden_size};
-        hidden = new_float_array(3, shape, &out.vision);
+        hidden = b2py_new_array(3, shape, &out.vision);
     }
     return encode_one(self, model, &in, &none, hidden, &out);
 }
@@ -490,14 +277,14 @@ PyObject *b2py_model_vision(PyObject *self, PyObject *object)
 PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"image_embeds", "text", NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     PyObject *object, *words = Py_None, *features = NULL;
     picture_input in = {0};
-    text_input text = {0};
+    b2py_text text = {0};
     b2_encoded out = {0};
     if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &object, &words))
         return NULL;
-    if (read_embeds(&in, object, &model->vit.config) == 0 && read_text(&text, words, in.pictures.count) == 0) {
+    if (read_embeds(&in, object, &model->vit.config) == 0 && b2py_read_text(&text, words, in.pictures.count) == 0) {
         out.vision = b2_tensor_of(PyArray_DATA(in.array), in.pictures.count * in.tokens, model->vit.config.hidden_size);
         features = new_features(model, in.pictures.count, &out.features);
     }
@@ -520,16 +307,16 @@ static int64_t equal_length(const char *what, const int64_t *offsets, int64_t ro
 }
 
 /* The encoder's last hidden state, which the output holds whether or not somebody watches. */
-static int watch_encoder_end(recorder *r, b2py_state *state, const b2_lm *lm, const b2_rows_in *in)
+static int watch_encoder_end(b2py_recorder *r, b2py_state *state, const b2_lm *lm, const b2_rows_in *in)
 {
     npy_intp shape[] = {in->offsets[in->rows], lm->config.hidden_size};
-    track plan = {.stage = "encoder", .key = "encoder_last_hidden_state", .count = 1,
+    b2py_track plan = {.stage = "encoder", .key = "encoder_last_hidden_state", .count = 1,
                   .first = lm->config.num_hidden_layers + 1, .stride = 1};
-    return add_track(r->hidden, &r->hidden_count, state, plan, 2, shape);
+    return b2py_add_track(r->hidden, &r->hidden_count, state, plan, 2, shape);
 }
 
 /* Prompts and decoder rows of an encoder-decoder; `queries` and `keys` are the rows' lengths. */
-static int watch_language(recorder *r, b2py_state *state, const b2_lm *lm, const b2_rows_in *in, wishes w)
+static int watch_language(b2py_recorder *r, b2py_state *state, const b2_lm *lm, const b2_rows_in *in, b2py_wishes w)
 {
     int decoder = lm->class_->encode != NULL, layers = lm->kv_layers, heads = lm->config.num_attention_heads;
     const char *stage = decoder ? "decoder" : "language_model";
@@ -539,8 +326,8 @@ static int watch_language(recorder *r, b2py_state *state, const b2_lm *lm, const
     if (decoder && watch_encoder_end(r, state, lm, in) < 0)
         return -1;
     if (w.hidden_states &&
-        (watch_hidden(r, state, stage, decoder ? "decoder_hidden_states" : "hidden_states", layers, 2, hidden) < 0 ||
-         (decoder && watch_hidden(r, state, "encoder", "encoder_hidden_states", lm->config.num_hidden_layers, 2,
+        (b2py_watch_hidden(r, state, stage, decoder ? "decoder_hidden_states" : "hidden_states", layers, 2, hidden) < 0 ||
+         (decoder && b2py_watch_hidden(r, state, "encoder", "encoder_hidden_states", lm->config.num_hidden_layers, 2,
                                   encoder_hidden) < 0)))
         return -1;
     if (!w.attentions)
@@ -550,35 +337,35 @@ static int watch_language(recorder *r, b2py_state *state, const b2_lm *lm, const
     npy_intp self[] = {in->rows, heads, queries, queries}, cross[] = {in->rows, heads, queries, keys};
     npy_intp encoder[] = {in->rows, heads, keys, keys};
     if (keys < 0 ||
-        watch_attention(r, state, stage, decoder ? "decoder_attentions" : "attentions", layers, 1, self) < 0)
+        b2py_watch_attention(r, state, stage, decoder ? "decoder_attentions" : "attentions", layers, 1, self) < 0)
         return -1;
     if (!decoder)
         return 0;
-    return watch_attention(r, state, "decoder_cross", "cross_attentions", layers, 1, cross) < 0 ||
-                   watch_attention(r, state, "encoder", "encoder_attentions", lm->config.num_hidden_layers, 1,
+    return b2py_watch_attention(r, state, "decoder_cross", "cross_attentions", layers, 1, cross) < 0 ||
+                   b2py_watch_attention(r, state, "encoder", "encoder_attentions", lm->config.num_hidden_layers, 1,
                                    encoder) < 0
                ? -1
                : 0;
 }
 
-static PyObject *run_forward(PyObject *self, const b2_blip2 *model, const b2_rows_in *in, wishes w)
+static PyObject *run_forward(PyObject *self, const b2_blip2 *model, const b2_rows_in *in, b2py_wishes w)
 {
     const int64_t *offsets = model->lm->class_->encode ? in->decoder_offsets : in->offsets;
     npy_intp shape[] = {offsets[in->rows], model->lm->config.vocab_size};
-    recorder r = {0};
+    b2py_recorder r = {0};
     b2_tensor view;
     PyObject *logits = NULL, *result = NULL;
-    if (watch_language(&r, state_of(self), model->lm, in, w) == 0 && (logits = new_float_array(2, shape, &view))) {
+    if (watch_language(&r, state_of(self), model->lm, in, w) == 0 && (logits = b2py_new_array(2, shape, &view))) {
         b2py_run run;
-        b2py_run_begin(&run, self, recorder_tap(&r));
+        b2py_run_begin(&run, self, b2py_recorder_tap(&r));
         int status = b2_session_forward(&run.ctx, model, in, view, &run.err);
         if (b2py_run_end(&run, self, status) == 0)
             result = Py_BuildValue("{s:O}", "logits", logits);
     }
-    if (result && recorder_result(&r, result) < 0)
+    if (result && b2py_recorder_result(&r, result) < 0)
         Py_CLEAR(result);
     Py_XDECREF(logits);
-    recorder_release(&r);
+    b2py_recorder_release(&r);
     return result;
 }
 
@@ -586,9 +373,9 @@ PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"image_features", "ids", "offsets", "mask", "hidden_states", "attentions", "decoder_ids",
                             "decoder_offsets", "decoder_mask", NULL};
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     b2py_row_objects o = {0};
-    wishes w = {0};
+    b2py_wishes w = {0};
     if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OppOOO", names, &o.features, &o.ids, &o.offsets,
                                                &o.mask, &w.hidden_states, &w.attentions, &o.decoder_ids,
                                                &o.decoder_offsets, &o.decoder_mask))
@@ -606,14 +393,14 @@ PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs)
 
 PyObject *b2py_model_project(PyObject *self, PyObject *object)
 {
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     PyArrayObject *x = model ? b2py_array(object, "x", NPY_FLOAT32, 2) : NULL;
     if (!x)
         return NULL;
     npy_intp rows = PyArray_DIM(x, 0), width = PyArray_DIM(x, 1);
     npy_intp shape[] = {rows, model->lm->config.hidden_size};
     b2_tensor view;
-    PyObject *out = new_float_array(2, shape, &view);
+    PyObject *out = b2py_new_array(2, shape, &view);
     if (out) {
         b2py_run r;
         b2py_run_begin(&r, self, NULL);
@@ -627,7 +414,7 @@ PyObject *b2py_model_project(PyObject *self, PyObject *object)
 
 PyObject *b2py_model_embed(PyObject *self, PyObject *object)
 {
-    const b2_blip2 *model = b2py_loaded_model(self);
+    const b2_blip2 *model = b2py_language_model(self);
     PyArrayObject *ids = model ? b2py_array(object, "ids", NPY_INT32, 1) : NULL;
     if (!ids)
         return NULL;
@@ -641,7 +428,7 @@ PyObject *b2py_model_embed(PyObject *self, PyObject *object)
     if (negative < shape[0])
         PyErr_Format(PyExc_IndexError, "ids[%zd] is %d, expected a token", negative, (int)id[negative]);
     else
-        out = new_float_array(2, shape, &view);
+        out = b2py_new_array(2, shape, &view);
     if (out) {
         b2py_run r;
         b2py_run_begin(&r, self, NULL);

@@ -188,9 +188,21 @@ PyObject *b2py_model_dtypes(PyObject *self, void *Py_UNUSED(closure))
     const b2_blip2 *model = b2py_loaded_model(self);
     if (!model)
         return NULL;
-    return Py_BuildValue("{s:s,s:s,s:s}", "vision", b2py_dtype_name(model->dtypes[B2_PART_VISION]), "qformer",
-                         b2py_dtype_name(model->dtypes[B2_PART_QFORMER]), "language",
-                         b2py_dtype_name(model->dtypes[B2_PART_LANGUAGE]));
+    const struct {
+        const char *name;
+        int present;
+        b2_dtype dtype;
+    } parts[] = {{"vision", model->vit.layers != NULL, model->dtypes[B2_PART_VISION]},
+                 {"qformer", 1, model->dtypes[B2_PART_QFORMER]},
+                 {"language", model->lm != NULL, model->dtypes[B2_PART_LANGUAGE]}};
+    PyObject *result = PyDict_New();
+    for (size_t i = 0; result && i < sizeof parts / sizeof *parts; i++) {
+        PyObject *name = parts[i].present ? PyUnicode_FromString(b2py_dtype_name(parts[i].dtype)) : NULL;
+        if (parts[i].present && (!name || PyDict_SetItemString(result, parts[i].name, name) < 0))
+            Py_CLEAR(result);
+        Py_XDECREF(name);
+    }
+    return result;
 }
 
 PyObject *b2py_model_policies(PyObject *self, void *Py_UNUSED(closure))

@@ -27,9 +27,12 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .patches = b2_cpu_patches,                                                                          \
                 .copy_rows = b2_cpu_copy_rows,                                                                      \
                 .add_rows = b2_cpu_add_rows,                                                                        \
+                .reduce_rows = b2_cpu_reduce_rows,                                                                  \
+                .unit_rows = b2_cpu_unit_rows,                                                                      \
                 .top_k = b2_cpu_top_k,                                                                              \
                 .log_softmax = b2_cpu_log_softmax,                                                                  \
                 .check_finite = b2_cpu_check_finite,                                                                \
+                .picture_scores = b2_cpu_picture_scores,                                                            \
                 .scratch_bytes = scratch_bytes},                                                                    \
         .kernels = KERNELS,                                                                                         \
         .quads = QUADS,                                                                                             \

@@ -80,8 +80,11 @@ int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, b2_pictures pictures, int64_t pat
 int b2_cpu_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *err);
 int b2_cpu_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
+int b2_cpu_reduce_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *err);
+int b2_cpu_unit_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
 int b2_cpu_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err);
 int b2_cpu_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
 int b2_cpu_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);
+int b2_cpu_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *err);
 
 #endif

@@ -23,6 +23,7 @@ typedef struct rows_job {
     float *values;
     int32_t *top_ids;
     int k;
+    b2_reduction reduction;
     atomic_llong first_bad;
     void (*row)(struct rows_job *job, int64_t row);
     int64_t count, per_tile;
@@ -193,6 +194,45 @@ int b2_cpu_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)
 {
     rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .row = add_one};
     return run_rows(ctx, &job, out.rows, (double)x.cols * 0.2, err);
+}
+
+static void reduce_one(rows_job *job, int64_t i)
+{
+    int64_t count = job->x.rows / job->out.rows, cols = job->x.cols;
+    const float *from = job->x.data + i * count * job->x.ld;
+    float *to = job->out.data + i * job->out.ld;
+    memcpy(to, from, (size_t)cols * sizeof *to);
+    for (int64_t row = 1; row < count; row++) {
+        from += job->x.ld;
+        for (int64_t c = 0; c < cols; c++)
+            to[c] = job->reduction == B2_MEAN ? to[c] + from[c] : from[c] > to[c] ? from[c] : to[c];
+    }
+    for (int64_t c = 0; c < cols && job->reduction == B2_MEAN; c++)
+        to[c] /= (float)count;
+}
+
+int b2_cpu_reduce_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *err)
+{
+    rows_job job = {.out = out, .x = x, .reduction = reduction, .row = reduce_one};
+    return run_rows(ctx, &job, out.rows, (double)(x.rows / out.rows * x.cols) * 0.5, err);
+}
+
+static void unit_one(rows_job *job, int64_t i)
+{
+    const float *x = job->x.data + i * job->x.ld;
+    float *out = job->out.data + i * job->out.ld;
+    double squares = 0.0;
+    for (int64_t c = 0; c < job->x.cols; c++)
+        squares += (double)x[c] * x[c];
+    float length = fmaxf((float)sqrt(squares), 1e-12f);
+    for (int64_t c = 0; c < job->x.cols; c++)
+        out[c] = x[c] / length;
+}
+
+int b2_cpu_unit_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)
+{
+    rows_job job = {.out = out, .x = x, .row = unit_one};
+    return run_rows(ctx, &job, x.rows, (double)x.cols * 1.0, err);
 }
 
 static void top_one(rows_job *job, int64_t i)

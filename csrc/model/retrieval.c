@@ -1,0 +1,95 @@
+#include "model/retrieval.h"
+
+#include "model/stage.h"
+
+/* What goes through together: enough to keep the cores busy, few enough to stay small. */
+enum { TEXTS_AT_ONCE = 64, PRODUCTS_AT_ONCE = 1 << 20 };
+
+static int64_t longest_of(const b2_texts *texts, int64_t first, int64_t count)
+{
+    int64_t longest = 0;
+    for (int64_t b = first; b < first + count; b++)
+        longest = b2_max64(longest, texts->offsets[b + 1] - texts->offsets[b]);
+    return longest;
+}
+
+static int read_group(b2_ctx *ctx, const b2_blip2 *m, const b2_read *out, const b2_texts *texts, int64_t first,
+                      int64_t count, b2_err *err)
+{
+    b2_texts own = b2_texts_from(*texts, first);
+    int64_t start = own.offsets[0] - texts->offsets[0], tokens = own.offsets[count] - own.offsets[0];
+    b2_qformer_in in = {.items = count, .texts = &own};
+    b2_tensor hidden;
+    if (out->text.data)
+        hidden = b2_rows(out->text, start, tokens);
+    else if (b2_stage_take(ctx, &hidden, tokens, m->qformer.config.hidden_size, err) < 0)
+        return -1;
+    if (b2_qformer_forward(ctx, &m->qformer, &(b2_qformer_out){.text = hidden}, &in, err) < 0)
+        return -1;
+    return out->embeds.data
+               ? b2_heads_project_text(ctx, &m->heads, b2_rows(out->embeds, start, tokens), hidden, err)
+               : 0;
+}
+
+int b2_blip2_read_texts(b2_ctx *ctx, const b2_blip2 *m, const b2_read *out, const b2_texts *texts, int64_t count,
+                        b2_err *err)
+{
+    if (m->qformer.config.text_side != B2_TEXT_APART)
+        return b2_fail(err, B2_E_UNSUPPORTED, "this model's Q-Former does not read texts alone");
+    if (b2_texts_check(&m->qformer.config, texts, count, err) < 0)
+        return -1;
+    int64_t at_once = count < TEXTS_AT_ONCE ? count : TEXTS_AT_ONCE, longest = longest_of(texts, 0, count);
+    size_t hidden = b2_arena_cost((size_t)(at_once * longest * m->qformer.config.hidden_size), sizeof(float));
+    size_t work = b2_qformer_scratch(ctx, &m->qformer, at_once, 0, 0, longest);
+    size_t heads = b2_heads_scratch(ctx, &m->heads, at_once * longest);
+    if (b2_arena_reserve(ctx->scratch, hidden + (work > heads ? work : heads), err) < 0)
+        return -1;
+    size_t mark = b2_arena_mark(ctx->scratch);
+    for (int64_t first = 0; first < count; first += TEXTS_AT_ONCE) {
+        if (read_group(ctx, m, out, texts, first, count - first < at_once ? count - first : at_once, err) < 0)
+            return -1;
+        b2_arena_reset(ctx->scratch, mark);
+    }
+    return 0;
+}
+
+int b2_blip2_run_qformer(b2_ctx *ctx, const b2_blip2 *m, const b2_qformer_out *out, const b2_qformer_in *in, b2_err *err)
+{
+    if (in->texts && m->qformer.config.text_side == B2_TEXT_NONE)
+        return b2_fail(err, B2_E_UNSUPPORTED, "this model's Q-Former reads no text");
+    if (in->items == 0)
+        return 0;
+    int64_t longest = in->texts ? longest_of(in->texts, 0, in->items) : 0;
+    size_t bytes = b2_qformer_scratch(ctx, &m->qformer, in->items, in->queries, in->image.rows / in->items, longest);
+    if (b2_arena_reserve(ctx->scratch, bytes, err) < 0)
+        return -1;
+    return b2_qformer_forward(ctx, &m->qformer, out, in, err);
+}
+
+int b2_similarity(b2_ctx *ctx, b2_tensor out, b2_tensor images, b2_tensor texts, int64_t queries, b2_err *err)
+{
+    if (out.rows == 0 || out.cols == 0)
+        return 0;
+    /* Each product is one chain over ascending P, whatever stands beside it. */
+    b2_weight weight = {.name = "texts", .data = texts.data, .n = texts.rows, .k = texts.cols, .layout = B2_ROWS};
+    b2_linear_opts opts = {0};
+    int64_t group = b2_max64(PRODUCTS_AT_ONCE / (queries * texts.rows), 1);
+    group = group < out.rows ? group : out.rows;
+    int64_t rows = group * queries;
+    if (b2_arena_reserve(ctx->scratch,
+                         b2_arena_cost((size_t)(rows * texts.rows), sizeof(float)) +
+                             b2_scratch_bytes(ctx, rows, b2_max64(texts.rows, texts.cols), 1, 1),
+                         err) < 0)
+        return -1;
+    for (int64_t first = 0; first < out.rows; first += group) {
+        size_t mark = b2_arena_mark(ctx->scratch);
+        int64_t count = out.rows - first < group ? out.rows - first : group;
+        b2_tensor products;
+        if (b2_stage_take(ctx, &products, count * queries, texts.rows, err) < 0 ||
+            b2_linear(ctx, products, b2_rows(images, first * queries, count * queries), &weight, &opts, err) < 0 ||
+            b2_reduce_rows(ctx, b2_rows(out, first, count), products, B2_MAX, err) < 0)
+            return -1;
+        b2_arena_reset(ctx->scratch, mark);
+    }
+    return 0;
+}
