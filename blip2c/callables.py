@@ -23,7 +23,7 @@ from blip2c._core import UnsupportedError
 from blip2c.generation import Call
 from blip2c.generation_outputs import log_softmax
 from blip2c.inputs import to_numpy
-from blip2c.states import States
+from blip2c.steps import Steps
 from blip2c.stop_strings import StopStrings
 
 __all__ = ["Hooks"]
@@ -73,7 +73,7 @@ class Hooks:
         skip: Ids | None = None,
         tensors: bool = False,
         unconditional: Callable[[Ids, NDArray[np.uint8]], Scores] | None = None,
-        states: States | None = None,
+        states: Steps | None = None,
     ) -> None:
         self._call = call
         self._prompts = prompts

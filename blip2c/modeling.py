@@ -20,7 +20,7 @@ from blip2c.generation_outputs import compute_transition_scores, generated
 from blip2c.inputs import DecoderRows, begin_decoder, check_positions
 from blip2c.outputs import Like, ModelOutput
 from blip2c.pretrained import generation_options
-from blip2c.states import States
+from blip2c.steps import Steps
 
 
 class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
@@ -184,14 +184,14 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         hooks.end()
         return generated(call, out, shown, hooks, like, is_encoder_decoder=bool(decoder))
 
-    def _watcher(self, call: Call, batch: int) -> States | None:
+    def _watcher(self, call: Call, batch: int) -> Steps | None:
         """Where hidden states or attention weights of every step are asked for."""
         wanted = {name: call[f"output_{name}"] is True for name in ("hidden_states", "attentions")}
         if call["return_dict_in_generate"] is not True or not any(wanted.values()):
             return None
         core = call.core
         rows = core["num_beams"] if core["num_beams"] > 1 else core["num_return_sequences"]
-        return States(self._core_config["text"], batch, rows, **wanted)
+        return Steps(self._core_config["text"], batch, rows, **wanted)
 
     def compute_transition_scores(
         self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False

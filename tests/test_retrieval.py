@@ -217,9 +217,12 @@ def test_quantised_saved_and_described(plain: Path, tmp_path: Path) -> None:
     packed = blip2c.load(blip2c.quantize(plain, tmp_path / "int8"))
     direct = blip2c.load(plain, dtype="int8", cache=False)
     assert packed.model.dtypes == {"vision": "int8", "qformer": "float16"}
-    exact, rounded = (m.match(picture(), ["a small red circle", "two cats"]) for m in (model, packed))
-    assert list(rounded) == list(direct.match(picture(), ["a small red circle", "two cats"]))
-    np.testing.assert_allclose(np.array(rounded)[:, :2], np.array(exact)[:, :2], atol=0.1)
+    texts = ["a small red circle", "two cats"]
+    assert list(packed.match(picture(), texts)) == list(direct.match(picture(), texts))
+    # Which ids a trained tokenizer gives is not the same in each run; the picture is.
+    cosines = (packed.embed(picture()) * model.embed(picture())).sum(axis=-1)
+    assert cosines.min() > 0.98
+    assert cosines.min() < 1 - 1e-7
     model.model.save_pretrained(tmp_path / "saved")
     saved = reference_model(tmp_path / "saved")
     assert_same(dict_of(saved.state_dict()), dict_of(reference_model(plain).state_dict()), 0)
