@@ -442,8 +442,8 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
 
 KINDS = ["no placeholders", "one placeholder too many", "ids of another batch", "small pictures", "wide pictures",
          "one channel", "three axes", "bytes", "no pictures", "empty batch", "empty ids", "flat ids", "ragged ids",
-         "floats for ids", "negative id", "large id", "wide mask", "mask of twos", "mask of nothing", "nan", "infinity", "long prompt",
-         "embeddings", "tiny", "typo", "cold", "too many new"]  # fmt: skip
+         "floats for ids", "negative id", "large id", "wide mask", "mask of twos", "mask of nothing", "nan", "infinity",
+         "long prompt", "embeddings", "tiny", "typo", "cold", "too many new"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
