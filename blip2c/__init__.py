@@ -22,8 +22,9 @@ from blip2c._core import (
 
 if TYPE_CHECKING:
     from blip2c import kernels
-    from blip2c.api import Caption, Captioner, Captions, load, sample_path
+    from blip2c.api import Captioner, load, sample_path
     from blip2c.batch import BatchFeature
+    from blip2c.captions import Caption, Captions
     from blip2c.config import (
         Blip2Config,
         Blip2QFormerConfig,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         Blip2TextModelWithProjection,
         Blip2VisionModelWithProjection,
     )
+    from blip2c.states import Chat, State
     from blip2c.tokenizer import Blip2Tokenizer
 
 __version__ = "0.1.0"
@@ -68,9 +70,10 @@ _LAZY = {
     "Blip2VisionConfig": "config",
     "Blip2VisionModelWithProjection": "retrieval",
     "BlipImageProcessor": "image_processing",
-    "Caption": "api",
+    "Caption": "captions",
     "Captioner": "api",
-    "Captions": "api",
+    "Captions": "captions",
+    "Chat": "states",
     "GenerationConfig": "generation",
     "Hit": "index",
     "Hits": "index",
@@ -84,6 +87,7 @@ _LAZY = {
     "Matcher": "matcher",
     "OPTConfig": "config",
     "PictureError": "images",
+    "State": "states",
     "T5Config": "config",
     "load": "api",
     "load_image": "images",
@@ -109,6 +113,7 @@ __all__ = [
     "Caption",
     "Captioner",
     "Captions",
+    "Chat",
     "CheckpointError",
     "GenerationConfig",
     "Hit",
@@ -124,6 +129,7 @@ __all__ = [
     "NumericError",
     "OPTConfig",
     "PictureError",
+    "State",
     "T5Config",
     "UnsupportedError",
     "cpu_info",

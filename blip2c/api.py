@@ -1,5 +1,7 @@
 """The friendly spelling: `m = blip2c.load(); m.caption("cat.jpg"); m.ask("cat.jpg", "how many cats are there?")`.
 
+A picture may be a `State` (`m.encode(picture)`), for many questions, and `m.chat(picture)` is a conversation.
+
 Rows of a batch are packed, never padded: a picture gets the same words, to the bit of every score, whatever stands
 beside it.
 """
@@ -14,16 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c._core import NumericError, UnsupportedError
+from blip2c._core import UnsupportedError
+from blip2c.captions import Caption, Captions, picture_name
 from blip2c.classes import model_class
-from blip2c.forward import Blip2WithQFormer, decoder_arguments
-from blip2c.images import is_picture, is_torch, load_image
-from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, pack_texts, repeat_decoder
+from blip2c.flow import GROUP, Flow
+from blip2c.forward import Blip2WithQFormer
+from blip2c.images import is_picture
 from blip2c.instructblip import InstructBlipForConditionalGeneration
-from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
+from blip2c.modeling import Blip2ForConditionalGeneration
 from blip2c.processing import Blip2Processor, InstructBlipProcessor
+from blip2c.prompts import ROW_ERRORS, Plan, Prompts, read_pixels
 from blip2c.retrieval import Blip2ForImageTextRetrieval
-from blip2c.tokenizer import Blip2Tokenizer
+from blip2c.states import Chat, State
+
+__all__ = ["Caption", "Captioner", "Captions", "load", "sample_path"]
 
 QUESTION = "Question: {} Answer:"
 DEFAULT_BATCH = 8
@@ -32,56 +38,6 @@ NO_TEXT_SIDE = (
     "this checkpoint writes texts, and can not read them without a picture: load a retrieval checkpoint"
     " (Salesforce/blip2-itm-vit-g or its like)"
 )
-# What one row may raise without being the fault of the others.
-ROW_ERRORS = (ValueError, TypeError, OSError, NumericError)
-
-
-class Caption(str):
-    """A caption or an answer: a string that also knows its token ids and, where it is empty or cut off, why.
-
-    ids: the new tokens. finished: whether the model ended it itself (eos) rather than max_new_tokens.
-    reason: None, or why it is empty.
-    """
-
-    ids: list[int]
-    finished: bool
-    reason: str | None
-
-    def __new__(cls, text: str, ids: Sequence[int] = (), finished: bool = True) -> Caption:
-        self = super().__new__(cls, text)
-        self.ids = list(ids)
-        self.finished = finished
-        self.reason = None if text else _why_empty(self.ids, finished)
-        return self
-
-    def __reduce__(self) -> Any:
-        return Caption, (str(self), self.ids, self.finished)
-
-
-def _why_empty(ids: Sequence[int], finished: bool) -> str:
-    if not ids:
-        return "no token was asked for"
-    if finished and len(ids) == 1:
-        return "the model ended its text with its first token"
-    return f"the model wrote only special tokens or spaces ({len(ids)} tokens: {', '.join(map(str, ids[:8]))})"
-
-
-class Captions(list[Any]):
-    """Captions of several pictures, in order; errors="return" puts the exception where a picture failed.
-
-    Prints as one line a picture. names: what the pictures were called.
-    """
-
-    def __init__(self, items: Iterable[Any], names: Sequence[str]) -> None:
-        super().__init__(items)
-        self.names = list(names)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{name}: {f'[{type(item).__name__}: {item}]' if isinstance(item, Exception) else item}"
-            for name, item in zip(self.names, self, strict=True)
-        ]
-        return "\n".join(lines)
 
 
 def sample_path() -> Path:
@@ -122,6 +78,7 @@ class Captioner:
     def __init__(self, model: Blip2ForConditionalGeneration, processor: Blip2Processor) -> None:
         self.model = model
         self.processor = processor
+        self.prompts = Prompts(model, processor)
 
     def caption(
         self,
@@ -137,13 +94,13 @@ class Captioner:
     ) -> Any:
         """A Caption (a str) of one picture, or Captions (a list) of several.
 
-        images: a path, bytes, Pillow image or array (H, W, 3), or an iterable of them. prompt: a beginning to go on
-        from, for all or one each. progress: True, False, or None for a bar where stderr is a terminal and there is
-        more than one batch. errors: "raise", or "return" to get the exception in place of a picture's caption. Other
+        images: a path, bytes, Pillow image, array (H, W, 3) or State, or an iterable of them. prompt: a beginning to
+        go on from, for all or one each. progress: True, False, or None for a bar where stderr is a terminal and there
+        is more than one batch. errors: "raise", or "return" to get the exception in place of a picture's caption. Other
         options go to `generate`; where neither they nor a generation_config among them say how long, a caption ends
         after 30 new tokens. Raises PictureError or FileNotFoundError naming the picture.
         """
-        single = is_picture(images)
+        single = _is_one(images)
         pictures = [images] if single else listed("images", images)
         one = prompt is None or isinstance(prompt, str)
         prompts = [prompt] * len(pictures) if one else listed("prompt", prompt)
@@ -169,12 +126,12 @@ class Captioner:
     ) -> Any:
         """An answer (a str) to one question on one picture; else a list of answers.
 
-        One picture and several questions: the picture is encoded once. Several pictures: one question for all, or one
+        One picture (or State) and several questions: the picture is encoded once, and what the prompts begin with is
+        read once. Several pictures: one question for all, or one
         each. template: how a question is put, with {} for it. Other arguments as in caption(), but 20 tokens.
         """
-        if "{}" not in template:
-            raise ValueError(f"template must hold {{}} where the question goes, found {template!r}")
-        one_picture, one_question = is_picture(images), isinstance(questions, str)
+        _check_template(template)
+        one_picture, one_question = _is_one(images), isinstance(questions, str)
         pictures = [images] if one_picture else listed("images", images)
         asked = [questions] if isinstance(questions, str) else listed("questions", questions)
         for question in asked:
@@ -195,6 +152,23 @@ class Captioner:
             return found[0]
         names = [picture_name(pictures[i], i) if one_question else q for i, q in pairs]
         return Captions(found, names)
+
+    def encode(self, images: Any) -> Any:
+        """The State of a picture, or a list of them: the vision encoder's work, done once.
+
+        `model.ask(state, [...])`, `model.caption(state)` and `model.chat(state)` take it as a picture; what
+        their prompts have in common is read once and kept in it. Raises as caption() does.
+        """
+        if _is_one(images):
+            if not isinstance(images, State):
+                return self._encode([images])[0]
+            images.attach(self.prompts)
+            return images
+        pictures = listed("images", images)
+        found: list[State] = []
+        for start in range(0, len(pictures), GROUP):
+            found.extend(self._encode(pictures[start : start + GROUP], start))
+        return found
 
     def embed(
         self, images: Any, *, batch_size: int = DEFAULT_BATCH, progress: bool | None = None, errors: str = "raise"
@@ -219,33 +193,68 @@ class Captioner:
         """Raises UnsupportedError: a model that captions has no text side."""
         raise UnsupportedError(f"match: {NO_TEXT_SIDE}")
 
+    def chat(self, image: Any, template: str = QUESTION, **generate_options: Any) -> Chat:
+        """A conversation about one picture (or State); or about what another chat was about, with its history.
+
+        template: how a question is put, with {} for it. generate_options: for each answer, 20 new tokens where nothing
+        says how long.
+        """
+        history: Sequence[tuple[str, str]] = ()
+        if isinstance(image, Chat):
+            history, template = list(image.history), image.template
+            generate_options, image = {**image.options, **generate_options}, image.state
+        _check_template(template)
+        if not _is_one(image):
+            raise TypeError(f"a chat is about one picture, found {type(image).__name__}")
+        return Chat(self, self.encode(image), template, _options(None, None, ANSWER_TOKENS, generate_options), history)
+
     def stream(
         self,
         pictures: Sequence[Any],
         rows: Sequence[tuple[int, str | None]],
         batch_size: int = DEFAULT_BATCH,
+        *,
+        as_finished: bool = False,
         **generate_options: Any,
     ) -> Iterator[Any]:
         """For each row (number of a picture, prompt) in order its Caption, or the exception that it met.
 
-        Work is done batch by batch, as results are taken. Errors of options (not of a row) are raised.
+        batch_size rows run together: one that has finished leaves and the next enters, pictures are decoded and encoded
+        ahead in threads, a little ahead of the results that are taken. as_finished: (number of the row, result) as they
+        finish. Close the iterator, or let go of it, and all of it stops. Errors of options (not of a row) are raised.
+
+        What is drawn (do_sample) depends on the seed and the number of the row, not on what runs beside it.
         """
         check_batch_size(batch_size)
-        several = generate_options.get("num_return_sequences")
-        if several not in (None, 1):
-            raise ValueError(f"num_return_sequences={several}: one caption a picture; use model.generate for more")
-        # Of an encoder-decoder: what every text begins with. Its prompts go to the encoder.
-        decoder = self.model._begin_decoder(generate_options, 1) if self.model.config.is_encoder_decoder else None
-        options = self.model._options(generate_options, [])
-        features: dict[int, NDArray[np.float32] | Exception] = {}
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            wanted = list(dict.fromkeys(index for index, _ in batch))
-            features = {index: value for index, value in features.items() if index in wanted}
-            self._encode(pictures, [index for index in wanted if index not in features], features)
-            yield from self._batch(batch, features, options, decoder)
+        plan = self.prompts.plan(generate_options)
+        for picture in pictures:
+            if isinstance(picture, State):
+                picture.attach(self.prompts)
+        return self._run(plan, pictures, rows, batch_size, as_finished)
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        plan: Plan,
+        pictures: Sequence[Any],
+        rows: Sequence[tuple[int, str | None]],
+        places: int,
+        as_finished: bool,
+    ) -> Iterator[Any]:
+        if not rows:
+            return
+        flow = Flow(self.prompts, plan, pictures, rows, places)
+        try:
+            yield from flow.as_finished() if as_finished else flow.in_order()
+        finally:
+            flow.close()
+
+    def _encode(self, pictures: Sequence[Any], first: int = 0) -> list[State]:
+        pixels = np.concatenate([self.prompts.pixels(picture) for picture in pictures])
+        names = [picture_name(picture, first + place) for place, picture in enumerate(pictures)]
+        encoded = self.prompts.encode(pixels)
+        return [State(self.prompts, embeds.copy(), name) for embeds, name in zip(encoded, names, strict=True)]
 
     def _collect(
         self,
@@ -272,7 +281,7 @@ class Captioner:
         return results
 
     def _embeddings(self, pictures: Sequence[Any], batch_size: int) -> Iterator[Any]:
-        if self._words is not None:
+        if self.prompts.words_tokenizer is not None:
             raise UnsupportedError("embed: this model's Q-Former reads a prompt with each picture: it has no features")
         for start in range(0, len(pictures), check_batch_size(batch_size)):
             batch = pictures[start : start + batch_size]
@@ -282,122 +291,17 @@ class Captioner:
             for place in range(len(batch)):
                 yield failed[place] if place in failed else found[place].copy()
 
-    def _encode(
-        self, pictures: Sequence[Any], wanted: Sequence[int], features: dict[int, NDArray[np.float32] | Exception]
-    ) -> None:
-        """Puts the image features [Q, D] of each wanted picture, or what it failed with, into `features`.
-
-        Where the Q-Former reads the prompt, too, these are the image embeddings [T, Dv].
-        """
-        pixels, failed = read_pictures(self.model, self.processor, pictures, wanted)
-        features.update(failed)
-        if pixels:
-            core, every = self.model._core, np.concatenate(list(pixels.values()))
-            encoded = core.vision(every) if self._words is not None else core.encode(every)
-            features.update(zip(pixels, encoded, strict=True))
-
-    def _batch(
-        self,
-        batch: Sequence[tuple[int, str | None]],
-        features: dict[int, NDArray[np.float32] | Exception],
-        options: dict[str, Any],
-        decoder: DecoderRows | None,
-    ) -> Iterator[Any]:
-        results: dict[int, Any] = {}
-        ready: list[tuple[int, NDArray[np.float32], list[int]]] = []
-        words: list[list[int]] = []
-        for place, (index, prompt) in enumerate(batch):
-            picture = features[index]
-            try:
-                if isinstance(picture, Exception):
-                    raise picture
-                ids = self._prompt_ids(prompt, options, decoder)
-                if self._words is not None:
-                    words.append(self._word_ids(self._words, prompt))
-                ready.append((place, picture, ids))
-            except ROW_ERRORS as error:
-                results[place] = error
-        if ready:
-            stacked = np.stack([f for _, f, _ in ready])
-            if words:
-                stacked = self.model._core.read(stacked, pack_texts(words))
-            captions = self._generate(stacked, [ids for _, _, ids in ready], options, decoder)
-            results.update(zip((place for place, _, _ in ready), captions, strict=True))
-        for place in range(len(batch)):
-            yield results[place]
-
-    @property
-    def _words(self) -> Blip2Tokenizer | None:
-        """The tokenizer of the Q-Former, where it reads prompts."""
-        return self.processor.qformer_tokenizer if isinstance(self.processor, InstructBlipProcessor) else None
-
-    def _word_ids(self, tokenizer: Blip2Tokenizer, prompt: str | None) -> list[int]:
-        """The prompt as the Q-Former reads it. Raises ValueError where it has no room for it."""
-        ids = list(tokenizer(prompt or "")["input_ids"])
-        qformer = self.model._core_config["qformer"]
-        if len(ids) > int(qformer["max_position_embeddings"]):
-            raise ValueError(
-                f"the prompt is {len(ids)} tokens long for the Q-Former, which has positions for"
-                f" {qformer['max_position_embeddings']}"
-            )
-        if max(ids, default=0) >= int(qformer["vocab_size"]):
-            raise ValueError(
-                f"prompt: token {max(ids)} is outside the Q-Former's vocabulary of {qformer['vocab_size']}"
-            )
-        return ids
-
-    def _prompt_ids(self, prompt: str | None, options: dict[str, Any], decoder: DecoderRows | None) -> list[int]:
-        """Ids of a row behind its image. Raises ValueError for a prompt that the model has no room for."""
-        if prompt is None and self.model.config.text_config.get("bos_token_id") is not None:
-            ids = [int(self.model._start_ids(1)[0, -1])]
-        elif prompt is None or isinstance(prompt, str):
-            ids = list(self.processor.tokenizer(prompt or "")["input_ids"])
-        else:
-            raise TypeError(f"a prompt must be a string, found {type(prompt).__name__}")
-        vocabulary = int(self.model._core_config["text"]["vocab_size"])
-        if not ids:
-            raise ValueError("the prompt is empty, and the tokenizer puts nothing in front of it")
-        if max(ids) >= vocabulary:
-            raise ValueError(f"prompt: token {max(ids)} is outside the model's vocabulary of {vocabulary}")
-        if self.model._image_token is not None and self.model._image_token in ids:
-            raise ValueError("the prompt holds <image>: the picture is put in front by itself")
-        queries = int(self.model._core_config["num_query_tokens"])
-        length = queries + len(ids) if decoder is None else len(decoder.ids)
-        room = new_tokens(options, length)
-        if room == 0:
-            what = (
-                "the prompt is {} tokens long, image included"
-                if decoder is None
-                else "the decoder begins with {} tokens"
-            )
-            raise ValueError(f"{what.format(length)}; max_length is {options['max_length']}")
-        check_positions(pack_ragged([ids], self.model._image_token, queries), self.model._positions, room)
-        return ids
-
-    def _generate(
-        self,
-        features: NDArray[np.float32],
-        prompts: list[list[int]],
-        options: dict[str, Any],
-        decoder: DecoderRows | None,
-    ) -> list[Caption]:
-        """features [B, Q, D], a prompt each; decoder: one row, for all."""
-        rows = pack_ragged(prompts, self.model._image_token, int(self.model._core_config["num_query_tokens"]))
-        rule_ids, beginning = rows.rule_ids, {}
-        if decoder is not None:
-            begun = repeat_decoder(decoder, len(prompts))
-            rule_ids, beginning = begun.ids, decoder_arguments(begun)
-        out = self.model._core.generate(features, rows.ids, rows.offsets, None, rule_ids, options, **beginning)
-        ends = set(int(i) for i in np.atleast_1d(np.asarray(options.get("eos_ids", []), np.int64)))
-        captions = []
-        for ids, length in zip(np.asarray(out["ids"]), np.asarray(out["lengths"]), strict=True):
-            new = [int(i) for i in ids[: int(length)]]
-            text = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-            captions.append(Caption(text, new, finished=bool(new) and new[-1] in ends))
-        return captions
-
     def __repr__(self) -> str:
         return f"Captioner({self.model!r})"
+
+
+def _is_one(images: Any) -> bool:
+    return isinstance(images, State) or is_picture(images)
+
+
+def _check_template(template: Any) -> None:
+    if not isinstance(template, str) or "{}" not in template:
+        raise ValueError(f"template must hold {{}} where the question goes, found {template!r}")
 
 
 def check_batch_size(value: Any) -> int:
@@ -411,13 +315,11 @@ def read_pictures(
     model: Blip2WithQFormer, processor: Blip2Processor, pictures: Sequence[Any], wanted: Iterable[int]
 ) -> tuple[dict[int, NDArray[np.float32]], dict[int, Exception]]:
     """Pixels [1, 3, S, S] of each wanted picture, by its number; and what the others failed with."""
-    size = int(model._core_config["vision"]["image_size"])
     pixels: dict[int, NDArray[np.float32]] = {}
     failed: dict[int, Exception] = {}
     for index in wanted:
         try:
-            image = load_image(pictures[index])
-            pixels[index] = check_pixels(processor.image_processor(image, return_tensors="np")["pixel_values"], size)
+            pixels[index] = read_pixels(model, processor, pictures[index])
         except ROW_ERRORS as error:
             failed[index] = error
     return pixels, failed
@@ -442,17 +344,6 @@ def _options(
     config = options.get("generation_config")
     bounds = [result.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length")]
     return result if any(bound is not None for bound in bounds) else {**result, "max_new_tokens": default}
-
-
-def picture_name(picture: Any, index: int) -> str:
-    """What to call a picture in a list: its path, or its number and kind."""
-    if isinstance(picture, str | os.PathLike):
-        return str(os.fspath(picture))
-    filename = getattr(picture, "filename", None)
-    if isinstance(filename, str) and filename:
-        return filename
-    kind = "tensor" if is_torch(picture) else "array" if isinstance(picture, np.ndarray) else "picture"
-    return f"{kind} {index}"
 
 
 class _NoBar:

@@ -11,19 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c.api import (
-    DEFAULT_BATCH,
-    ROW_ERRORS,
-    Captions,
-    check_batch_size,
-    listed,
-    picture_name,
-    progress_bar,
-    read_pictures,
-)
+from blip2c.api import DEFAULT_BATCH, check_batch_size, listed, progress_bar, read_pictures
+from blip2c.captions import Captions, picture_name
 from blip2c.images import is_picture
 from blip2c.inputs import check_embeds, pack_texts
 from blip2c.processing import Blip2Processor
+from blip2c.prompts import ROW_ERRORS
 from blip2c.retrieval import Blip2ForImageTextRetrieval
 
 F32 = NDArray[np.float32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,9 +92,9 @@ def opt(tmp_path_factory: pytest.TempPathFactory) -> Small:
     return Small(tmp_path_factory.mktemp("opt"), "opt", seed=62)
 
 
-def as_item(prompt: dict[str, Any], prefix: Any = None) -> tuple[Any, ...]:
+def as_item(prompt: dict[str, Any], prefix: Any = None, key: int = 0) -> tuple[Any, ...]:
     rules = prompt["ids"] if prompt["decoder"] is None else prompt["decoder"]
-    return prompt["features"], prompt["ids"], rules, prompt["mask"], prefix, prompt["decoder"]
+    return prompt["features"], prompt["ids"], rules, prompt["mask"], prefix, prompt["decoder"], key
 
 
 def stream(
@@ -128,7 +129,9 @@ def test_streamed_items_get_what_each_gets_alone(small: Small, mode: str, pads: 
     expected = [rows(small.alone(prompt, key, options)) for key, prompt in enumerate(prompts)]
     assert len({str(row) for row in expected}) > 7
     for places, hesitate in ((3, 0), (5, 4)):
-        results, order, counters = stream(small, [as_item(p) for p in prompts], options, places, hesitate)
+        results, order, counters = stream(
+            small, [as_item(p, key=k) for k, p in enumerate(prompts)], options, places, hesitate
+        )
         assert [rows(result) for result in results] == expected
         assert sorted(order) == list(range(14))
         assert order != list(range(14))
@@ -234,7 +237,7 @@ def test_one_picture_many_questions(decoder_only: Small, mode: str) -> None:
     found = small.generate(behind, options, prefixes=[prefix] * 5)
     assert rows(found) == rows(expected)
     assert found["kv_bytes"] == expected["kv_bytes"]
-    results, _, _ = stream(small, [as_item(p, prefix) for p in behind], options, 2)
+    results, _, _ = stream(small, [as_item(p, prefix, k) for k, p in enumerate(behind)], options, 2)
     assert [row for result in results for row in rows(result)] == rows(expected)
     for k in range(2):
         ours = logits_of(small, behind[k : k + 1], options, prefixes=[prefix])
@@ -252,6 +255,25 @@ def test_a_prefix_may_go_on_from_a_prefix(opt: Small) -> None:
     expected = logits_of(opt, [{**picture, "ids": ids}], opt.options())
     for a, b in zip(logits_of(opt, [text_only(ids[25:])], opt.options(), prefixes=[longer]), expected, strict=True):
         np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+def test_a_beginning_of_a_prefix(decoder_only: Small) -> None:
+    """What has been read may be cut where prompts begin to differ."""
+    small, options = decoder_only, decoder_only.options()
+    picture = small.prompts(1, seed=18)[0]
+    ids = np.concatenate([picture["ids"], np.arange(10, 40)]).astype(np.int32)
+    prefix = small.core.prefill(picture["features"], ids, ids)
+    tail = np.array([50, 51, 52], np.int32)
+    for length in (small.queries, 17, len(ids)):
+        head = prefix.head(length)
+        np.testing.assert_array_equal(head.ids, ids[:length])
+        np.testing.assert_array_equal(head.rule_ids, ids[:length])
+        expected = logits_of(small, [{**picture, "ids": np.concatenate([ids[:length], tail])}], options)
+        for a, b in zip(logits_of(small, [text_only(tail)], options, prefixes=[head]), expected, strict=True):
+            np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
+    for length in (0, -1, len(ids) + 1):
+        with pytest.raises(ValueError, match=f"length: expected 1 to {len(ids)}, found {length}"):
+            prefix.head(length)
 
 
 def test_rows_with_and_without_a_prefix(opt: Small) -> None:
@@ -346,13 +368,15 @@ def test_streams_that_go_wrong_are_named(opt: Small) -> None:
     with pytest.raises(TypeError, match=r"next: expected a tuple \(image_features, .*\), found list"):
         run(following=lambda wait: [1])
     with pytest.raises(ValueError, match="rule_ids: expected"):
-        run(following=lambda wait: (picture, ids, ids[:2], None, None, None))
+        run(following=lambda wait: (picture, ids, ids[:2], None, None, None, 0))
     with pytest.raises(ValueError, match="mask: expected"):
-        run(following=lambda wait: (picture, ids, ids, np.ones(2, np.uint8), None, None))
+        run(following=lambda wait: (picture, ids, ids, np.ones(2, np.uint8), None, None, 0))
     with pytest.raises(IndexError, match="row 0: token id 60 is outside the vocabulary"):
-        run(following=lambda wait: (picture, np.append(ids, np.int32(60)), np.append(ids, ids[:1]), None, None, None))
+        run(
+            following=lambda wait: (picture, np.append(ids, np.int32(60)), np.append(ids, ids[:1]), None, None, None, 0)
+        )
     with pytest.raises(ValueError, match="decoder_ids: the language model has no encoder"):
-        run(following=lambda wait: (picture, ids, ids[:1], None, None, ids[-1:]))
+        run(following=lambda wait: (picture, ids, ids[:1], None, None, ids[-1:], 0))
     with pytest.raises(ValueError, match=r"prompt 0: \d+ ids and 12 new tokens, there is room for 3 and 12"):
         run(longest=3)
     with pytest.raises(ValueError, match="places: expected 1 to 65536, found 0"):
@@ -369,6 +393,32 @@ def test_more_tokens_than_can_be_counted(opt: Small, most: int) -> None:
         opt.core.generate_stream(
             lambda wait: next(items), lambda index, result: None, opt.options(max_new_tokens=most), 1, 40
         )
+
+
+def test_a_thread_s_calls_can_be_ended_from_another(opt: Small) -> None:
+    prompts, options, began = opt.prompts(1, seed=19), opt.options(eos_ids=[]), threading.Event()
+    ended: list[type[BaseException]] = []
+
+    def following(wait: bool) -> tuple[Any, ...]:
+        began.set()
+        return as_item(prompts[0])
+
+    def for_ever() -> None:
+        try:
+            opt.core.generate_stream(following, lambda index, result: None, options, 2, 40)
+        except BaseException as error:
+            ended.append(type(error))
+
+    worker = threading.Thread(target=for_ever)
+    worker.start()
+    began.wait(10)
+    _core.cancel_calls(threading.get_ident())  # another thread: nothing happens
+    worker.join(0.05)
+    assert worker.is_alive()
+    _core.cancel_calls(worker.ident)
+    worker.join(0.5)
+    assert ended == [KeyboardInterrupt]
+    assert opt.generate(prompts, options)["items"] == 1
 
 
 def test_a_callable_may_use_the_model(opt: Small) -> None:

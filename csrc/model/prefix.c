@@ -1,5 +1,7 @@
 #include "model/prefix.h"
 
+#include <string.h>
+
 #include "core/memory.h"
 
 b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_t length, b2_err *err)
@@ -40,5 +42,22 @@ int b2_prefix_copy(b2_ctx *ctx, const b2_kv_cache *to, int64_t first, const b2_k
             b2_copy_rows(ctx, from_row(b2_kv_cache_values(to, i), first), NULL, b2_kv_cache_values(from, i), rows, n,
                          err) < 0)
             return -1;
+    return 0;
+}
+
+int b2_prefix_head(b2_prefix **head, b2_ctx *ctx, const b2_prefix *prefix, int64_t length, b2_err *err)
+{
+    b2_prefix *p = b2_prefix_create(prefix->model, prefix->cache.layers, prefix->cache.width, length, err);
+    if (!p)
+        return -1;
+    /* No masked pads: every token takes one position. */
+    p->next_position = prefix->next_position - (prefix->length - length);
+    memcpy(p->ids, prefix->ids, (size_t)length * sizeof *p->ids);
+    memcpy(p->rule_ids, prefix->rule_ids, (size_t)length * sizeof *p->rule_ids);
+    if (b2_prefix_copy(ctx, &p->cache, 0, &prefix->cache, NULL, length, err) < 0) {
+        b2_prefix_release(p);
+        return -1;
+    }
+    *head = p;
     return 0;
 }

@@ -24,6 +24,9 @@ b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_
 /* NULL is nothing. */
 void b2_prefix_release(b2_prefix *prefix);
 
+/* The first `length` tokens of `prefix`, 1 <= length <= prefix->length, as one of its own. */
+int b2_prefix_head(b2_prefix **head, b2_ctx *ctx, const b2_prefix *prefix, int64_t length, b2_err *err);
+
 /* to[first + i] = from[rows[i]] for i in [0, n), in every layer; rows NULL: i. */
 int b2_prefix_copy(b2_ctx *ctx, const b2_kv_cache *to, int64_t first, const b2_kv_cache *from, const int32_t *rows,
                    int64_t n, b2_err *err);

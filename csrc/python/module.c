@@ -110,11 +110,22 @@ static PyObject *fail_allocation_after(PyObject *Py_UNUSED(module), PyObject *ar
     Py_RETURN_NONE;
 }
 
+static PyObject *cancel_calls(PyObject *module, PyObject *argument)
+{
+    unsigned long starter = PyLong_AsUnsignedLong(argument);
+    if (starter == (unsigned long)-1 && PyErr_Occurred())
+        return NULL;
+    b2py_cancel_calls(b2py_state_of_module(module), starter);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef module_methods[] = {
     {"cpu_info", cpu_info, METH_NOARGS, "cpu_info() -> dict\n\nThe processor and the instruction set in use."},
     {"get_num_threads", get_num_threads, METH_NOARGS, "get_num_threads() -> int\n\nThreads per computation."},
     {"set_num_threads", set_num_threads, METH_O,
      "set_num_threads(n)\n\nThreads per computation, the calling one included. Results do not depend on it."},
+    {"cancel_calls", cancel_calls, METH_O,
+     "cancel_calls(thread_ident)\n\nThe model's calls that a thread is in now end soon, with KeyboardInterrupt."},
     {"_allocation_count", allocation_count, METH_NOARGS, "Blocks allocated by the C code so far (for tests)."},
     {"_fail_allocation_after", fail_allocation_after, METH_O, "The n-th allocation from now fails, once (for tests)."},
     {0},

@@ -82,14 +82,43 @@ static int on_main_thread(void)
 #endif
 }
 
-b2_cancel *b2py_call_begin(b2py_call *call)
+static void prepare(b2py_call *call)
 {
     *call = (b2py_call){0};
     call->cancel.poll = on_main_thread() ? poll_signals : NULL;
     call->cancel.owner = call;
     call->starter = PyThread_get_thread_ident();
+}
+
+b2_cancel *b2py_call_begin(b2py_call *call)
+{
+    prepare(call);
     call->thread = PyEval_SaveThread();
     return &call->cancel;
+}
+
+b2_cancel *b2py_call_begin_listed(b2py_call *call, b2py_state *state)
+{
+    prepare(call);
+    call->next = state->calls;
+    state->calls = call;
+    call->thread = PyEval_SaveThread();
+    return &call->cancel;
+}
+
+void b2py_call_unlist(b2py_state *state, const b2py_call *call)
+{
+    b2py_call **link = &state->calls;
+    while (*link != call)
+        link = &(*link)->next;
+    *link = call->next;
+}
+
+void b2py_cancel_calls(b2py_state *state, unsigned long starter)
+{
+    for (b2py_call *call = state->calls; call; call = call->next)
+        if (call->starter == starter)
+            atomic_store_explicit(&call->cancel.flag, 1, memory_order_relaxed);
 }
 
 void b2py_call_end(b2py_call *call)

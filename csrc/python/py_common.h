@@ -30,6 +30,7 @@ typedef struct b2py_state {
     b2_cpu cpu;
     b2_isa isa;
     const b2_ops *ops;
+    struct b2py_call *calls; /* that run now and may be cancelled from other threads; guarded by the GIL */
 } b2py_state;
 
 b2py_state *b2py_state_of_module(PyObject *module);
@@ -50,10 +51,16 @@ typedef struct b2py_call {
     b2_cancel cancel;
     PyThreadState *thread;
     unsigned long starter; /* the thread that `thread` belongs to */
+    struct b2py_call *next; /* of state->calls */
 } b2py_call;
 
 b2_cancel *b2py_call_begin(b2py_call *call);
 void b2py_call_end(b2py_call *call);
+/* A call that b2py_cancel_calls may end; both of these hold the GIL, unlist after b2py_call_end. */
+b2_cancel *b2py_call_begin_listed(b2py_call *call, b2py_state *state);
+void b2py_call_unlist(b2py_state *state, const b2py_call *call);
+/* Every listed call that thread `starter` is in ends with B2_E_CANCEL. The GIL is held. */
+void b2py_cancel_calls(b2py_state *state, unsigned long starter);
 /* Inside a call, around a Python callback made from the calling thread. */
 void b2py_call_hold(b2py_call *call);
 void b2py_call_resume(b2py_call *call);

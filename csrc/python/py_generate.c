@@ -71,6 +71,31 @@ static PyObject *prefix_nbytes(PyObject *object, void *Py_UNUSED(closure))
     return PyLong_FromLongLong(cache->rows * b2_kv_cache_row_bytes(cache));
 }
 
+static PyObject *prefix_head(PyObject *object, PyObject *argument)
+{
+    prefix_object *self = (prefix_object *)object;
+    int64_t length = PyLong_AsLongLong(argument);
+    if (length == -1 && PyErr_Occurred())
+        return NULL;
+    if (length < 1 || length > self->prefix->length) {
+        PyErr_Format(PyExc_ValueError, "length: expected 1 to %lld, found %lld", (long long)self->prefix->length,
+                     (long long)length);
+        return NULL;
+    }
+    if (length == self->prefix->length)
+        return Py_NewRef(object);
+    b2_prefix *head = NULL;
+    b2py_run r;
+    b2py_run_begin(&r, self->model, NULL);
+    int status = b2_prefix_head(&head, &r.ctx, self->prefix, length, &r.err);
+    return b2py_run_end(&r, self->model, status) < 0 ? NULL : new_prefix(self->model, head);
+}
+
+static PyMethodDef prefix_methods[] = {
+    {"head", prefix_head, METH_O, "head(length) -> Prefix: its first tokens."},
+    {0},
+};
+
 static PyGetSetDef prefix_getset[] = {
     {"ids", prefix_ids, NULL, "int32 [len(self)]: what the model has read; -1 where an image feature stands.", NULL},
     {"rule_ids", prefix_rule_ids, NULL, "int32 [len(self)]: the same as the rules of generation see it.", NULL},
@@ -81,6 +106,7 @@ static PyGetSetDef prefix_getset[] = {
 static PyType_Slot prefix_slots[] = {
     {Py_tp_doc, "A beginning of a prompt that the model has read: immutable, to be shared by any number of prompts."},
     {Py_tp_dealloc, prefix_dealloc},
+    {Py_tp_methods, prefix_methods},
     {Py_tp_getset, prefix_getset},
     {Py_sq_length, prefix_length},
     {0, NULL},

@@ -144,13 +144,14 @@ void b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
     *r = (b2py_run){0};
     r->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &r->arena, .tap = tap,
                        .rows_are = B2_ROWS_TOGETHER};
-    r->ctx.cancel = b2py_call_begin(&r->call);
+    r->ctx.cancel = b2py_call_begin_listed(&r->call, state);
 }
 
 int b2py_run_end(b2py_run *r, PyObject *self, int status)
 {
     b2_arena_release(&r->arena);
     b2py_call_end(&r->call);
+    b2py_call_unlist(state_of(self), &r->call);
     if (status < 0)
         b2py_raise(state_of(self), &r->err);
     return status;

@@ -17,6 +17,7 @@ typedef struct held {
     PyArrayObject *features, *ids, *rules, *mask, *decoder_ids;
     int32_t *joined; /* the prefix's rule ids and the item's own, one after another; NULL without a prefix */
     b2_prompt prompt;
+    uint64_t key;
 } held;
 
 typedef struct stream {
@@ -81,12 +82,12 @@ static int check_item(const held *h, const b2_blip2 *model)
     return 0;
 }
 
-/* (image_features, ids, rule_ids, mask, prefix, decoder_ids) */
+/* (image_features, ids, rule_ids, mask, prefix, decoder_ids, key) */
 static int read_item(stream *s, held *h, PyObject *tuple)
 {
-    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 6) {
-        PyErr_Format(PyExc_TypeError, "next: expected a tuple (image_features, ids, rule_ids, mask, prefix, decoder_ids), "
-                     "found %s", Py_TYPE(tuple)->tp_name);
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 7) {
+        PyErr_Format(PyExc_TypeError, "next: expected a tuple (image_features, ids, rule_ids, mask, prefix, decoder_ids, "
+                     "key), found %s", Py_TYPE(tuple)->tp_name);
         return -1;
     }
     h->tuple = Py_NewRef(tuple);
@@ -101,6 +102,9 @@ static int read_item(stream *s, held *h, PyObject *tuple)
                             .mask = h->mask ? PyArray_DATA(h->mask) : NULL,
                             .length = PyArray_DIM(h->ids, 0),
                             .prefix = b2py_prefix_of(s->model, PyTuple_GET_ITEM(tuple, 4), "prefix")};
+    if (PyErr_Occurred())
+        return -1;
+    h->key = PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(tuple, 6));
     if (PyErr_Occurred())
         return -1;
     if (h->features)
@@ -124,7 +128,7 @@ static int describe(b2_item *item, held *h, b2_err *err)
                       .ids = PyArray_DATA(h->rules),
                       .length = first + own,
                       .skip = pads,
-                      .key = (uint64_t)h->index,
+                      .key = h->key,
                       .prompt = &h->prompt};
     if (!prefix)
         return 0;

@@ -1,0 +1,154 @@
+"""From pictures and prompts of one model to what its C part takes, and from its ids back to words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2c._core import NumericError
+from blip2c.captions import Caption
+from blip2c.forward import Blip2WithQFormer
+from blip2c.images import load_image
+from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, pack_texts
+from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
+from blip2c.processing import Blip2Processor, InstructBlipProcessor
+
+__all__ = ["ROW_ERRORS", "Plan", "Prompts", "read_pixels", "shared_beginning"]
+
+# What one row may raise without being the fault of the others.
+ROW_ERRORS = (ValueError, TypeError, OSError, NumericError)
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call asks for. options: see blip2c.generation.core_options(). decoder: what every text of an
+    encoder-decoder begins with, one row; else None."""
+
+    options: dict[str, Any]
+    decoder: DecoderRows | None
+
+    @property
+    def ends(self) -> set[int]:
+        """The ids that end a text."""
+        return {int(i) for i in np.atleast_1d(np.asarray(self.options.get("eos_ids", []), np.int64))}
+
+
+class Prompts:
+    """Pictures and prompts for one model. Holds no state beside it; may be used by any number of threads."""
+
+    def __init__(self, model: Blip2ForConditionalGeneration, processor: Blip2Processor) -> None:
+        self.model = model
+        self.processor = processor
+        self.words_tokenizer = processor.qformer_tokenizer if isinstance(processor, InstructBlipProcessor) else None
+        self.queries = int(model._core_config["num_query_tokens"])
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether beginnings of prompts can be read once and kept: not by an encoder, which reads a prompt as a whole,
+        and not where the picture's features depend on the prompt."""
+        return not self.model.config.is_encoder_decoder and self.words_tokenizer is None
+
+    def plan(self, generate_options: dict[str, Any]) -> Plan:
+        """Options for one text a prompt. Raises for what is unknown, wrong or not done."""
+        several = generate_options.get("num_return_sequences")
+        if several not in (None, 1):
+            raise ValueError(f"num_return_sequences={several}: one text a prompt; use model.generate for more")
+        options = dict(generate_options)
+        decoder = self.model._begin_decoder(options, 1) if self.model.config.is_encoder_decoder else None
+        return Plan(self.model._options(options, []), decoder)
+
+    def pixels(self, picture: Any) -> F32:
+        """[1, 3, S, S] of anything that load_image() takes. Raises ROW_ERRORS."""
+        return read_pixels(self.model, self.processor, picture)
+
+    def encode(self, pixels: F32) -> F32:
+        """[B, 3, S, S] to the image features [B, Q, D_lm]; where the Q-Former reads the prompt, too, to the image
+        embeddings [B, T, Dv]."""
+        core = self.model._core
+        return core.vision(pixels) if self.words_tokenizer is not None else core.encode(pixels)
+
+    def features(self, encoded: F32, prompt: str | None) -> F32:
+        """What encode() gave of one picture as the language model reads it, [Q, D_lm]."""
+        if self.words_tokenizer is None:
+            return encoded
+        features: F32 = self.model._core.read(encoded[None], pack_texts([self._words(prompt)]))[0]
+        return features
+
+    def ids(self, prompt: str | None, plan: Plan) -> list[int]:
+        """Ids of a prompt behind its image. Raises ValueError for a prompt that the model has no room for."""
+        model, options = self.model, plan.options
+        if prompt is None and model.config.text_config.get("bos_token_id") is not None:
+            ids = [int(model._start_ids(1)[0, -1])]
+        elif prompt is None or isinstance(prompt, str):
+            ids = list(self.processor.tokenizer(prompt or "")["input_ids"])
+        else:
+            raise TypeError(f"a prompt must be a string, found {type(prompt).__name__}")
+        vocabulary = int(model._core_config["text"]["vocab_size"])
+        if not ids:
+            raise ValueError("the prompt is empty, and the tokenizer puts nothing in front of it")
+        if max(ids) >= vocabulary:
+            raise ValueError(f"prompt: token {max(ids)} is outside the model's vocabulary of {vocabulary}")
+        if model._image_token is not None and model._image_token in ids:
+            raise ValueError("the prompt holds <image>: the picture is put in front by itself")
+        length = self.queries + len(ids) if plan.decoder is None else len(plan.decoder.ids)
+        room = new_tokens(options, length)
+        if room == 0:
+            what = "the decoder begins with {} tokens"
+            if plan.decoder is None:
+                what = "the prompt is {} tokens long, image included"
+            raise ValueError(f"{what.format(length)}; max_length is {options['max_length']}")
+        check_positions(pack_ragged([ids], model._image_token, self.queries), model._positions, room)
+        if self.words_tokenizer is not None:
+            self._words(prompt)
+        return ids
+
+    def behind(self, ids: Sequence[int], known: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """What the model has yet to read of picture and ids, of which it knows `known` tokens (0, or the picture at
+        least), and the same as the rules see it: int32 [Q + len(ids) - known]."""
+        rows = pack_ragged([list(ids)], self.model._image_token, self.queries)
+        return rows.ids[known:], rows.rule_ids[known:]
+
+    def caption(self, ids: Any, plan_ends: set[int]) -> Caption:
+        """New tokens as words."""
+        new = [int(i) for i in ids]
+        text = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+        return Caption(text, new, finished=bool(new) and new[-1] in plan_ends)
+
+    def _words(self, prompt: str | None) -> list[int]:
+        """The prompt as the Q-Former reads it. Raises ValueError where it has no room for it."""
+        tokenizer = self.words_tokenizer
+        if tokenizer is None:
+            return []
+        ids = list(tokenizer(prompt or "")["input_ids"])
+        qformer: Mapping[str, Any] = self.model._core_config["qformer"]
+        if len(ids) > int(qformer["max_position_embeddings"]):
+            raise ValueError(
+                f"the prompt is {len(ids)} tokens long for the Q-Former, which has positions for"
+                f" {qformer['max_position_embeddings']}"
+            )
+        if max(ids, default=0) >= int(qformer["vocab_size"]):
+            raise ValueError(
+                f"prompt: token {max(ids)} is outside the Q-Former's vocabulary of {qformer['vocab_size']}"
+            )
+        return ids
+
+
+def read_pixels(model: Blip2WithQFormer, processor: Blip2Processor, picture: Any) -> F32:
+    """[1, 3, S, S] of anything that load_image() takes. Raises ROW_ERRORS."""
+    values = processor.image_processor(load_image(picture), return_tensors="np")["pixel_values"]
+    return check_pixels(values, int(model._core_config["vision"]["image_size"]))
+
+
+def shared_beginning(rows: Sequence[list[int]]) -> int:
+    """How many ids all rows begin with."""
+    first, last = min(rows), max(rows)
+    for place, (a, b) in enumerate(zip(first, last, strict=False)):
+        if a != b:
+            return place
+    return min(len(first), len(last))

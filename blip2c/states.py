@@ -1,0 +1,218 @@
+"""One picture, many questions: `State` is an encoded picture, `Chat` a conversation about it.
+
+Neither computes anything twice: the vision encoder runs once a picture, and what the language model has read (the
+picture, what prompts have in common, earlier questions and its own answers) is kept as a prefix and gone on from.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blip2c._core import Prefix, UnsupportedError
+from blip2c.callables import Hooks
+from blip2c.captions import Caption
+from blip2c.forward import decoder_arguments
+from blip2c.generation import EXTRA_OUTPUTS
+from blip2c.prompts import Plan, Prompts, shared_beginning
+
+if TYPE_CHECKING:
+    from blip2c.api import Captioner
+
+__all__ = ["Chat", "State"]
+
+
+class State:
+    """A picture that a model has looked at, from `model.encode(picture)`: stands wherever a picture can.
+
+    embeds: float32 [Q, D_lm], what the language model reads; of an InstructBLIP, whose Q-Former reads the prompt, too,
+    the vision encoder's output [T, Dv]. name: what the picture was called. tokens_read: how many tokens of picture and
+    prompts have been read into what is kept.
+
+    May be shared by threads. Pickled without the model; the same checkpoint, loaded elsewhere, takes it. Models that
+    keep no prefix (encoder-decoders, InstructBLIP) still run the vision encoder only once.
+    """
+
+    def __init__(self, prompts: Prompts | None, embeds: NDArray[np.float32], name: str, identity: Any = None) -> None:
+        self._prompts = prompts
+        self._identity = _identity(prompts) if prompts is not None else identity
+        self._lock = threading.Lock()
+        self._prefix: Prefix | None = None
+        self.tokens_read = 0
+        self.name = name
+        self.embeds = embeds
+        self.embeds.flags.writeable = False
+
+    def attach(self, prompts: Prompts) -> None:
+        """Makes it the model's if it was made by the same checkpoint. Raises ValueError for another's."""
+        with self._lock:
+            if self._prompts is not None and self._prompts.model._core is prompts.model._core:
+                return
+            if self._prompts is not None or self._identity != _identity(prompts):
+                raise ValueError(
+                    f"{self!r} was made by {self._identity[0]} ({self._identity[1]}), this model is"
+                    f" {_identity(prompts)[0]} ({_identity(prompts)[1]})"
+                )
+            self._prompts = prompts
+
+    def prefix_of(self, rows: Sequence[list[int]]) -> Prefix | None:
+        """What all prompts begin with, read and kept: the picture and, of several, their common ids but for the last.
+
+        rows: their ids behind the picture. None where the model keeps no prefixes.
+        """
+        prompts = self._prompts
+        if prompts is None or not prompts.keeps_prefixes:
+            return None
+        shortest = min(len(row) for row in rows) - 1
+        wanted = min(shared_beginning(rows), shortest) if len(rows) > 1 else 0
+        with self._lock:
+            known = 0
+            if self._prefix is not None:
+                read = self._prefix.ids[prompts.queries :].tolist()
+                known = min(shared_beginning([read, *rows]), shortest)
+            if self._prefix is None or known < wanted:
+                self._read_on(prompts, rows[0][:wanted], known)
+                known = wanted
+            kept = self._prefix
+        return kept if kept is None else kept.head(prompts.queries + known)
+
+    def _read_on(self, prompts: Prompts, ids: Sequence[int], known: int) -> None:
+        before = None if self._prefix is None else self._prefix.head(prompts.queries + known)
+        new, rules = prompts.behind(ids, 0 if before is None else len(before))
+        features = self.embeds if before is None else None
+        self._prefix = prompts.model._core.prefill(features, new, rules, before)
+        self.tokens_read += len(new)
+
+    def __reduce__(self) -> Any:
+        return State, (None, np.array(self.embeds), self.name, self._identity)
+
+    def __repr__(self) -> str:
+        return f"State({self.name!r}, {' x '.join(map(str, self.embeds.shape))}, {self._identity[0]!r})"
+
+
+def _identity(prompts: Prompts) -> tuple[str, str]:
+    """What tells models apart whose states would not fit."""
+    core = prompts.model._core
+    return prompts.model.name_or_path, f"{core.parameters} parameters, {core.policies}"
+
+
+class Chat:
+    """A conversation about one picture, from `model.chat(picture)`.
+
+        chat = model.chat("picture.jpg")
+        chat.ask("what is on the left?")
+        chat.ask("what colour is it?")        # the first question and its answer stay in the prompt
+
+    The prompt is LAVIS's: "Question: ... Answer: a crab. Question: ... Answer:". Answers are those of the whole prompt
+    given at once, but only what is new is read: tokens_read counts it. Encoder-decoders and InstructBLIP read the whole
+    prompt each time.
+
+    history: [(question, answer), ...], yours to edit. One timeline: questions from several threads are answered one
+    after another. Pickled without the model: `model.chat(chat)` goes on from a chat's history, as a new chat.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner | None,
+        state: State,
+        template: str,
+        options: dict[str, Any],
+        history: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self._captioner = captioner
+        self._lock = threading.Lock()
+        self._prefix: Prefix | None = None
+        self.state = state
+        self.template = template
+        self.options = dict(options)
+        self.history: list[tuple[str, str]] = list(history)
+        self.tokens_read = 0
+
+    def prompt(self, question: str) -> str:
+        """The whole prompt with which the next question would be asked."""
+        said = [f"{self.template.replace('{}', asked)} {answer}." for asked, answer in self.history]
+        return " ".join([*said, self.template.replace("{}", question)])
+
+    def ask(self, question: str, **generate_options: Any) -> Caption:
+        """The answer. generate_options: over those of model.chat(), also streamer, stop_strings, callables.
+
+        Raises ValueError where the conversation has become longer than the model has positions; the chat is then as
+        before, and so it is after any other error.
+        """
+        if not isinstance(question, str):
+            raise TypeError(f"a question must be a string, found {type(question).__name__}")
+        if self._captioner is None:
+            raise ValueError("this chat was unpickled and has no model: go on with model.chat(chat)")
+        with self._lock:
+            answer = self._answer(self._captioner, question, {**self.options, **generate_options})
+            self.history.append((question, str(answer)))
+        return answer
+
+    def _answer(self, captioner: Captioner, question: str, options: dict[str, Any]) -> Caption:
+        prompts, model = captioner.prompts, captioner.model
+        _refuse_outputs(options)
+        prompt, whole = self.prompt(question), dict(options)
+        decoder = model._begin_decoder(whole, 1) if model.config.is_encoder_decoder else None
+        call = model._call(whole, [])
+        plan = Plan(call.core, decoder)
+        ids = prompts.ids(prompt, plan)
+        prefix = self._known(prompts, ids)
+        known = 0 if prefix is None else len(prefix)
+        new, rules = prompts.behind(ids, known)
+        seen = prompts.behind(ids, 0)[1] if decoder is None else decoder.ids
+        hooks = Hooks(
+            call,
+            seen[seen >= 0].astype(np.int64)[None],
+            rule_ids=seen[None],
+            vocabulary=model._vocabulary,
+            unconditional=None if decoder is not None else model._without_picture,
+        )
+        hooks.begin()
+        out = model._core.generate(
+            prompts.features(self.state.embeds, prompt)[None] if known == 0 else None,
+            new,
+            np.array([0, len(new)], np.int64),
+            None,
+            rules if decoder is None else decoder.ids,
+            call.core,
+            hooks=hooks.functions,
+            prefixes=None if prefix is None else [prefix],
+            keep=prompts.keeps_prefixes,
+            **({} if decoder is None else decoder_arguments(decoder)),
+        )
+        hooks.end()
+        self._prefix = out["prefixes"][0] if prompts.keeps_prefixes else None
+        self.tokens_read += len(new)
+        return prompts.caption(out["ids"][0][: int(out["lengths"][0])], plan.ends)
+
+    def _known(self, prompts: Prompts, ids: list[int]) -> Prefix | None:
+        """As much of the prompt as has been read: of the conversation, or at least the picture."""
+        if self._prefix is not None:
+            read = self._prefix.ids[prompts.queries :].tolist()
+            known = min(shared_beginning([read, ids]), len(ids) - 1)
+            return self._prefix.head(prompts.queries + known)
+        return self.state.prefix_of([ids])
+
+    def __len__(self) -> int:
+        return len(self.history)
+
+    def __reduce__(self) -> Any:
+        return Chat, (None, self.state, self.template, self.options, list(self.history))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{asked}\n    {answer}" for asked, answer in self.history)
+
+    def __repr__(self) -> str:
+        return f"Chat({self.state!r}, {len(self.history)} questions)"
+
+
+def _refuse_outputs(options: dict[str, Any]) -> None:
+    for name in ("return_dict_in_generate", *EXTRA_OUTPUTS):
+        if options.get(name):
+            raise UnsupportedError(f"{name}={options[name]!r}: a chat gives words; use model.model.generate()")
+    if options.get("num_return_sequences") not in (None, 1):
+        raise ValueError(f"num_return_sequences={options['num_return_sequences']}: a chat has one answer a question")
