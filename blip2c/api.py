@@ -222,6 +222,8 @@ class Captioner:
         batch_size rows run together: one that has finished leaves and the next enters, pictures are decoded and encoded
         ahead in threads, a little ahead of the results that are taken. as_finished: (number of the row, result) as they
         finish. Close the iterator, or let go of it, and all of it stops. Errors of options (not of a row) are raised.
+
+        What is drawn (do_sample) depends on the seed and the number of the row, not on what runs beside it.
         """
         check_batch_size(batch_size)
         plan = self.prompts.plan(generate_options)

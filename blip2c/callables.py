@@ -23,6 +23,7 @@ from blip2c._core import UnsupportedError
 from blip2c.generation import Call
 from blip2c.generation_outputs import log_softmax
 from blip2c.inputs import to_numpy
+from blip2c.steps import Steps
 from blip2c.stop_strings import StopStrings
 
 __all__ = ["Hooks"]
@@ -56,7 +57,8 @@ class Hooks:
     prompts: int64 [B, T], what callables see in front of the new tokens. rule_ids: int32 [B, T'], what the rules of the
     C part see there (-1: an image feature). skip: int64 [B] or None, leading ids that the repetition penalty does not
     see. tensors: the model was given tensors. unconditional(ids [n, t], mask [n, t]) -> logits [n, V]: the language
-    model without a picture, for guidance_scale; None where it can not be had.
+    model without a picture, for guidance_scale; None where it can not be had. states: the watcher of the model's calls,
+    where hidden states or attention weights are wanted.
 
     functions: for the C part, None where nothing is to be called. logits, scores: what was recorded, [rows, V] a step.
     """
@@ -71,6 +73,7 @@ class Hooks:
         skip: Ids | None = None,
         tensors: bool = False,
         unconditional: Callable[[Ids, NDArray[np.uint8]], Scores] | None = None,
+        states: Steps | None = None,
     ) -> None:
         self._call = call
         self._prompts = prompts
@@ -80,6 +83,7 @@ class Hooks:
         self._tensors = tensors
         self._started = 0.0
         self._ended: NDArray[np.bool_] | None = None
+        self.states = states
         self.logits: list[Scores] = []
         self.scores: list[Scores] = []
         self._streamer = _checked_streamer(call)
@@ -87,9 +91,6 @@ class Hooks:
         self._stops = self._stop_functions()
         self._steps = self._processors(unconditional)
         record = call["return_dict_in_generate"] is True
-        for name in ("output_attentions", "output_hidden_states"):
-            if record and call[name] is True:
-                raise UnsupportedError(f"{name}=True: not with generate(); forward() of the generated ids gives them")
         functions: dict[str, Any] = {}
         if any(not isinstance(step, tuple) for step in self._steps):
             functions["process"] = self._process
@@ -97,8 +98,9 @@ class Hooks:
             functions["stop"] = self._stop
         if self._streamer is not None:
             functions["put"] = self._put
-        if record and call["output_logits"] is True:
-            functions["logits"] = self.logits.append
+        self._keeps_logits = record and call["output_logits"] is True
+        if self._keeps_logits or states is not None:
+            functions["logits"] = self._keep_logits
         if record and call["output_scores"] is True:
             functions["scores"] = self.scores.append
         self.functions = functions or None
@@ -250,6 +252,15 @@ class Hooks:
 
     def _pads_ended_rows(self) -> bool:
         return bool(self._call.core["eos_ids"]) or any(hasattr(c, "eos_token_id") for c in self._criteria)
+
+    # -- recording -----------------------------------------------------------------------------------------------
+
+    def _keep_logits(self, logits: Scores) -> None:
+        """After each model call."""
+        if self._keeps_logits:
+            self.logits.append(logits)
+        if self.states is not None:
+            self.states.end_step()
 
     # -- giving --------------------------------------------------------------------------------------------------
 

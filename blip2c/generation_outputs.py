@@ -28,12 +28,17 @@ class GenerateDecoderOnlyOutput(ModelOutput):
     """Without beams. B counts rows, num_return_sequences of each prompt; of every tuple there is one entry a step.
 
     sequences int64 [B, T]; scores float32 [B, V], processed; logits float32 [B, V], as the model gave them;
-    attentions and hidden_states: a tuple over layers. past_key_values is None: blip2c keeps no cache behind generate().
+    attentions [B, H, Tq, Tk] and hidden_states [B, Tq, D]: a tuple over layers, Tq being the prompt's length in the
+    first step, then 1. past_key_values is None: blip2c keeps no cache behind generate().
     """
 
 
 class GenerateEncoderDecoderOutput(ModelOutput):
-    """As GenerateDecoderOnlyOutput; sequences are decoder ids, and attentions and states come by part."""
+    """As GenerateDecoderOnlyOutput; sequences are decoder ids, and attentions and states come by part.
+
+    decoder_attentions, cross_attentions and decoder_hidden_states by step; encoder_attentions and
+    encoder_hidden_states, tuples over layers, with one row for each prompt.
+    """
 
 
 class GenerateBeamDecoderOnlyOutput(ModelOutput):
@@ -65,13 +70,14 @@ def generated(
         "logits": _steps(hooks.logits, call["output_logits"], like),
         "past_key_values": None,
     }
+    states = {} if hooks.states is None else hooks.states.entries(like, is_encoder_decoder)
     if call.core["num_beams"] == 1:
         kind = GenerateEncoderDecoderOutput if is_encoder_decoder else GenerateDecoderOnlyOutput
-        return kind(sequences=sequences, **entries)
+        return kind(sequences=sequences, **entries, **states)
     beam = GenerateBeamEncoderDecoderOutput if is_encoder_decoder else GenerateBeamDecoderOnlyOutput
     scores = like.floats(out["scores"], keep=True) if call["output_scores"] is True else None
     indices = like.ids(out["beam_indices"])
-    return beam(sequences=sequences, sequences_scores=scores, **entries, beam_indices=indices)
+    return beam(sequences=sequences, sequences_scores=scores, **entries, beam_indices=indices, **states)
 
 
 def _steps(arrays: list[NDArray[np.float32]], is_wanted: Any, like: Like) -> Any:

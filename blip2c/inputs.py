@@ -113,7 +113,10 @@ def check_labels(value: Any, vocabulary: int, ignore_index: int) -> NDArray[np.i
 
 def check_ids(value: Any, vocabulary: int, name: str = "input_ids") -> NDArray[np.int64]:
     """Token ids [B, T], each below the vocabulary. Raises TypeError or ValueError naming row and column."""
-    ids = to_numpy(value)
+    try:
+        ids = to_numpy(value)
+    except ValueError as error:  # lists of unequal lengths
+        raise ValueError(f"{name} must be [batch, length], rows of one length: {error}") from error
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"{name} must be integers, found {ids.dtype}")
     if ids.ndim != 2:

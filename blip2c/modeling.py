@@ -20,6 +20,7 @@ from blip2c.generation_outputs import compute_transition_scores, generated
 from blip2c.inputs import DecoderRows, begin_decoder, check_positions
 from blip2c.outputs import Like, ModelOutput
 from blip2c.pretrained import generation_options
+from blip2c.steps import Steps
 
 
 class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
@@ -157,6 +158,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         call = self._call(generate_kwargs, [length])
         check_positions(rows, self._positions, new_tokens(call.core, length))
         shown = np.empty((batch, 0), np.int64) if prompts is None else prompts
+        states = self._watcher(call, batch)
         hooks = Hooks(
             call,
             shown,
@@ -165,13 +167,31 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             skip=None if mask is None else np.argmax(mask.reshape(batch, length), axis=1),
             tensors=like.torch is not None,
             unconditional=None if decoder else self._without_picture,
+            states=states,
         )
         hooks.begin()
         out = self._core.generate(
-            prompt.embeds, rows.ids, rows.offsets, rows.mask, rule_ids, call.core, hooks=hooks.functions, **decoder
+            prompt.embeds,
+            rows.ids,
+            rows.offsets,
+            rows.mask,
+            rule_ids,
+            call.core,
+            hooks=hooks.functions,
+            tap=None if states is None else states.see,
+            **decoder,
         )
         hooks.end()
         return generated(call, out, shown, hooks, like, is_encoder_decoder=bool(decoder))
+
+    def _watcher(self, call: Call, batch: int) -> Steps | None:
+        """Where hidden states or attention weights of every step are asked for."""
+        wanted = {name: call[f"output_{name}"] is True for name in ("hidden_states", "attentions")}
+        if call["return_dict_in_generate"] is not True or not any(wanted.values()):
+            return None
+        core = call.core
+        rows = core["num_beams"] if core["num_beams"] > 1 else core["num_return_sequences"]
+        return Steps(self._core_config["text"], batch, rows, **wanted)
 
     def compute_transition_scores(
         self, sequences: Any, scores: Any, beam_indices: Any = None, normalize_logits: bool = False

@@ -94,6 +94,26 @@ def test_a_batch_says_what_each_says_alone(model: Any, pictures: list[Any], beam
     assert [f.ids for f in found] == [alone[i].ids for i in order]
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_draws_do_not_depend_on_batches(model: Any, pictures: list[Any], beams: int) -> None:
+    """The same picture everywhere: only its number tells the draws apart, as in one batch of generate()."""
+    options = {"do_sample": True, "temperature": 3.0, "seed": 11, "max_new_tokens": 8, "num_beams": beams}
+    same = [pictures[0]] * 5
+    want = [caption.ids for caption in model.caption(same, batch_size=5, **options)]
+    assert len({tuple(ids) for ids in want}) > 1
+    for size in (1, 2, 3):
+        assert [caption.ids for caption in model.caption(same, batch_size=size, **options)] == want
+    found = model.caption([b"no picture", *same[1:]], batch_size=3, errors="return", **options)
+    assert [caption.ids for caption in found[1:]] == want[1:]
+    image = model.processor(same, return_tensors="np")
+    ids = model.model.generate(**image, **options)[:, -max(map(len, want)) :]
+    assert [row[: len(said)].tolist() for row, said in zip(ids, want, strict=True)] == want
+    questions = ["what?"] * 4
+    answers = [[a.ids for a in model.ask(pictures[0], questions, batch_size=n, **options)] for n in (1, 3, 4)]
+    assert answers[0] == answers[1] == answers[2]
+    assert len({tuple(ids) for ids in answers[0]}) > 1
+
+
 def test_threads_do_not_change_a_bit(model: Any, pictures: list[Any]) -> None:
     pixels = model.processor.image_processor(pictures, return_tensors="np")["pixel_values"]
     threads = blip2c.get_num_threads()

@@ -397,6 +397,15 @@ def test_streams_that_go_wrong_are_named(opt: Small) -> None:
     assert rows(opt.generate(prompts, options)) == expected
 
 
+@pytest.mark.parametrize("most", [2**31, 2**61, 2**62, 2**63 - 1])
+def test_more_tokens_than_can_be_counted(opt: Small, most: int) -> None:
+    items = iter([as_item(prompt) for prompt in opt.prompts(1, 53)])
+    with pytest.raises(MemoryError, match=f"max_new_tokens: {most} tokens"):
+        opt.core.generate_stream(
+            lambda wait: next(items), lambda index, result: None, opt.options(max_new_tokens=most), 1, 40
+        )
+
+
 def test_a_thread_s_calls_can_be_ended_from_another(opt: Small) -> None:
     prompts, options, began = opt.prompts(1, seed=19), opt.options(eos_ids=[]), threading.Event()
     ended: list[type[BaseException]] = []

@@ -18,6 +18,7 @@ from transformers import generation as upstream
 
 import blip2c
 from helpers import prompt_ids, random_checkpoint, random_pixels, reference_model, small_tokenizer
+from output_helpers import assert_same
 
 FAMILIES = ["opt", "t5", "llama"]
 BATCH, TEXT = 2, 3
@@ -125,6 +126,33 @@ def test_remove_invalid_values_lets_broken_logits_pass() -> None:
     assert greedy_search(step, [[1]], max_new_tokens=2, remove_invalid_values=True).sequences == [[4, 4]]
     beams = beam_search(step, [[1]], num_beams=2, max_new_tokens=2, remove_invalid_values=True)
     assert np.isfinite(beams.scores).all()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_infinite_scores_of_a_processor(pair: Pair, beams: int) -> None:
+    """The largest score for argmax; sums of beams would become NaN with the next -Inf."""
+
+    def push(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, ::2], scores[:, 11] = -torch.inf, torch.inf
+        return scores
+
+    if beams == 1:
+        assert (pair.same(logits_processor=[push])[:, -1] == 11).all()
+        return
+    with pytest.raises(blip2c.NumericError, match="token 11: Inf"):
+        pair.same(num_beams=beams, logits_processor=[push])
+
+
+def test_huge_biases_do_not_make_nan() -> None:
+    from blip2c.search import beam_search
+
+    def step(ids: np.ndarray) -> np.ndarray:
+        return np.tile(np.linspace(0, 1, 9, dtype=np.float32), (ids.shape[0], 1))
+
+    bias, forbidden = [[[3], 3e38], [[5], 3e38]], [0, 1, 2]
+    found = beam_search(step, [[1]], num_beams=3, max_new_tokens=6, sequence_bias=bias, suppress_tokens=forbidden)
+    assert np.isfinite(found.scores).all()
+    assert set(found.sequences[0]) <= {3, 5}
 
 
 # -- processors --------------------------------------------------------------------------------------------------
@@ -385,10 +413,39 @@ def test_returned_dictionaries_are_as_in_transformers(pair: Pair, beams: int) ->
         compare_outputs(pair, ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
-def test_states_of_every_step_are_refused_by_name(opt: Pair, name: str) -> None:
-    with pytest.raises(blip2c.UnsupportedError, match=f"^{name}=True"):
-        opt.ours.generate(**opt.inputs, max_new_tokens=2, return_dict_in_generate=True, **{name: True})
+STATES = {
+    "opt": ("attentions", "hidden_states"),
+    "t5": ("encoder_attentions", "encoder_hidden_states", "decoder_attentions", "cross_attentions",
+           "decoder_hidden_states"),
+}  # fmt: skip
+
+
+def compare_states(pair: Pair, **options: Any) -> None:
+    options = {"return_dict_in_generate": True, "eos_token_id": [9, 30], **options}
+    ours, theirs = pair.both(**options)
+    compare_outputs(pair, ours, theirs)
+    count = 0
+    for name in STATES.get(pair.family, STATES["opt"]):
+        assert (ours[name] is None) == (theirs[name] is None) if name in theirs else name not in ours, name
+        if name in theirs:
+            count += assert_same(ours[name], theirs[name], 2e-3)
+    assert count > 0
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_states_of_every_step_are_as_in_transformers(pair: Pair, beams: int) -> None:
+    """Also of rows that have ended, of rows with pads, and, where nothing is left to draw, of sampled sequences."""
+    wanted = {"output_attentions": True, "output_hidden_states": True, "num_beams": beams}
+    compare_states(pair, **wanted, num_return_sequences=min(beams, 2), output_scores=True)
+    compare_states(pair, output_attentions=True, num_beams=beams, max_new_tokens=1)
+    compare_states(pair, output_hidden_states=True, num_beams=beams, max_new_tokens=3)
+    compare_states(pair, **wanted, do_sample=beams == 1, top_k=1, num_return_sequences=2, max_new_tokens=4)
+
+
+def test_states_of_sliding_layers_forget_what_is_out_of_sight(tmp_path: Path) -> None:
+    for family in ("mistral", "qwen2"):
+        pair = Pair(tmp_path / family, family)
+        compare_states(pair, output_attentions=True, output_hidden_states=True, num_beams=2)
 
 
 # -- when something goes wrong -----------------------------------------------------------------------------------

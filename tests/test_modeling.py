@@ -405,6 +405,7 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
         "empty batch": ({**full, "pixel_values": pixels[:0]}, ValueError, "empty"),
         "empty ids": ({**full, "input_ids": ids[:, :0]}, ValueError, "empty"),
         "flat ids": ({**full, "input_ids": ids[0]}, ValueError, r"\[batch, length\]"),
+        "ragged ids": ({**full, "input_ids": [[7], [7, 8]]}, ValueError, r"input_ids must be .* one length"),
         "floats for ids": ({**full, "input_ids": ids * 1.0}, TypeError, "integers"),
         "wide mask": ({**full, "attention_mask": np.ones((3, 99))}, ValueError, r"\(3, 99\)"),
         "mask of twos": ({**full, "attention_mask": np.full_like(ids, 2)}, ValueError, "zeros and ones"),
@@ -440,9 +441,9 @@ def wrong(kind: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[dict[str, Any
 
 
 KINDS = ["no placeholders", "one placeholder too many", "ids of another batch", "small pictures", "wide pictures",
-         "one channel", "three axes", "bytes", "no pictures", "empty batch", "empty ids", "flat ids", "floats for ids",
-         "negative id", "large id", "wide mask", "mask of twos", "mask of nothing", "nan", "infinity", "long prompt",
-         "embeddings", "tiny", "typo", "cold", "too many new"]  # fmt: skip
+         "one channel", "three axes", "bytes", "no pictures", "empty batch", "empty ids", "flat ids", "ragged ids",
+         "floats for ids", "negative id", "large id", "wide mask", "mask of twos", "mask of nothing", "nan", "infinity",
+         "long prompt", "embeddings", "tiny", "typo", "cold", "too many new"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -454,4 +454,6 @@ def test_decoder_rows_that_do_not_belong(models: tuple[Any, Any]) -> None:
             core.forward(None, ids, offsets, decoder_ids=bad, decoder_offsets=np.array([0, 1], np.int64))
     with pytest.raises(ValueError, match="row 0: the decoder's prompt is empty"):
         core.forward(None, ids, offsets, decoder_ids=ids[:0], decoder_offsets=np.array([0, 0], np.int64))
+    with pytest.raises(ValueError, match="decoder_offsets: expected to begin with 0, found 1"):
+        core.forward(None, ids, offsets, decoder_ids=ids, decoder_offsets=np.array([1, 2], np.int64))
     assert isinstance(core, _core.Model)

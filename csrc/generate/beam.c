@@ -14,6 +14,7 @@
  *
  * Upstream computes until the last item of the batch stops; a stopped item cannot change there, since whatever it
  * still finds is 1e9 worse than its slots. Here its rows are not computed any more, except with hooks, which see them. */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -178,7 +179,8 @@ static void choose_candidates(b2_search *s, int64_t k)
     b2_topk(sorted, values, all, g->candidates);
     for (int64_t c = 0; c < g->candidates; c++) {
         int32_t index = sorted[c].index;
-        best[c] = (b2_scored){scores[index], index};
+        /* Huge biases add up to Inf, which would be NaN with the next -Inf. */
+        best[c] = (b2_scored){scores[index] > FLT_MAX ? FLT_MAX : scores[index], index};
         g->ends[place * g->candidates + c] =
             seat->step + 1 >= seat->limit || b2_rules_is_eos(s->opts, (int32_t)(index % vocabulary));
     }

@@ -179,14 +179,16 @@ static b2_view view_of(const b2_search *s)
                      .ld = s->width};
 }
 
-/* What a callable has left may be anything. */
+/* What a callable has left may be anything. An infinity is the largest for argmax, but neither draws nor sums of beams can
+ * do with it: with -Inf it makes NaN. */
 static int check_processed(const b2_search *s, b2_err *err)
 {
     int64_t vocabulary = s->step->vocabulary;
+    int sums_up = s->opts->do_sample || s->opts->num_beams > 1;
     for (int64_t i = 0; i < s->rows; i++)
         for (int64_t v = 0; v < vocabulary; v++) {
             float score = b2_search_scores(s, i)[v];
-            if (isnan(score) || (s->opts->do_sample && score == INFINITY))
+            if (isnan(score) || (sums_up && score == INFINITY))
                 return b2_fail(err, B2_E_NUMERIC, "logits_processor: row %lld, token %lld: %s in the scores it returned",
                                (long long)i, (long long)v, isnan(score) ? "NaN" : "Inf");
         }
@@ -367,8 +369,19 @@ static int run(b2_search *s, b2_err *err)
     return 0;
 }
 
+/* Sizes in bytes are products of these: none of them overflows, nor does a stride of rows. */
+static int check_size(const b2_search *s, b2_err *err)
+{
+    if (s->size.width <= INT32_MAX - s->size.longest)
+        return 0;
+    return b2_fail(err, B2_E_MEMORY, "max_new_tokens: %lld tokens behind a prompt of %lld are more than can be counted",
+                   (long long)s->size.width, (long long)s->size.longest);
+}
+
 int b2_search_run(b2_search *s, b2_err *err)
 {
+    if (check_size(s, err) < 0)
+        return -1;
     s->chooser = s->opts->num_beams > 1 ? &b2_beam_chooser : &b2_single_chooser;
     s->width = s->size.width;
     s->rows_per_seat = b2_generate_rows_per_item(s->opts);

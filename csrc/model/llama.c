@@ -282,6 +282,16 @@ static int feed_forward(b2_ctx *ctx, const llama *m, int i, b2_lm_batch *batch, 
     return b2_linear(ctx, batch->x, w->gate, &layer->down_weight, &down, err);
 }
 
+/* The last hidden states of every token, not only of those whose logits are wanted, for whoever watches. */
+static int show_last(b2_ctx *ctx, const llama *m, b2_lm_batch *batch, const buffers *w, b2_err *err)
+{
+    if (!ctx->tap)
+        return 0;
+    if (b2_rms_norm(ctx, w->h, batch->x, &m->norm, m->base.config.norm_eps, err) < 0)
+        return -1;
+    return b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, w->h, err);
+}
+
 static int head(b2_ctx *ctx, const llama *m, b2_lm_batch *batch, b2_err *err)
 {
     const b2_weight *weight = m->lm_head.data ? &m->lm_head : &m->embed_tokens;
@@ -290,8 +300,7 @@ static int head(b2_ctx *ctx, const llama *m, b2_lm_batch *batch, b2_err *err)
         return 0;
     if (b2_stage_take(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
         b2_copy_rows(ctx, last, NULL, batch->x, batch->logit_rows, last.rows, err) < 0 ||
-        b2_rms_norm(ctx, last, last, &m->norm, m->base.config.norm_eps, err) < 0 ||
-        b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, last, err) < 0)
+        b2_rms_norm(ctx, last, last, &m->norm, m->base.config.norm_eps, err) < 0)
         return -1;
     return b2_lm_head(ctx, batch, last, weight, err);
 }
@@ -308,7 +317,7 @@ static int llama_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_er
         if (self_attention(ctx, m, i, batch, &w, err) < 0 || feed_forward(ctx, m, i, batch, &w, err) < 0 ||
             b2_stage_done(ctx, "language_model", i + 1, batch->x, err) < 0)
             return -1;
-    int status = head(ctx, m, batch, err);
+    int status = show_last(ctx, m, batch, &w, err) < 0 ? -1 : head(ctx, m, batch, err);
     b2_arena_reset(ctx->scratch, mark);
     return status;
 }

@@ -283,6 +283,17 @@ static int feed_forward(b2_ctx *ctx, const opt *m, int i, b2_lm_batch *batch, bu
     return before ? 0 : norm(ctx, batch->x, batch->x, &layer->final_norm_weight, &layer->final_norm_bias, err);
 }
 
+/* The last hidden states of every token, not only of those whose logits are wanted, for whoever watches. */
+static int show_last(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, const buffers *w, b2_err *err)
+{
+    int normed = has_final_norm(&m->base.config);
+    if (!ctx->tap)
+        return 0;
+    if (normed && norm(ctx, w->h, batch->x, &m->final_norm_weight, &m->final_norm_bias, err) < 0)
+        return -1;
+    return b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, normed ? w->h : batch->x, err);
+}
+
 static int head(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
 {
     const b2_weight *weight = m->lm_head.data ? &m->lm_head : &m->embed_tokens;
@@ -293,8 +304,6 @@ static int head(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
         b2_copy_rows(ctx, last, NULL, batch->x, batch->logit_rows, last.rows, err) < 0)
         return -1;
     if (has_final_norm(&m->base.config) && norm(ctx, last, last, &m->final_norm_weight, &m->final_norm_bias, err) < 0)
-        return -1;
-    if (b2_stage_tap(ctx, "language_model", m->base.config.num_hidden_layers + 1, last, err) < 0)
         return -1;
     return b2_lm_head(ctx, batch, last, weight, err);
 }
@@ -311,7 +320,7 @@ static int opt_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err 
         if (self_attention(ctx, m, i, batch, &w, err) < 0 || feed_forward(ctx, m, i, batch, &w, err) < 0 ||
             b2_stage_done(ctx, "language_model", i + 1, batch->x, err) < 0)
             return -1;
-    int status = head(ctx, m, batch, err);
+    int status = show_last(ctx, m, batch, &w, err) < 0 ? -1 : head(ctx, m, batch, err);
     b2_arena_reset(ctx->scratch, mark);
     return status;
 }

@@ -9,7 +9,6 @@ b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_
     b2_prefix *prefix = b2_alloc_zeroed(1, sizeof *prefix, "prefix", err);
     if (!prefix)
         return NULL;
-    atomic_init(&prefix->references, 1);
     prefix->model = model;
     prefix->length = length;
     prefix->ids = b2_alloc((size_t)length, sizeof *prefix->ids, "prefix ids", err);
@@ -20,14 +19,9 @@ b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_
     return NULL;
 }
 
-void b2_prefix_hold(b2_prefix *prefix)
-{
-    atomic_fetch_add(&prefix->references, 1);
-}
-
 void b2_prefix_release(b2_prefix *prefix)
 {
-    if (!prefix || atomic_fetch_sub(&prefix->references, 1) > 1)
+    if (!prefix)
         return;
     b2_kv_cache_release(&prefix->cache);
     b2_free(prefix->ids);

@@ -1,18 +1,16 @@
-/* A beginning of a prompt that the model has read: its ids and the keys and values of every layer. It is immutable and
- * counted, so that any number of prompts, in any number of threads, may begin with it: one picture and many questions, or
- * a conversation, whose next question goes on from a prefix that holds the earlier ones and their answers.
+/* A beginning of a prompt that the model has read: its ids and the keys and values of every layer. It is
+ * immutable: any number of prompts, in any number of threads, may begin with it while its owner keeps it: one picture and
+ * many questions, or a conversation, whose next question goes on from a prefix that holds the earlier ones and their
+ * answers.
  *
  * Reading on from a prefix gives the bits of reading everything in one go. Prefixes hold no masked pads. */
 #ifndef B2_MODEL_PREFIX_H
 #define B2_MODEL_PREFIX_H
 
-#include <stdatomic.h>
-
 #include "model/kv_cache.h"
 #include "ops/ops.h"
 
 typedef struct b2_prefix {
-    atomic_int references;
     const void *model;     /* whose it is */
     int64_t length;        /* tokens */
     int64_t next_position; /* of the token behind it */
@@ -21,10 +19,9 @@ typedef struct b2_prefix {
     b2_kv_cache cache;     /* [layers, length, width], owned */
 } b2_prefix;
 
-/* One reference, nothing in it yet. */
+/* Nothing in it yet. */
 b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_t length, b2_err *err);
-void b2_prefix_hold(b2_prefix *prefix);
-/* Gives up one reference; NULL is nothing. */
+/* NULL is nothing. */
 void b2_prefix_release(b2_prefix *prefix);
 
 /* The first `length` tokens of `prefix`, 1 <= length <= prefix->length, as one of its own. */

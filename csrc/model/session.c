@@ -33,8 +33,10 @@ static b2_prompt prompt_of(const b2_rows_in *in, int64_t b)
 /* [B] checked prompts, to be freed; NULL on failure. */
 static b2_prompt *prompts_of(const b2_blip2 *model, const b2_rows_in *in, b2_err *err)
 {
-    if (in->offsets[0] != 0) {
-        b2_fail(err, B2_E_VALUE, "offsets: expected to begin with 0, found %lld", (long long)in->offsets[0]);
+    const int64_t *decoder = in->decoder_ids ? in->decoder_offsets : NULL;
+    if (in->offsets[0] != 0 || (decoder && decoder[0] != 0)) {
+        b2_fail(err, B2_E_VALUE, "%soffsets: expected to begin with 0, found %lld", in->offsets[0] ? "" : "decoder_",
+                (long long)(in->offsets[0] ? in->offsets[0] : decoder[0]));
         return NULL;
     }
     b2_prompt *prompts = b2_alloc((size_t)in->rows, sizeof *prompts, "prompts", err);

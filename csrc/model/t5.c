@@ -549,7 +549,17 @@ static int norm_last(b2_ctx *ctx, const t5 *m, const b2_lm_batch *batch, b2_tens
                : 0;
 }
 
-/* The scaling is no part of the last hidden state that upstream shows. */
+/* The last hidden states of every token, not only of those whose logits are wanted, for whoever watches. The scaling is no
+ * part of them. */
+static int show_last(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, const buffers *w, b2_err *err)
+{
+    if (!ctx->tap)
+        return 0;
+    if (b2_rms_norm(ctx, w->h, batch->x, &m->decoder.final_norm, m->base.config.norm_eps, err) < 0)
+        return -1;
+    return b2_stage_tap(ctx, "decoder", m->decoder.count + 1, w->h, err);
+}
+
 static int head(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err)
 {
     b2_tensor last;
@@ -557,7 +567,6 @@ static int head(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err)
         return 0;
     if (b2_stage_take(ctx, &last, batch->logits.rows, batch->x.cols, err) < 0 ||
         norm_last(ctx, m, batch, last, &m->decoder.final_norm, err) < 0 ||
-        b2_stage_tap(ctx, "decoder", m->decoder.count + 1, last, err) < 0 ||
         (m->head_norm.data && norm_last(ctx, m, batch, last, &m->head_norm, err) < 0))
         return -1;
     return b2_lm_head(ctx, batch, last, m->lm_head.data ? &m->lm_head : &m->shared, err);
@@ -574,7 +583,7 @@ static int run_decoder(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err
             feed_forward(ctx, m, &m->decoder.layers[i], batch->x, &w, err) < 0 ||
             b2_stage_done(ctx, "decoder", i + 1, batch->x, err) < 0)
             return -1;
-    return head(ctx, m, batch, err);
+    return show_last(ctx, m, batch, &w, err) < 0 ? -1 : head(ctx, m, batch, err);
 }
 
 static int t5_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)

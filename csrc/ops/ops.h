@@ -44,7 +44,7 @@ typedef struct b2_ctx {
 
 /* Called with the hidden states after each stage: ("vision", layer, [N, D]). `layer` counts as transformers does in
  * hidden_states: 0 is the embedding output, i + 1 the output of layer i. Language models report once more, as layer
- * L + 1, what follows their final norm (of the tokens whose logits are wanted; of an encoder, all). */
+ * L + 1, what follows their final norm. */
 struct b2_tap {
     int (*fn)(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err);
     /* NULL: nobody wants attention weights. Else called after each attention with its arguments (the stage has run it

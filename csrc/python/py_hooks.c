@@ -227,12 +227,12 @@ static int check_rows(const rows_in *in)
     return 0;
 }
 
-/* Warpers sort, and no order has a place for NaN. */
+/* Warpers sort, and no order has a place for NaN. Without them the search judges what comes out. */
 static int check_scores(const rows_in *in, const b2_generate_opts *opts, b2_rule first, b2_rule end, b2_err *err)
 {
     int removes = opts->remove_invalid_values && first <= B2_RULE_REMOVE_INVALID && end > B2_RULE_REMOVE_INVALID;
     int64_t count = (int64_t)PyArray_SIZE(in->scores);
-    if (end > B2_RULE_CUSTOM && !removes && b2_scores_broken(PyArray_DATA(in->scores), count))
+    if (opts->do_sample && end > B2_RULE_CUSTOM && !removes && b2_scores_broken(PyArray_DATA(in->scores), count))
         return b2_fail(err, B2_E_NUMERIC, "scores: NaN or Inf");
     return 0;
 }

@@ -26,12 +26,6 @@ static inline int b2_quad_group(b2_dtype dtype)
     return dtype == B2_I8 ? 64 : 32;
 }
 
-/* What stored weights have more than q. */
-static inline int b2_quad_zero(b2_dtype dtype)
-{
-    return dtype == B2_I8 ? 128 : 8;
-}
-
 /* A block of rows of x, rounded; zeros where k ends. */
 typedef struct b2_quad_block {
     char *values;     /* [units][32 / u][rows][u]: int8 and u = 4; or int16 and u = 2, of every four channels first the even
