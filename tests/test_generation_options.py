@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from blip2c import _core
+from blip2c import _core, generation
 from blip2c.generation import DEFAULTS, NAMES, NOT_DONE, NOT_DONE_ARGUMENTS, GenerationConfig, core_options
 
 
@@ -301,3 +301,9 @@ def test_end_tokens_are_not_forbidden_as_upstream() -> None:
     with pytest.warns(UserWarning, match=r"bad_words_ids: \[\[7\], \[2\]\] are end tokens"):
         assert core_options(config, {"bad_words_ids": [[7], [2]]}, [4])["bad_words"] == []
     assert core_options(config, {"bad_words_ids": [[7], [5]]}, [4])["bad_words"] == [[5]]
+
+
+def test_every_option_stands_in_the_documentation() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "GENERATION.md").read_text()
+    names = (*generation.NAMES, *generation.ARGUMENTS, *generation.NOT_DONE_ARGUMENTS, *generation.INERT_ARGUMENTS)
+    assert [name for name in names if f"`{name}`" not in text] == []
