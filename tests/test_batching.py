@@ -611,6 +611,30 @@ def test_nothing_is_left_behind(captioner: Any, monkeypatch: pytest.MonkeyPatch)
     assert len(captioner.caption(pictures, max_new_tokens=2)) == 2
 
 
+def test_closing_does_not_wait_for_what_runs(captioner: Any) -> None:
+    options = {"num_beams": 60, "max_new_tokens": 140, "eos_token_id": None, "pad_token_id": 1}
+    plan, rows = captioner.prompts.plan(options), [(i, None) for i in range(8)]
+    pictures = [coarse(i) for i in range(8)]
+
+    def run(seconds: float | None) -> float:
+        flow = Flow(captioner.prompts, plan, pictures, rows, 8)
+        try:
+            if seconds is None:
+                next(flow.in_order())
+            else:
+                time.sleep(seconds)
+        finally:
+            start = time.perf_counter()
+            flow.close()
+        return time.perf_counter() - start
+
+    start = time.perf_counter()
+    run(None)
+    whole = time.perf_counter() - start
+    assert run(0.2 * whole) < 0.3 * whole
+    assert flow_threads() == []
+
+
 INTERRUPTED = """
 import os, signal, sys, threading, time
 import blip2c
