@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +30,10 @@ try:
     from blip2c import _core
 except ImportError as error:
     raise pytest.UsageError(f"blip2c does not import ({error}); build and install it: pip install '.[test]'") from error
+
+# A runner that was started in the background may ignore Ctrl-C, and hands that on to every child.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The reference models are tiny: a second thread costs more than it brings, most of all on a busy machine.
 torch.set_num_threads(1)
