@@ -226,42 +226,20 @@ static int project(b2_ctx *ctx, const b2_lm_config *c, const llama_layer *layer,
         place(ctx, c, w->q, &layer->q_norm, batch->positions, err) < 0 ||
         place(ctx, c, w->k, &layer->k_norm, batch->positions, err) < 0)
         return -1;
-    b2_tensor keys = b2_kv_cache_keys(batch->cache, i), values = b2_kv_cache_values(batch->cache, i);
-    return b2_copy_rows(ctx, keys, batch->cache_rows, w->k, NULL, w->k.rows, err) < 0 ||
-                   b2_copy_rows(ctx, values, batch->cache_rows, w->v, NULL, w->v.rows, err) < 0
-               ? -1
-               : 0;
+    return b2_lm_store(ctx, batch, i, w->k, w->v, err);
 }
 
 static int self_attention(b2_ctx *ctx, const llama *m, int i, b2_lm_batch *batch, buffers *w, b2_err *err)
 {
     const b2_lm_config *c = &m->base.config;
     const llama_layer *layer = &m->layers[i];
-    b2_tensor keys = b2_kv_cache_keys(batch->cache, i), values = b2_kv_cache_values(batch->cache, i);
     b2_linear_opts out = {.bias = &layer->o_bias, .residual = batch->x};
-    b2_attention_args args = {
-        .out = w->attended,
-        .q = w->q,
-        .rows = batch->rows,
-        .q_offsets = batch->q_offsets,
-        .k = keys,
-        .v = values,
-        .prefix_starts = batch->prefix_starts,
-        .prefix_lens = batch->prefix_lens,
-        .k_suffix = keys,
-        .v_suffix = values,
-        .suffix_slots = batch->suffix_slots,
-        .suffix_ld = batch->suffix_ld,
-        .suffix_lens = batch->suffix_lens,
-        .key_mask = batch->key_mask,
-        .key_mask_ld = batch->key_mask_ld,
-        .causal = 1,
-        .heads = c->num_attention_heads,
-        .kv_heads = c->num_key_value_heads,
-        .head_dim = c->head_dim,
-        .scale = 1.0f / sqrtf((float)c->head_dim),
-        .window = c->slides[i] ? c->sliding_window : 0,
-    };
+    b2_attention_args args = b2_lm_attention(batch, i, w->attended, w->q);
+    args.heads = c->num_attention_heads;
+    args.kv_heads = c->num_key_value_heads;
+    args.head_dim = c->head_dim;
+    args.scale = 1.0f / sqrtf((float)c->head_dim);
+    args.window = c->slides[i] ? c->sliding_window : 0;
     if (b2_rms_norm(ctx, w->h, batch->x, &layer->input_norm, c->norm_eps, err) < 0 ||
         project(ctx, c, layer, i, batch, w, err) < 0 || b2_stage_attend(ctx, "language_model", i, &args, err) < 0)
         return -1;

@@ -32,3 +32,35 @@ int b2_lm_head(b2_ctx *ctx, const b2_lm_batch *batch, b2_tensor x, const b2_weig
     ctx->rows_are = before;
     return status;
 }
+
+int b2_lm_store(b2_ctx *ctx, const b2_lm_batch *batch, int layer, b2_tensor k, b2_tensor v, b2_err *err)
+{
+    b2_tensor keys = b2_kv_cache_keys(batch->cache, layer), values = b2_kv_cache_values(batch->cache, layer);
+    return b2_copy_rows(ctx, keys, batch->cache_rows, k, NULL, k.rows, err) < 0 ||
+                   b2_copy_rows(ctx, values, batch->cache_rows, v, NULL, v.rows, err) < 0
+               ? -1
+               : 0;
+}
+
+b2_attention_args b2_lm_attention(const b2_lm_batch *batch, int layer, b2_tensor out, b2_tensor q)
+{
+    b2_tensor keys = b2_kv_cache_keys(batch->cache, layer), values = b2_kv_cache_values(batch->cache, layer);
+    return (b2_attention_args){
+        .out = out,
+        .q = q,
+        .rows = batch->rows,
+        .q_offsets = batch->q_offsets,
+        .k = keys,
+        .v = values,
+        .prefix_starts = batch->prefix_starts,
+        .prefix_lens = batch->prefix_lens,
+        .k_suffix = keys,
+        .v_suffix = values,
+        .suffix_slots = batch->suffix_slots,
+        .suffix_ld = batch->suffix_ld,
+        .suffix_lens = batch->suffix_lens,
+        .key_mask = batch->key_mask,
+        .key_mask_ld = batch->key_mask_ld,
+        .causal = 1,
+    };
+}

@@ -104,6 +104,12 @@ struct b2_lm {
  * whether it follows a prompt or another token; all logits of a text are not. */
 int b2_lm_head(b2_ctx *ctx, const b2_lm_batch *batch, b2_tensor x, const b2_weight *weight, b2_err *err);
 
+/* Puts this call's keys and values [N, kv_width] where layer `layer` of the cache wants them. */
+int b2_lm_store(b2_ctx *ctx, const b2_lm_batch *batch, int layer, b2_tensor k, b2_tensor v, b2_err *err);
+/* Causal self-attention of the call's queries over what that layer of the cache holds: all but heads, head_dim, scale and
+ * whatever is special to a model. */
+b2_attention_args b2_lm_attention(const b2_lm_batch *batch, int layer, b2_tensor out, b2_tensor q);
+
 /* NULL for an unknown model_type. */
 const b2_lm_class *b2_lm_class_of(const char *model_type);
 

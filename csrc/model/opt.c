@@ -218,36 +218,16 @@ static int cached_attention(b2_ctx *ctx, const opt *m, int i, b2_lm_batch *batch
     const opt_layer *layer = &m->layers[i];
     b2_linear_opts q_opts = {.bias = &layer->q_bias}, k_opts = {.bias = &layer->k_bias};
     b2_linear_opts v_opts = {.bias = &layer->v_bias};
-    b2_tensor keys = b2_kv_cache_keys(batch->cache, i), values = b2_kv_cache_values(batch->cache, i);
     if (b2_linear(ctx, w->q, w->h, &layer->q_weight, &q_opts, err) < 0 ||
         b2_linear(ctx, w->k, w->h, &layer->k_weight, &k_opts, err) < 0 ||
         b2_linear(ctx, w->v, w->h, &layer->v_weight, &v_opts, err) < 0 ||
-        b2_copy_rows(ctx, keys, batch->cache_rows, w->k, NULL, w->k.rows, err) < 0 ||
-        b2_copy_rows(ctx, values, batch->cache_rows, w->v, NULL, w->v.rows, err) < 0)
+        b2_lm_store(ctx, batch, i, w->k, w->v, err) < 0)
         return -1;
     int head_dim = (int)(c->hidden_size / c->num_attention_heads);
-    b2_attention_args args = {
-        .out = w->h,
-        .q = w->q,
-        .rows = batch->rows,
-        .q_offsets = batch->q_offsets,
-        .k = keys,
-        .v = values,
-        .prefix_starts = batch->prefix_starts,
-        .prefix_lens = batch->prefix_lens,
-        .k_suffix = keys,
-        .v_suffix = values,
-        .suffix_slots = batch->suffix_slots,
-        .suffix_ld = batch->suffix_ld,
-        .suffix_lens = batch->suffix_lens,
-        .key_mask = batch->key_mask,
-        .key_mask_ld = batch->key_mask_ld,
-        .causal = 1,
-        .heads = c->num_attention_heads,
-        .kv_heads = c->num_attention_heads,
-        .head_dim = head_dim,
-        .scale = 1.0f / sqrtf((float)head_dim),
-    };
+    b2_attention_args args = b2_lm_attention(batch, i, w->h, w->q);
+    args.heads = args.kv_heads = c->num_attention_heads;
+    args.head_dim = head_dim;
+    args.scale = 1.0f / sqrtf((float)head_dim);
     return b2_stage_attend(ctx, "language_model", i, &args, err);
 }
 

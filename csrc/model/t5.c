@@ -498,22 +498,12 @@ static int t5_encode(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *e
 static int self_attention(b2_ctx *ctx, const t5 *m, int i, b2_lm_batch *batch, buffers *w, b2_err *err)
 {
     const t5_layer *layer = &m->decoder.layers[i];
-    b2_tensor keys = b2_kv_cache_keys(batch->cache, i), values = b2_kv_cache_values(batch->cache, i);
-    if (project_self(ctx, m, layer, batch->x, w, err) < 0 ||
-        b2_copy_rows(ctx, keys, batch->cache_rows, w->k, NULL, w->k.rows, err) < 0 ||
-        b2_copy_rows(ctx, values, batch->cache_rows, w->v, NULL, w->v.rows, err) < 0)
+    if (project_self(ctx, m, layer, batch->x, w, err) < 0 || b2_lm_store(ctx, batch, i, w->k, w->v, err) < 0)
         return -1;
-    b2_attention_args args = attention_over(&m->base.config, batch, w, keys, values);
-    args.prefix_starts = batch->prefix_starts;
-    args.prefix_lens = batch->prefix_lens;
-    args.k_suffix = keys;
-    args.v_suffix = values;
-    args.suffix_slots = batch->suffix_slots;
-    args.suffix_ld = batch->suffix_ld;
-    args.suffix_lens = batch->suffix_lens;
-    args.key_mask = batch->key_mask;
-    args.key_mask_ld = batch->key_mask_ld;
-    args.causal = 1;
+    b2_attention_args args = b2_lm_attention(batch, i, w->mixed, w->q);
+    args.heads = args.kv_heads = m->base.config.num_attention_heads;
+    args.head_dim = m->base.config.head_dim;
+    args.scale = 1.0f;
     use_distances(&args, &m->decoder, &m->base.config);
     return b2_stage_attend(ctx, "decoder", i, &args, err) < 0 ||
                    project_onto(ctx, batch->x, w->mixed, &layer->o, err) < 0

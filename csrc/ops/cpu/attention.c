@@ -56,11 +56,6 @@ typedef struct head_work {
     int64_t kv_head;
 } head_work;
 
-static int64_t min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static int64_t round_up(int64_t a, int64_t b)
 {
     return (a + b - 1) / b * b;

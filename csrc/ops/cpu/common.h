@@ -9,6 +9,16 @@
 #include "ops/cpu/quads.h"
 #include "ops/ops.h"
 
+static inline int64_t min64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
 /* ctx->ops points at the first member of one of these. */
 typedef struct b2_cpu_backend {
     b2_ops ops;

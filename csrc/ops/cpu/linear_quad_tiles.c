@@ -31,16 +31,6 @@ typedef struct tiles_job {
     b2_slots slots;
 } tiles_job;
 
-static int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
-static int64_t min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 /* Row blocks differ by one row at most: block i starts at row i * rows / blocks. */
 static int64_t block_start(const tiles_job *job, int64_t block)
 {

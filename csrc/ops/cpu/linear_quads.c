@@ -25,16 +25,6 @@ typedef struct quads_job {
     int at_once;
 } quads_job;
 
-static int64_t min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 static void quantise_tile(void *argument, int64_t index, int worker)
 {
     quads_job *job = argument;

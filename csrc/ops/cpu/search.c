@@ -33,11 +33,6 @@ typedef struct search_job {
     int64_t blocks;            /* I8: ceil(P / 32) */
 } search_job;
 
-static int64_t min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static int64_t rows_of_group(const search_job *job, int64_t first)
 {
     return min64(job->group, job->texts.rows - first);
