@@ -450,8 +450,8 @@ static int embed_queries(b2_ctx *ctx, const b2_qformer *m, buffers *w, const b2_
 static int embed_text(b2_ctx *ctx, const b2_qformer *m, buffers *w, const b2_texts *texts, b2_err *err)
 {
     b2_tensor text = b2_rows(w->x, w->queries, w->text), given = text;
-    if (texts->ids && (b2_embedding(ctx, text, &m->word_embeddings, texts->ids, 0, err) < 0 ||
-                       b2_embedding(ctx, text, &m->position_embeddings, w->positions, 1, err) < 0))
+    if (texts->ids && (b2_embedding(ctx, text, &m->word_embeddings, texts->ids, 0, 0, err) < 0 ||
+                       b2_embedding(ctx, text, &m->position_embeddings, w->positions, 0, 1, err) < 0))
         return -1;
     if (!texts->ids)
         given = b2_tensor_of((float *)texts->embeds, w->text, m->config.hidden_size);
