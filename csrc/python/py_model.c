@@ -296,7 +296,9 @@ static PyMethodDef model_methods[] = {
      "read_texts(text, hidden_states=False, attentions=False) -> dict: texts through the Q-Former alone"},
     {"run_qformer", KEYWORDS(b2py_model_run_qformer),
      "run_qformer(queries, text=None, query_mask=None, text_mask=None, image_embeds=None, image_mask=None,"
-     " hidden_states=False, attentions=False) -> dict: the Q-Former on any embeddings"},
+     " hidden_states=False, attentions=False, sees=\"all\") -> dict: the Q-Former on any embeddings"},
+    {"match", b2py_model_match, METH_VARARGS,
+     "match(image_embeds, text, picture_of) -> [N, 2]: logits of whether texts belong to pictures"},
     {"similarity", b2py_model_similarity, METH_VARARGS,
      "similarity(images, texts) -> [I, J]: the largest cosine of a query of picture i with text j"},
     {"forward", KEYWORDS(b2py_model_forward),
