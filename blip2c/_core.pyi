@@ -104,10 +104,18 @@ class Model:
         image_mask: NDArray[np.uint8] | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
+        sees: str = "all",
     ) -> dict[str, Any]: ...
     """The Q-Former on any embeddings, before their norm: queries [B, Q, Dq] (Q may be 0), text [B, T, Dq], pictures
     [B, Tv, Dv]; masks of the same [B, ...] (0: not seen). {"qformer": [B, Q, Dq], "text": [B, T, Dq]}, each where there
-    is one; hidden states and attentions as in encode_stages()."""
+    is one; hidden states and attentions as in encode_stages(). sees: "all" (ITM: queries and text see each
+    other), "before" (ITG: queries see queries, text the queries and what stands before it) or "own" (ITC: each its
+    own)."""
+    def match(
+        self, image_embeds: NDArray[np.float32], text: PackedTexts, picture_of: NDArray[np.int32], /
+    ) -> NDArray[np.float32]: ...
+    """Logits [N, 2] (no, yes) of whether text n belongs to picture picture_of[n]: image_embeds [M, T, Dv] as
+    encode_stages() gives "vision"; picture_of [N] ascends below M."""
     def similarity(self, images: NDArray[np.float32], texts: NDArray[np.float32], /) -> NDArray[np.float32]: ...
     """images [I, Q, P], texts [J, P], rows of length 1 -> [I, J]: the largest cosine of text j with a query of
     picture i."""

@@ -309,9 +309,9 @@ def _logits(
     logits = np.zeros(wanted.shape)
     pairs = [(int(i), texts[j]) for i, j in where]
     with progress_bar(len(pairs), batch_size, progress) as bar:
-        for (i, j), match in zip(where, model.stream_matches(images, pairs, batch_size), strict=True):
-            if isinstance(match, Exception):
-                raise match
-            logits[i, j] = match.logit
+        for (i, j), found in zip(where, model.stream_logits(images, pairs, batch_size), strict=True):
+            if isinstance(found, Exception):
+                raise found
+            logits[i, j] = found[1]
             bar.update(1)
     return logits

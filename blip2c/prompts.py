@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c._core import NumericError
+from blip2c._core import NumericError, UnsupportedError
 from blip2c.captions import Caption
 from blip2c.forward import Blip2WithQFormer
 from blip2c.images import load_image
 from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, pack_texts
 from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
 from blip2c.processing import Blip2Processor, InstructBlipProcessor
+from blip2c.tokenizer import Blip2Tokenizer
 
 __all__ = ["ROW_ERRORS", "Plan", "Prompts", "read_pixels", "shared_beginning"]
 
@@ -77,7 +78,8 @@ class Prompts:
         """What encode() gave of one picture as the language model reads it, [Q, D_lm]."""
         if self.words_tokenizer is None:
             return encoded
-        features: F32 = self.model._core.read(encoded[None], pack_texts([self._words(prompt)]))[0]
+        words = pack_texts([self._words(self.words_tokenizer, prompt)])
+        features: F32 = self.model._core.read(encoded[None], words)[0]
         return features
 
     def ids(self, prompt: str | None, plan: Plan) -> list[int]:
@@ -105,7 +107,7 @@ class Prompts:
             raise ValueError(f"{what.format(length)}; max_length is {options['max_length']}")
         check_positions(pack_ragged([ids], model._image_token, self.queries), model._positions, room)
         if self.words_tokenizer is not None:
-            self._words(prompt)
+            self._words(self.words_tokenizer, prompt)
         return ids
 
     def behind(self, ids: Sequence[int], known: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -120,11 +122,14 @@ class Prompts:
         text = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
         return Caption(text, new, finished=bool(new) and new[-1] in plan_ends)
 
-    def _words(self, prompt: str | None) -> list[int]:
-        """The prompt as the Q-Former reads it. Raises ValueError where it has no room for it."""
-        tokenizer = self.words_tokenizer
-        if tokenizer is None:
-            return []
+    def words(self, prompt: str | None) -> list[int] | None:
+        """The prompt as the Q-Former reads it; None where it reads no text and none is given. Raises ValueError where
+        there is no room for it, UnsupportedError for a prompt that nobody would read."""
+        if self.words_tokenizer is None and prompt is not None:
+            raise UnsupportedError("prompt: this model's Q-Former reads no text")
+        return None if self.words_tokenizer is None else self._words(self.words_tokenizer, prompt)
+
+    def _words(self, tokenizer: Blip2Tokenizer, prompt: str | None) -> list[int]:
         ids = list(tokenizer(prompt or "")["input_ids"])
         qformer: Mapping[str, Any] = self.model._core_config["qformer"]
         if len(ids) > int(qformer["max_position_embeddings"]):

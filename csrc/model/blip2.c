@@ -310,7 +310,7 @@ static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, b2_pictur
     int64_t queries = model->qformer.config.num_query_tokens;
     size_t vit = group.data ? b2_vit_scratch(ctx, &model->vit, group) : 0;
     size_t positions = group.data ? b2_vit_positions_scratch(&model->vit, group.height, group.width) : 0;
-    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, queries, tokens, text);
+    size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, queries, group.count, tokens, text);
     size_t heads = b2_heads_scratch(ctx, &model->heads, group.count * queries);
     size_t most = vit > qformer ? vit : qformer;
     return positions + (most > heads ? most : heads) +

@@ -202,7 +202,7 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_lm *lm, int64_t tokens
 
 static int llama_embed(b2_ctx *ctx, const b2_lm *lm, b2_tensor out, const int32_t *ids, b2_err *err)
 {
-    return b2_embedding(ctx, out, &((const llama *)lm)->embed_tokens, ids, 0, err);
+    return b2_embedding(ctx, out, &((const llama *)lm)->embed_tokens, ids, 0, 0, err);
 }
 
 /* x [N, heads*Dh]: each head's norm (where the model has one), then its place in the sequence. */

@@ -487,11 +487,15 @@ static void count_step(b2_places *p, int64_t n, const int32_t *row)
 
 static int lay_out_step(b2_places *p, int64_t n, const int32_t *row, const int32_t *parent, b2_err *err)
 {
+    int64_t positions = p->model->lm->config.max_position_embeddings;
     for (int64_t i = 0; i < n; i++) {
         const b2_seat_rows *seat = &p->seats[row[i] / p->size.rows_per_place];
         if (seat->taken >= p->size.steps)
             return b2_fail(err, B2_E_INTERNAL, "session: step %lld of %lld", (long long)seat->taken + 1,
                            (long long)p->size.steps);
+        if (seat->next_position + seat->taken >= positions)
+            return b2_fail(err, B2_E_VALUE, "the sequence has %lld tokens, the language model has positions for %lld",
+                           (long long)(seat->next_position + seat->taken) + 1, (long long)positions);
         inherit_suffix(p, seat, row[i], parent[i]);
         fill_row(p, i, row[i], seat);
     }

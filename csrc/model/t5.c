@@ -365,7 +365,7 @@ static size_t t5_encode_scratch(const b2_ctx *ctx, const b2_lm *lm, int64_t toke
 
 static int t5_embed(b2_ctx *ctx, const b2_lm *lm, b2_tensor out, const int32_t *ids, b2_err *err)
 {
-    return b2_embedding(ctx, out, &((const t5 *)lm)->shared, ids, 0, err);
+    return b2_embedding(ctx, out, &((const t5 *)lm)->shared, ids, 0, 0, err);
 }
 
 static int project(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, b2_err *err)

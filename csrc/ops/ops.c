@@ -153,15 +153,16 @@ int b2_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *a
     return a->q.rows == 0 ? 0 : ctx->ops->attention_weights(ctx, weights, a, err);
 }
 
-int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err)
+int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int32_t offset, int accumulate,
+                 b2_err *err)
 {
     if (check_shape("embedding", "out", out, out.rows, table->k, err) < 0)
         return -1;
     for (int64_t i = 0; i < out.rows; i++)
-        if (ids[i] >= table->n)
+        if ((int64_t)ids[i] + offset >= table->n)
             return b2_fail(err, B2_E_INDEX, "embedding: id %d at position %lld is outside %s, which has %lld rows",
-                           (int)ids[i], (long long)i, table->name ? table->name : "the table", (long long)table->n);
-    return out.rows == 0 ? 0 : ctx->ops->embedding(ctx, out, table, ids, accumulate, err);
+                           (int)(ids[i] + offset), (long long)i, table->name ? table->name : "the table", (long long)table->n);
+    return out.rows == 0 ? 0 : ctx->ops->embedding(ctx, out, table, ids, offset, accumulate, err);
 }
 
 int b2_patches(b2_ctx *ctx, b2_tensor out, b2_pictures p, int64_t patch, b2_err *err)
@@ -264,4 +265,37 @@ int b2_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_reco
         check_shape("picture_scores", "out", out, texts.rows, r->pictures, err) < 0)
         return -1;
     return texts.rows == 0 || r->pictures == 0 ? 0 : ctx->ops->picture_scores(ctx, out, texts, r, err);
+}
+
+/* ---- memory ---- */
+
+int b2_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
+{
+    return bytes == 0 ? 0 : ctx->ops->upload(ctx, to, from, bytes, err);
+}
+
+int b2_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
+{
+    return bytes == 0 ? 0 : ctx->ops->download(ctx, to, from, bytes, err);
+}
+
+int b2_download_rows(b2_ctx *ctx, float *to, b2_tensor from, b2_err *err)
+{
+    int64_t together = from.ld == from.cols ? from.rows : 1;
+    for (int64_t i = 0; i < from.rows; i += together)
+        if (b2_download(ctx, to + i * from.cols, from.data + i * from.ld, (size_t)(together * from.cols) * sizeof *to, err) < 0)
+            return -1;
+    return 0;
+}
+
+int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err)
+{
+    if (b2_arena_reserve(ctx->scratch, bytes, err) < 0)
+        return -1;
+    return ctx->activations == ctx->scratch ? 0 : b2_arena_reserve(ctx->activations, bytes, err);
+}
+
+int b2_step_run(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err)
+{
+    return ctx->ops->step(ctx, shape, body, argument, err);
 }

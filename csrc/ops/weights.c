@@ -89,19 +89,23 @@ static size_t data_bytes(const b2_weight *w)
     case B2_PANELS: return rows * (size_t)w->k * b2_dtype_size(w->dtype);
     case B2_PAIRS: return rows * (size_t)round_up(w->k, 2) * sizeof(uint16_t);
     case B2_QUADS: return rows * (size_t)round_up(w->k, 32) / (w->dtype == B2_I4 ? 2 : 1);
+    case B2_STRIDED: return (size_t)(w->n * b2_strided_ld(w->k)) * (w->dtype == B2_I4 ? 1 : b2_dtype_size(w->dtype)) /
+                            (w->dtype == B2_I4 ? 2 : 1);
     }
     return 0;
 }
 
 b2_weight_parts b2_weight_parts_of(const b2_weight *w)
 {
-    b2_weight_parts parts = {.bytes = (size_t)round_up((int64_t)data_bytes(w), 64)};
+    int strided = w->layout == B2_STRIDED;
+    int64_t unit = strided ? 256 : 64;
+    b2_weight_parts parts = {.bytes = (size_t)round_up((int64_t)data_bytes(w), unit)};
     if (!b2_dtype_is_quantised(w->dtype))
         return parts;
-    int64_t scales = round_up(w->n, B2_PANEL) * ((w->k + w->group - 1) / w->group);
+    int64_t scales = (strided ? w->n : round_up(w->n, B2_PANEL)) * ((w->k + w->group - 1) / w->group);
     parts.scales = parts.bytes;
-    parts.column_scales = parts.scales + (size_t)round_up(scales * (w->dtype == B2_I4 ? 2 : 4), 64);
-    parts.bytes = parts.column_scales + (size_t)round_up(w->k * (int64_t)sizeof(float), 64);
+    parts.column_scales = parts.scales + (size_t)round_up(scales * (w->dtype == B2_I4 ? 2 : 4), unit);
+    parts.bytes = parts.column_scales + (size_t)round_up(w->k * (int64_t)sizeof(float), unit);
     return parts;
 }
 

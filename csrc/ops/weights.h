@@ -24,8 +24,8 @@ void b2_weight_read_row(float *out, const b2_weight *w, int64_t i);
 /* out [count] = columns [first, first + count) of it. */
 void b2_weight_read_part(float *out, const b2_weight *w, int64_t i, int64_t first, int64_t count);
 
-/* Where the parts of a packed weight lie in its one block, each at a multiple of 64 bytes: data, then scales, then column
- * scales. A file of packed weights holds such blocks as they are. */
+/* Where the parts of a packed weight lie in its one block, each at a multiple of 64 bytes (256 in B2_STRIDED): data, then
+ * scales, then column scales. A file of packed weights holds such blocks as they are. */
 typedef struct b2_weight_parts {
     size_t scales;        /* offset; 0: none */
     size_t column_scales; /* offset; 0: none */

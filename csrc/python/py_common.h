@@ -14,8 +14,10 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include "core/cancel.h"
 #include "core/cpu.h"
 #include "core/error.h"
+#include "core/pool.h"
 #include "ops/ops.h"
 
 /* Everything the module owns: one per module object, no globals. */

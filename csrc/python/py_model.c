@@ -30,7 +30,8 @@ static int refuse_second_load(const model_object *self)
 static int prepare(const b2py_state *state, b2_blip2 *model, b2_cancel *cancel, b2_err *err)
 {
     b2_arena arena = {0};
-    b2_ctx ctx = {.ops = state->ops, .pool = state->pool, .scratch = &arena, .cancel = cancel};
+    b2_ctx ctx = {.ops = state->ops, .pool = state->pool, .scratch = &arena, .activations = &arena,
+                  .cancel = cancel};
     int status = b2_blip2_prepare(&ctx, model, err);
     b2_arena_release(&arena);
     return status;
@@ -142,8 +143,8 @@ void b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
 {
     b2py_state *state = state_of(self);
     *r = (b2py_run){0};
-    r->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &r->arena, .tap = tap,
-                       .rows_are = B2_ROWS_TOGETHER};
+    r->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &r->arena, .activations = &r->arena,
+                       .tap = tap, .rows_are = B2_ROWS_TOGETHER};
     r->ctx.cancel = b2py_call_begin_listed(&r->call, state);
 }
 
@@ -295,7 +296,9 @@ static PyMethodDef model_methods[] = {
      "read_texts(text, hidden_states=False, attentions=False) -> dict: texts through the Q-Former alone"},
     {"run_qformer", KEYWORDS(b2py_model_run_qformer),
      "run_qformer(queries, text=None, query_mask=None, text_mask=None, image_embeds=None, image_mask=None,"
-     " hidden_states=False, attentions=False) -> dict: the Q-Former on any embeddings"},
+     " hidden_states=False, attentions=False, sees=\"all\") -> dict: the Q-Former on any embeddings"},
+    {"match", b2py_model_match, METH_VARARGS,
+     "match(image_embeds, text, picture_of) -> [N, 2]: logits of whether texts belong to pictures"},
     {"similarity", b2py_model_similarity, METH_VARARGS,
      "similarity(images, texts) -> [I, J]: the largest cosine of a query of picture i with text j"},
     {"forward", KEYWORDS(b2py_model_forward),

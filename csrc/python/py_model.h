@@ -50,6 +50,7 @@ PyObject *b2py_model_embed(PyObject *self, PyObject *object);
 /* In py_retrieval.c. */
 PyObject *b2py_model_read_texts(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_run_qformer(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_match(PyObject *self, PyObject *args);
 PyObject *b2py_model_similarity(PyObject *self, PyObject *args);
 
 /* In py_generate.c and py_stream.c. */

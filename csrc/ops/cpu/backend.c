@@ -1,4 +1,6 @@
 /* One table of operations per instruction set: the same drivers over different kernels. */
+#include <string.h>
+
 #include "ops/cpu/common.h"
 #include "ops/cpu/cpu_ops.h"
 
@@ -7,6 +9,19 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
     size_t linear = b2_cpu_linear_scratch(ctx, max_rows, max_width);
     size_t attention = b2_cpu_attention_scratch(ctx, max_keys, max_head_dim);
     return linear > attention ? linear : attention;
+}
+
+static int copy(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
+{
+    (void)ctx, (void)err;
+    memcpy(to, from, bytes);
+    return 0;
+}
+
+static int step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err)
+{
+    (void)shape;
+    return body(ctx, argument, err);
 }
 
 /* On fp32 weights as the file stores them our kernels are as fast as OpenBLAS with AVX2 and twice as fast with AVX-512
@@ -33,6 +48,9 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .log_softmax = b2_cpu_log_softmax,                                                                  \
                 .check_finite = b2_cpu_check_finite,                                                                \
                 .picture_scores = b2_cpu_picture_scores,                                                            \
+                .upload = copy,                                                                                     \
+                .download = copy,                                                                                   \
+                .step = step,                                                                                       \
                 .scratch_bytes = scratch_bytes},                                                                    \
         .kernels = KERNELS,                                                                                         \
         .quads = QUADS,                                                                                             \
