@@ -166,7 +166,8 @@ class Model:
     blip2c.generation.core_options(). prefixes [B]: what stands before each row. keys [B]: a row's draws depend on the
     seed and its key (its number, where none is given), not on the batch. hooks: see csrc/python/py_hooks.h.
     tap("hidden" | "attention", stage, layer, array) sees every model call: hidden [tokens, D] and, with tap_weights,
-    weights, flat, row after row [H, queries, keys]. keep: "prefixes" [rows] are what each result has read and said, but for its last token.
+    weights, flat, row after row [H, queries, keys]. keep: "prefixes" [rows] are what each result has read and said, but
+    for its last token.
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "beam_indices": int32
     [rows, max_new] or None, "kv_bytes" (at the most), "step_allocations", "steps", "items",
     "items_advanced", "rows_advanced": int}."""
