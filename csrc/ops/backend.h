@@ -35,7 +35,7 @@ typedef struct b2_backend {
     /* Devices that can be opened; B2_E_UNSUPPORTED with the reason where there is no driver or no device. */
     int (*count)(int *devices, b2_err *err);
     int (*describe)(b2_device_info *info, int index, b2_err *err);
-    /* The same device for every caller that asks for `index`, counted; close is called once for each open. */
+    /* Each caller gets a device of its own, which shares nothing with others of that index. */
     b2_device *(*open)(int index, b2_err *err);
     void (*close)(b2_device *device);
     /* A queue for ctx->queue, or NULL. Releasing it waits for its work. */

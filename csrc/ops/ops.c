@@ -248,6 +248,13 @@ int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *er
     return x.rows == 0 ? 0 : ctx->ops->check_finite(ctx, first_bad_row, x, err);
 }
 
+int b2_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err)
+{
+    if (check_view(stage, "hidden states", x, err) < 0)
+        return -1;
+    return x.rows == 0 ? 0 : ctx->ops->note_finite(ctx, stage, layer, x, err);
+}
+
 size_t b2_scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim)
 {
     return ctx->ops->scratch_bytes(ctx, max_rows, max_width, max_keys, max_head_dim);

@@ -149,8 +149,8 @@ static inline int64_t b2_record_bytes(const b2_records *r)
 /* What steps have in common that differ in nothing but the contents of the host arrays that their operations are given:
  * the arrays' addresses are the same, and all other arguments. */
 typedef struct b2_step_shape {
-    const void *owner; /* of the arrays */
-    int64_t rows;
+    const void *key; /* [bytes]: differs whenever anything else does */
+    size_t bytes;
 } b2_step_shape;
 
 typedef int (*b2_step_fn)(b2_ctx *ctx, void *argument, b2_err *err);
@@ -178,6 +178,7 @@ struct b2_ops {
     int (*top_k)(b2_ctx *, float *values, int32_t *ids, b2_tensor x, int k, b2_err *);
     int (*log_softmax)(b2_ctx *, b2_tensor x, b2_err *);
     int (*check_finite)(b2_ctx *, int64_t *first_bad_row, b2_tensor x, b2_err *);
+    int (*note_finite)(b2_ctx *, const char *stage, int layer, b2_tensor x, b2_err *err);
     int (*picture_scores)(b2_ctx *, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *);
     int (*upload)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
     int (*download)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
@@ -253,6 +254,13 @@ int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
 
 /* first_bad_row = index of the first row of x that holds a NaN or an Inf, or -1. */
 int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);
+
+/* A NaN or Inf in x [N, D], which `stage` has after `layer` layers, is B2_E_NUMERIC: at once, or of the next b2_download where
+ * the backend has a queue. `stage` is a constant. */
+int b2_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err);
+
+/* -1 with the error of b2_note_finite, for backends. */
+int b2_fail_finite(b2_err *err, const char *stage, int layer, int64_t row);
 
 /* out [T, N] = the largest product of text t [T, P] with any of the vectors of picture n: of unit vectors, the largest
  * cosine. One pass over the records for many texts. An element is the same whatever T, N and the threads are. Allocates

@@ -24,6 +24,14 @@ static int step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argumen
     return body(ctx, argument, err);
 }
 
+static int note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err)
+{
+    int64_t bad = -1;
+    if (b2_cpu_check_finite(ctx, &bad, x, err) < 0)
+        return -1;
+    return bad < 0 ? 0 : b2_fail_finite(err, stage, layer, bad);
+}
+
 /* On fp32 weights as the file stores them our kernels are as fast as OpenBLAS with AVX2 and twice as fast with AVX-512
  * (benchmarks/NOTES.md), and their bits do not depend on what an item is. Without wide vectors OpenBLAS, which brings
  * its own, is far ahead. */
@@ -47,6 +55,7 @@ static int step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argumen
                 .top_k = b2_cpu_top_k,                                                                              \
                 .log_softmax = b2_cpu_log_softmax,                                                                  \
                 .check_finite = b2_cpu_check_finite,                                                                \
+                .note_finite = note_finite,                                                                         \
                 .picture_scores = b2_cpu_picture_scores,                                                            \
                 .upload = copy,                                                                                     \
                 .download = copy,                                                                                   \

@@ -20,16 +20,22 @@ extern "C" {
 }
 
 /* kernel<<<grid, block, shared, stream>>>(arguments...); a template with several arguments stands in parentheses. Follow it
- * with b2_cuda_launched. */
+ * with b2_cuda_launched. In a kernel, B2_DYNAMIC_SHARED(float, x) makes x the block's dynamic shared memory. */
 #ifdef __CUDACC__
 #define B2_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define B2_DYNAMIC_SHARED(type, name)                                       \
+    extern __shared__ __align__(16) unsigned char b2_dynamic_shared[];      \
+    type *name = reinterpret_cast<type *>(b2_dynamic_shared)
 #else
 #define B2_LAUNCH(kernel, grid, block, shared, stream, ...) \
     b2_host_launch(kernel, grid, block, shared, stream, __VA_ARGS__)
+#define B2_DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(cuda_host_dynamic_shared)
 #endif
 
 struct b2_cuda_indices;
 struct b2_cuda_products;
+struct b2_cuda_steps;
+struct b2_cuda_notes;
 
 /* One timeline on one device: what ctx->queue points to. */
 struct b2_cuda {
@@ -39,7 +45,11 @@ struct b2_cuda {
     int multiprocessors;
     size_t shared_per_block;   /* bytes of shared memory a block may have when it asks for more than 48 KiB */
     int capturing;             /* 1: operations are being recorded into a graph */
-    b2_cuda_indices *indices;  /* owned: copies of host arrays (device.cu) */
+    b2_cuda_indices *indices;  /* owned: copies of host arrays (queue.cu) */
+    b2_cuda_notes *notes;      /* owned: what note_finite has seen (queue.cu) */
+    b2_cuda_steps *steps;      /* owned: recorded steps (step.cu) */
+    b2_cuda *next;             /* of the device's idle queues */
+    int before;                /* the calling thread's device before the queue was taken */
     b2_cuda_products *products;/* owned by the products' file; NULL until it makes one */
 };
 
@@ -55,7 +65,7 @@ static inline cudaStream_t b2_cuda_stream(const b2_ctx *ctx)
 
 /* Device copy of a small array on the host, at a multiple of 16 bytes, in the order of the stream; valid for the operations
  * of this call. NULL on failure (and for NULL, without one). In a step that is recorded the copy is made anew from the same
- * address whenever the step is repeated. An array that is the same as one copied lately is not copied again. */
+ * address whenever the step is repeated; there the array must not change within the step. An array that is the same as one copied lately is not copied again. */
 const void *b2_cuda_index(b2_ctx *ctx, const void *host, size_t bytes, b2_err *err);
 
 /* `count` elements of `size` bytes from ctx->activations (undone by the caller with b2_arena_mark and b2_arena_reset). */

@@ -39,7 +39,8 @@ int b2_cuda_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2
 /* Bytes that any operation of rows.cu and search.cu takes from ctx->activations at most. */
 size_t b2_cuda_rows_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width);
 
-/* device.cu */
+/* queue.cu */
+int b2_cuda_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err);
 int b2_cuda_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
 int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
 /* step.cu */
