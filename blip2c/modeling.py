@@ -179,6 +179,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             call.core,
             hooks=hooks.functions,
             tap=None if states is None else states.see,
+            tap_weights=states is not None and states.wants_weights,
             **decoder,
         )
         hooks.end()

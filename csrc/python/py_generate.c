@@ -269,22 +269,26 @@ static int watch_attention(b2_tap *tap, b2_ctx *ctx, const char *stage, int laye
 typedef struct request {
     b2py_row_objects objects;
     PyObject *rules, *options, *prefix_list, *key_array, *hook_dict, *tap;
-    int keep;
+    int keep, tap_weights;
     b2py_rows arrays;
     b2_rows_in in;
     PyArrayObject *rule_ids, *keys;
     PyObject *prefixes;       /* tuple */
     b2_prefix **prefix_of_row;/* [B], owned */
-    b2_prefix **kept;         /* [B * num_return_sequences], owned */
-    int64_t kept_count;
+    b2_prefix **kept;         /* [B * num_return_sequences] once the search has begun, owned; entries may be NULL */
     b2_generate_opts opts;
     b2py_options_storage storage;
     b2py_hooks hooks;
 } request;
 
+static int64_t kept_count(const request *q)
+{
+    return q->in.rows * q->opts.num_return_sequences;
+}
+
 static void request_release(request *q)
 {
-    for (int64_t i = 0; q->kept && i < q->kept_count; i++)
+    for (int64_t i = 0; q->kept && i < kept_count(q); i++)
         b2_prefix_release(q->kept[i]);
     b2_free(q->kept);
     b2_free(q->prefix_of_row);
@@ -343,11 +347,7 @@ static int read_request(request *q, PyObject *self, const b2_blip2 *model, b2py_
         PyErr_Format(PyExc_TypeError, "tap: expected a callable or None, found %s", Py_TYPE(q->tap)->tp_name);
         return -1;
     }
-    if (!q->keep || q->opts.num_return_sequences < 1)
-        return 0;
-    q->kept_count = q->in.rows * q->opts.num_return_sequences;
-    q->kept = b2_alloc_zeroed((size_t)q->kept_count, sizeof *q->kept, "kept prefixes", err);
-    return q->kept ? 0 : -1;
+    return 0;
 }
 
 static int set_number(PyObject *dict, const char *key, int64_t value)
@@ -375,8 +375,8 @@ static int add_kept(PyObject *result, PyObject *self, request *q)
 {
     if (!q->kept)
         return 0;
-    PyObject *list = PyList_New(q->kept_count);
-    for (int64_t i = 0; list && i < q->kept_count; i++) {
+    PyObject *list = PyList_New(kept_count(q));
+    for (int64_t i = 0; list && i < kept_count(q); i++) {
         PyObject *prefix = new_prefix(self, q->kept[i]);
         q->kept[i] = NULL;
         if (!prefix)
@@ -391,8 +391,9 @@ static int add_kept(PyObject *result, PyObject *self, request *q)
 
 static PyObject *run_generate(PyObject *self, const b2_blip2 *model, request *q, b2py_run *r)
 {
-    b2_session_request asked = {PyArray_DATA(q->rule_ids), q->keys ? PyArray_DATA(q->keys) : NULL, q->kept};
-    watcher tap = {{watch_hidden, watch_attention}, &r->call, q->tap};
+    b2_session_request asked = {PyArray_DATA(q->rule_ids), q->keys ? PyArray_DATA(q->keys) : NULL,
+                                q->keep ? &q->kept : NULL};
+    watcher tap = {{watch_hidden, q->tap_weights ? watch_attention : NULL}, &r->call, q->tap};
     b2_generated out = {0};
     b2_session_stats stats = {0};
     if (b2py_run_begin(r, self, q->tap != Py_None ? &tap.tap : NULL) < 0)
@@ -408,14 +409,15 @@ static PyObject *run_generate(PyObject *self, const b2_blip2 *model, request *q,
 PyObject *b2py_model_generate(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"image_features", "ids",         "offsets",  "mask", "rule_ids", "options", "decoder_ids",
-                            "decoder_offsets", "decoder_mask", "prefixes", "keys", "hooks",    "tap",     "keep", NULL};
+                            "decoder_offsets", "decoder_mask", "prefixes", "keys", "hooks",    "tap",     "tap_weights",
+                            "keep", NULL};
     const b2_blip2 *model = b2py_language_model(self);
     request q = {.prefix_list = Py_None, .key_array = Py_None, .hook_dict = Py_None, .tap = Py_None};
     b2py_row_objects *o = &q.objects;
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|OOOOOOOp", names, &o->features, &o->ids, &o->offsets,
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOO|OOOOOOOpp", names, &o->features, &o->ids, &o->offsets,
                                                &o->mask, &q.rules, &q.options, &o->decoder_ids, &o->decoder_offsets,
                                                &o->decoder_mask, &q.prefix_list, &q.key_array, &q.hook_dict, &q.tap,
-                                               &q.keep))
+                                               &q.tap_weights, &q.keep))
         return NULL;
     b2py_run r;
     b2_err err = {0};

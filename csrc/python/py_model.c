@@ -395,7 +395,8 @@ static PyMethodDef model_methods[] = {
     {"embed", b2py_model_embed, METH_O, "embed(ids) -> token embeddings [N, D]"},
     {"generate", KEYWORDS(b2py_model_generate),
      "generate(image_features, ids, offsets, mask, rule_ids, options, decoder_ids=None, decoder_offsets=None,"
-     " decoder_mask=None, prefixes=None, keys=None, hooks=None, tap=None, keep=False) -> dict"},
+     " decoder_mask=None, prefixes=None, keys=None, hooks=None, tap=None, tap_weights=False,"
+     " keep=False) -> dict"},
     {"generate_stream", KEYWORDS(b2py_model_generate_stream),
      "generate_stream(next, done, options, places, longest, longest_decoder=0, masked=False) -> dict"},
     {"prefill", KEYWORDS(b2py_model_prefill), "prefill(image_features, ids, rule_ids, prefix=None) -> Prefix"},

@@ -20,12 +20,16 @@ extern "C" {
 }
 
 /* kernel<<<grid, block, shared, stream>>>(arguments...); a template with several arguments stands in parentheses. Follow it
- * with b2_cuda_launched. */
+ * with b2_cuda_launched. In a kernel, B2_DYNAMIC_SHARED(float, x) makes x the block's dynamic shared memory. */
 #ifdef __CUDACC__
 #define B2_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define B2_DYNAMIC_SHARED(type, name)                                       \
+    extern __shared__ __align__(16) unsigned char b2_dynamic_shared[];      \
+    type *name = reinterpret_cast<type *>(b2_dynamic_shared)
 #else
 #define B2_LAUNCH(kernel, grid, block, shared, stream, ...) \
     b2_host_launch(kernel, grid, block, shared, stream, __VA_ARGS__)
+#define B2_DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(cuda_host_dynamic_shared)
 #endif
 
 struct b2_cuda_indices;
