@@ -129,14 +129,20 @@ static void *open_beside(const char *within)
     return dlopen(path, RTLD_NOW | RTLD_LOCAL);
 }
 
+/* A library for cards knows nothing of the streams and memory that stand in for one. */
+#ifdef CUDA_HOST
+enum { SEARCHES = 0 };
+#else
+enum { SEARCHES = 1 };
+#endif
+
 static void *search(void)
 {
-#ifdef CUDA_HOST /* a library for cards knows nothing of the streams and memory that stand in for one */
-    return NULL;
-#else
     static const char *const loaded[] = {"libcublasLt.so.13", "libcublasLt.so.12"};
     static const char *const packages[] = {"nvidia/cu13/lib/libcublasLt.so.13", "nvidia/cublas/lib/libcublasLt.so.12"};
     void *library = NULL;
+    if (!SEARCHES)
+        return NULL;
     for (int i = 0; i < 2 && !library; i++)
         library = dlopen(loaded[i], RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
     for (int i = 0; i < 2 && !library; i++)
@@ -144,7 +150,6 @@ static void *search(void)
     for (int i = 0; i < 2 && !library; i++)
         library = dlopen(loaded[i], RTLD_NOW | RTLD_LOCAL);
     return library;
-#endif
 }
 
 static int open_named(b2_cuda_products *products, const char *path, b2_err *err)

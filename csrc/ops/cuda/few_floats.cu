@@ -48,8 +48,7 @@ template <int ROWS> __global__ void __launch_bounds__(THREADS, 3) few_floats_ker
     p.x += first * p.x_ld;
     p.residual = p.residual ? p.residual + first * p.residual_ld : NULL;
     p.rows = min(p.rows - first, (int)MOST_ROWS);
-    extern __shared__ unsigned char b2_dynamic_shared[];
-    float4 *ring = (float4 *)b2_dynamic_shared;
+    B2_DYNAMIC_SHARED(float4, ring);
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     int channel = ((int)blockIdx.x * WARPS + warp) * CHANNELS;
     float acc[CHANNELS][ROWS] = {};

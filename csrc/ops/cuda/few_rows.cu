@@ -307,10 +307,10 @@ static constexpr size_t fixed_shared(int groups)
 
 template <int TYPE, int GROUPS> __global__ void __launch_bounds__(THREADS, 2) few_rows_kernel(few_rows a)
 {
-    extern __shared__ unsigned char b2_dynamic_shared[];
+    B2_DYNAMIC_SHARED(unsigned char, shared);
     enum { SUMS = WARPS * GROUP_ROWS * SUM_LD * GROUPS };
-    uint4 *ring = (uint4 *)b2_dynamic_shared;
-    float *sums = (float *)(b2_dynamic_shared + RING_BYTES), *inverse = sums + 2 * SUMS;
+    uint4 *ring = (uint4 *)shared;
+    float *sums = (float *)(shared + RING_BYTES), *inverse = sums + 2 * SUMS;
     unsigned *most = (unsigned *)(inverse + MOST_PAIRS);
     uint16_t *x = (uint16_t *)(most + MOST_PAIRS);
 

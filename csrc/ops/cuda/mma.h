@@ -41,7 +41,7 @@ template <int BF16> static inline float b2_host_half(uint32_t pair, int upper)
 template <int BF16>
 static inline void b2_mma(float c[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1)
 {
-    __shared__ uint32_t a[32][32][4], b[32][32][2]; /* [warps][lanes] */
+    __shared__ uint32_t a[8][32][4], b[8][32][2]; /* [warps][lanes] */
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(a[warp][lane], mine, sizeof a[warp][lane]);

@@ -146,10 +146,9 @@ static __device__ __forceinline__ void store(const tiles &a, int type, int row, 
 
 template <int TYPE, int ROWS> __global__ void __launch_bounds__(THREADS, 2) tiles_kernel(tiles a)
 {
-    extern __shared__ unsigned char b2_dynamic_shared[];
     enum { ACROSS = ROWS / WARP_ROWS, TALL = ACROSS }; /* warps side by side over rows; 8 / ACROSS over channels */
     typedef stage_of<TYPE, ROWS> stage_type;
-    stage_type *ring = (stage_type *)b2_dynamic_shared;
+    B2_DYNAMIC_SHARED(stage_type, ring);
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int row = (int)blockIdx.x * ROWS, channel = (int)blockIdx.y * CHANNELS;
     int warp_row = warp % ACROSS * WARP_ROWS, warp_channel = warp / ACROSS * 16 * TALL;
