@@ -1,11 +1,8 @@
-"""b2_cuda_linear against float64: every weight type, few rows and many, views, scales, and what may not change a result."""
+"""b2_cuda_linear against float64: every weight type, few rows and many, views, scales; what may not change a result."""
 
 import ctypes
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,9 +52,8 @@ def library() -> ctypes.CDLL:
 
 
 @pytest.fixture(autouse=True)
-def no_library_named(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_library_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BLIP2C_CUBLASLT", raising=False)
-    yield
 
 
 @dataclass
@@ -177,7 +173,9 @@ def reference(case: Case, arrays: dict[str, Any]) -> tuple[np.ndarray, np.ndarra
     return value, scale
 
 
-def check(library: ctypes.CDLL, case: Case, tolerance: float = EXACT, arrays: dict[str, Any] | None = None) -> np.ndarray:
+def check(
+    library: ctypes.CDLL, case: Case, tolerance: float = EXACT, arrays: dict[str, Any] | None = None
+) -> np.ndarray:
     arrays = arrays or arrays_of(case)
     out, peak, _ = run(library, case, arrays)
     value, scale = reference(case, arrays)
@@ -188,7 +186,9 @@ def check(library: ctypes.CDLL, case: Case, tolerance: float = EXACT, arrays: di
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 1, 1), (1, 40, 96), (3, 17, 70), (8, 33, 300), (9, 16, 64), (16, 50, 129)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 1, 1), (1, 40, 96), (3, 17, 70), (8, 33, 300), (9, 16, 64), (16, 50, 129)]
+)
 def test_few_rows(library: ctypes.CDLL, dtype: str, rows: int, n: int, k: int) -> None:
     check(library, Case(rows, n, k, dtype, column_scales=dtype.startswith("int")))
 
