@@ -29,14 +29,15 @@ EXACT = 1e-6
 ROUNDED = {"float32": EXACT, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-11, "int4": 2.0**-11}
 
 
+POINTERS = ["out", "x", "w", "scales", "column_scales", "bias", "residual"]
+NUMBERS = ["rows", "n", "k", "out_ld", "x_ld", "x_offset", "w_bytes", "scale_bytes", "residual_ld", "dtype", "act",
+           "residual_is_out", "arena_bytes", "multiprocessors", "shared_per_block"]  # fmt: skip
+
+
 class LinearCall(ctypes.Structure):
     """As in tests/cuda_host/linear_calls.cu."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("out", "x", "w", "scales", "column_scales", "bias", "residual")] + [
-        (name, ctypes.c_int64)
-        for name in ("rows", "n", "k", "out_ld", "x_ld", "x_offset", "w_bytes", "scale_bytes", "residual_ld", "dtype", "act",
-                     "residual_is_out", "arena_bytes", "multiprocessors", "shared_per_block")
-    ]  # fmt: skip
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in NUMBERS]
 
 
 @pytest.fixture(scope="module")
