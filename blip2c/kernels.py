@@ -151,10 +151,10 @@ def linear(
             raise ValueError(f"method: expected packed on {device}, found {method!r}")
         if isinstance(weight, PackedWeight) and dtype is not None:
             raise ValueError(f"dtype: expected None for a packed weight, found {dtype!r}")
-        if dtype is not None:
+        if dtype is not None and not isinstance(weight, PackedWeight):
             weight = PackedWeight(weight, dtype, device=device)
-        packed_or_array = weight._capsule if isinstance(weight, PackedWeight) else weight
-        return _core._linear(x, packed_or_array, bias, residual, _activation_index(activation), item_rows, device)
+        held = weight._capsule if isinstance(weight, PackedWeight) else weight
+        return _core._linear(x, held, bias, residual, _activation_index(activation), item_rows, device)
     if method not in ("packed", "rows", "openblas"):
         raise ValueError(f"method: expected packed, rows or openblas, found {method!r}")
     act = _activation_index(activation)
