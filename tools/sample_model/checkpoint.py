@@ -220,7 +220,11 @@ def _processor_files() -> dict[str, dict]:
 
 def _write_folder(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float16"}
+    config = model.config.to_dict() | {
+        "_name_or_path": "",
+        "architectures": [type(model).__name__],
+        "dtype": "float16",
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if isinstance(model, Blip2ForConditionalGeneration):
         generation = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
