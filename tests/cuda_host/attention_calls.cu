@@ -32,12 +32,19 @@ int b2_cuda_check(cudaError_t status, const char *what, b2_err *err)
     return status == cudaSuccess ? 0 : b2_fail(err, B2_E_INTERNAL, "%s: %s", what, cudaGetErrorString(status));
 }
 
-static void *on_device(const void *host, int64_t bytes, b2_err *err)
+static void *take(int64_t bytes, b2_err *err)
 {
     void *block = NULL;
-    if (!host || b2_cuda_check(cudaMalloc(&block, (size_t)bytes), "cudaMalloc", err) < 0)
+    if (b2_cuda_check(cudaMalloc(&block, (size_t)bytes), "cudaMalloc", err) < 0)
         return NULL;
-    taken.blocks[taken.count++] = block;
+    return taken.blocks[taken.count++] = block;
+}
+
+static void *on_device(const void *host, int64_t bytes, b2_err *err)
+{
+    void *block = host ? take(bytes, err) : NULL;
+    if (!block)
+        return NULL;
     return b2_cuda_check(cudaMemcpy(block, host, (size_t)bytes, cudaMemcpyHostToDevice), "cudaMemcpy", err) < 0 ? NULL : block;
 }
 
@@ -70,7 +77,7 @@ static int call(const attention_call *c, b2_ctx *ctx, b2_err *err)
     a.key_mask = c->key_mask, a.key_mask_ld = c->key_mask_ld, a.causal = (int)c->causal, a.heads = (int)c->heads;
     a.kv_heads = (int)c->kv_heads, a.head_dim = (int)c->head_dim, a.scale = c->scale, a.distance_bias = c->distance_bias;
     a.distance_limit = c->distance_limit, a.window = c->window, a.operands = (b2_dtype)c->operands;
-    ctx->activations->base = (char *)on_device(message, ARENA_BYTES, err);
+    ctx->activations->base = (char *)take(ARENA_BYTES, err);
     ctx->activations->size = ARENA_BYTES;
     if (err->code != B2_OK)
         return -1;

@@ -19,8 +19,6 @@
 
 #include "ops/cuda/attention.h"
 
-extern __shared__ __align__(16) unsigned char b2_dynamic_shared[];
-
 namespace {
 
 enum {
@@ -150,7 +148,8 @@ template <int WIDTH> struct tile {
 
     __device__ __forceinline__ tile()
     {
-        fresh_k = (float4 *)b2_dynamic_shared;
+        B2_DYNAMIC_SHARED(float4, block);
+        fresh_k = block;
         fresh_v = fresh_k + KEYS * WIDTH / 4;
         k = (uint16_t *)(fresh_v + KEYS * WIDTH / 4);
         v = k + KEYS * LD;

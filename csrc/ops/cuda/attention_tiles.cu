@@ -9,8 +9,6 @@
  * Memory: shared only: Q, K and V tiles with 4 floats between their rows, which keeps their reads free of bank conflicts. */
 #include "ops/cuda/attention.h"
 
-extern __shared__ __align__(16) unsigned char b2_dynamic_shared[];
-
 namespace {
 
 enum { THREADS = 128, ACROSS = 8, DOWN = THREADS / ACROSS, KEYS = 32, KEYS_EACH = KEYS / ACROSS, GAP = 4 };
@@ -25,7 +23,8 @@ template <int R, int WIDTH> struct tiles {
 
     __device__ __forceinline__ tiles()
     {
-        q = (float *)b2_dynamic_shared;
+        B2_DYNAMIC_SHARED(float, block);
+        q = block;
         k = q + QUERIES * LD;
         v = k + KEYS * LD;
         weights = v + KEYS * LD;

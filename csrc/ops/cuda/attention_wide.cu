@@ -6,8 +6,6 @@
  * Memory: shared only: the query, the output so far and a chunk's scores. */
 #include "ops/cuda/attention.h"
 
-extern __shared__ __align__(16) unsigned char b2_dynamic_shared[];
-
 namespace {
 
 enum { THREADS = 256, WARPS = THREADS / 32, CHUNK = 128 };
@@ -15,7 +13,8 @@ enum { THREADS = 256, WARPS = THREADS / 32, CHUNK = 128 };
 __global__ void __launch_bounds__(THREADS) wide_kernel(b2_attention_view a)
 {
     __shared__ float scores[CHUNK];
-    float *q = (float *)b2_dynamic_shared, *out = q + a.head_dim;
+    B2_DYNAMIC_SHARED(float, q);
+    float *out = q + a.head_dim;
     int64_t token = blockIdx.x;
     int head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int64_t column = (int64_t)head * a.head_dim, offset = (int64_t)(head / (a.heads / a.kv_heads)) * a.head_dim;
