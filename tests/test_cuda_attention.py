@@ -138,8 +138,8 @@ def expected(case: Case, arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
     for b, row in enumerate(case.rows):
         p = weights_64(case, arrays, b)
         v = arrays.v[b].astype(np.float64).reshape(row.keys, case.kv_heads, case.width).repeat(group, 1)
-        out.append(np.einsum("hqk,khd->qhd", p, v).reshape(row.queries, -1))
-        size.append(np.einsum("hqk,khd->qhd", p, np.abs(v)).reshape(row.queries, -1))
+        out.append(np.einsum("hqk,khd->qhd", p, v).reshape(row.queries, case.heads * case.width))
+        size.append(np.einsum("hqk,khd->qhd", p, np.abs(v)).reshape(row.queries, case.heads * case.width))
     return np.concatenate(out), np.concatenate(size) + 1e-30
 
 

@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(THREADS) few_kernel(b2_attention_view a, float
         out = mixed(out, value, s);
     }
     if (!partial && column < a.head_dim)
-        a.out[token * a.out_ld + (int64_t)head * a.head_dim + column] = all.sum > 0.0f ? out / all.sum : 0.0f;
+        a.out[token * a.out_ld + (int64_t)head * a.head_dim + column] = all.sum == 0.0f ? 0.0f : out / all.sum;
 }
 
 __global__ void __launch_bounds__(B2_ATTENTION_WIDEST) merge_kernel(b2_attention_view a, const float *partial, int segments)
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(B2_ATTENTION_WIDEST) merge_kernel(b2_attention
             out = mixed(out, from[column], s);
     }
     if (column < a.head_dim)
-        a.out[token * a.out_ld + (int64_t)head * a.head_dim + column] = all.sum > 0.0f ? out / all.sum : 0.0f;
+        a.out[token * a.out_ld + (int64_t)head * a.head_dim + column] = all.sum == 0.0f ? 0.0f : out / all.sum;
 }
 
 template <int STEPS, bool FOUR> void launch(const b2_attention_view *a, float *partial, dim3 grid, cudaStream_t stream)

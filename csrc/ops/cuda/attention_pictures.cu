@@ -6,18 +6,11 @@
  * softmax (attention_few.cu has the formula; exponents of 2, the scale folded in), the weights rounded, O += P V.
  * q, k, v beyond 65504 become infinite in fp16, as they are upstream.
  *
- * On the host (tests) the three instructions are the same data movements by shuffles.
- *
- * Fragments, as PTX defines them, with g = lane / 4 and t = lane % 4; each register holds two elements, low half first:
- *     A [16 x 16]  0: (g, 2t)  1: (g + 8, 2t)  2: (g, 2t + 8)  3: (g + 8, 2t + 8)
- *     B [16 x 8]   0: (2t, g)  1: (2t + 8, g), consecutive along the 16
- *     C [16 x 8]   0, 1: (g, 2t), (g, 2t + 1)  2, 3: (g + 8, 2t), (g + 8, 2t + 1)
+ * Fragments are those of mma.h, with g = lane / 4 and t = lane % 4.
  *
  * Memory: shared only. */
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "ops/cuda/attention.h"
+#include "ops/cuda/mma.h"
 
 namespace {
 
@@ -29,35 +22,17 @@ enum {
     GAP = 8      /* elements between two rows of a tile: rows begin in different banks, at multiples of 16 bytes */
 };
 
-/* ---- two elements in a register ---- */
-
-__device__ __forceinline__ uint32_t round_two(float x, float y, __half)
+template <int BF16> __device__ __forceinline__ uint32_t round_two(float x, float y)
 {
-    return (uint32_t)__half_as_ushort(__float2half_rn(x)) | (uint32_t)__half_as_ushort(__float2half_rn(y)) << 16;
+    return BF16 ? b2_to_bfloat(x) | (uint32_t)b2_to_bfloat(y) << 16 : b2_to_half(x) | (uint32_t)b2_to_half(y) << 16;
 }
 
-__device__ __forceinline__ uint32_t round_two(float x, float y, __nv_bfloat16)
+template <int BF16> __device__ __forceinline__ void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
 {
-    return (uint32_t)__bfloat16_as_ushort(__float2bfloat16_rn(x)) | (uint32_t)__bfloat16_as_ushort(__float2bfloat16_rn(y)) << 16;
+    b2_mma<BF16>(c, a[0], a[1], a[2], a[3], b0, b1);
 }
-
-/* ---- instructions ---- */
 
 #ifdef __CUDACC__
-__device__ __forceinline__ void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, __half)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, __nv_bfloat16)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 /* Four matrices of 8 rows x 16 bytes; lane l names row l % 8 of matrix l / 8, and gets elements (g, 2t), (g, 2t + 1) of each. */
 __device__ __forceinline__ void load_matrices(uint32_t r[4], const void *row)
 {
@@ -77,43 +52,7 @@ __device__ __forceinline__ void load_transposed(uint32_t r[4], const void *row)
                  : "r"(at)
                  : "memory");
 }
-
-__device__ __forceinline__ void copy_later(float4 *to, const float *from)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from)
-                 : "memory");
-}
-
-__device__ __forceinline__ void wait_for_copies()
-{
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
 #else
-template <class T> float element(uint32_t two, int which, T)
-{
-    unsigned short bits = (unsigned short)(two >> (16 * which));
-    T value;
-    memcpy((void *)&value, &bits, sizeof value);
-    return (float)value;
-}
-
-template <class T> void multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1, T type)
-{
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    for (int k = 0; k < 16; k++) {
-        int lane = k % 8 / 2, high = k / 8, odd = k % 2;
-        float of_a[2], of_b[2];
-        for (int i = 0; i < 2; i++) {
-            uint64_t both = __shfl_sync(0xffffffffu, (uint64_t)a[i] | (uint64_t)a[2 + i] << 32, 4 * g + lane);
-            of_a[i] = element((uint32_t)(both >> (32 * high)), odd, type);
-            both = __shfl_sync(0xffffffffu, (uint64_t)b0 | (uint64_t)b1 << 32, 4 * (2 * t + i) + lane);
-            of_b[i] = element((uint32_t)(both >> (32 * high)), odd, type);
-        }
-        for (int i = 0; i < 4; i++)
-            c[i] += of_a[i / 2] * of_b[i % 2];
-    }
-}
-
 void load_matrices(uint32_t r[4], const void *row)
 {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -128,13 +67,6 @@ void load_transposed(uint32_t r[4], const void *row)
         for (int i = 0; i < 2; i++)
             memcpy((char *)&r[m] + 2 * i, (const char *)__shfl_sync(0xffffffffu, row, 8 * m + 2 * t + i) + 2 * g, 2);
 }
-
-void copy_later(float4 *to, const float *from)
-{
-    *to = *(const float4 *)from;
-}
-
-void wait_for_copies() {}
 #endif
 
 /* ---- the kernel ---- */
@@ -163,12 +95,13 @@ __device__ __forceinline__ void fetch(const b2_attention_view &a, const b2_atten
     int fours = a.head_dim / 4, count = row.keys - first < KEYS ? row.keys - first : KEYS;
     for (int p = threadIdx.x; p < count * fours; p += blockDim.x) {
         int j = p / fours, d = p % fours;
-        copy_later(t.fresh_k + p, a.k + (row.prefix_start + first + j) * a.k_ld + offset + 4 * d);
-        copy_later(t.fresh_v + p, a.v + (row.prefix_start + first + j) * a.v_ld + offset + 4 * d);
+        b2_copy16(t.fresh_k + p, a.k + (row.prefix_start + first + j) * a.k_ld + offset + 4 * d, 16);
+        b2_copy16(t.fresh_v + p, a.v + (row.prefix_start + first + j) * a.v_ld + offset + 4 * d, 16);
     }
+    b2_copy_commit();
 }
 
-template <class T, int WIDTH>
+template <int BF16, int WIDTH>
 __device__ __forceinline__ void round_tile(const b2_attention_view &a, const b2_attention_row &row, int first,
                                            const tile<WIDTH> &t)
 {
@@ -180,13 +113,13 @@ __device__ __forceinline__ void round_tile(const b2_attention_view &a, const b2_
             x = t.fresh_k[j * fours + d];
             y = t.fresh_v[j * fours + d];
         }
-        *(uint2 *)(t.k + j * t.LD + 4 * d) = make_uint2(round_two(x.x, x.y, T()), round_two(x.z, x.w, T()));
-        *(uint2 *)(t.v + j * t.LD + 4 * d) = make_uint2(round_two(y.x, y.y, T()), round_two(y.z, y.w, T()));
+        *(uint2 *)(t.k + j * t.LD + 4 * d) = make_uint2(round_two<BF16>(x.x, x.y), round_two<BF16>(x.z, x.w));
+        *(uint2 *)(t.v + j * t.LD + 4 * d) = make_uint2(round_two<BF16>(y.x, y.y), round_two<BF16>(y.z, y.w));
     }
 }
 
 /* A fragments of 16 queries from `first`; zero where the row or the head ends. */
-template <class T, int WIDTH>
+template <int BF16, int WIDTH>
 __device__ __forceinline__ void load_queries(const b2_attention_view &a, const b2_attention_row &row, int head, int first,
                                              uint32_t q[WIDTH / 16][4])
 {
@@ -199,12 +132,12 @@ __device__ __forceinline__ void load_queries(const b2_attention_view &a, const b
             float2 x = make_float2(0.0f, 0.0f);
             if (i < row.queries && d < a.head_dim)
                 x = *(const float2 *)(a.q + (int64_t)(row.first_query + i) * a.q_ld + (int64_t)head * a.head_dim + d);
-            q[step][part] = round_two(x.x, x.y, T());
+            q[step][part] = round_two<BF16>(x.x, x.y);
         }
 }
 
 /* s [STRIP / 8][4]: C fragments of the 16 queries' products with keys [strip, strip + STRIP) of the tile. */
-template <class T, int WIDTH>
+template <int BF16, int WIDTH>
 __device__ __forceinline__ void multiply_keys(const tile<WIDTH> &tile, int strip, const uint32_t q[WIDTH / 16][4],
                                               float s[STRIP / 8][4])
 {
@@ -221,29 +154,29 @@ __device__ __forceinline__ void multiply_keys(const tile<WIDTH> &tile, int strip
             uint32_t b[4]; /* of key groups n and n + 1: both halves of the 16 elements */
             int key = strip + 8 * n + lane / 16 * 8 + lane % 8, d = 16 * step + lane / 8 % 2 * 8;
             load_matrices(b, tile.k + key * tile.LD + d);
-            multiply(s[n], q[step], b[0], b[1], T());
-            multiply(s[n + 1], q[step], b[2], b[3], T());
+            multiply<BF16>(s[n], q[step], b[0], b[1]);
+            multiply<BF16>(s[n + 1], q[step], b[2], b[3]);
         }
 }
 
 /* o [WIDTH / 8][4] += p . v for the strip; p: weights as C fragments. */
-template <class T, int WIDTH>
+template <int BF16, int WIDTH>
 __device__ __forceinline__ void add_values(const tile<WIDTH> &tile, int strip, const float p[STRIP / 8][4],
                                            float o[WIDTH / 8][4])
 {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int step = 0; step < STRIP / 16; step++) {
-        uint32_t a[4] = {round_two(p[2 * step][0], p[2 * step][1], T()), round_two(p[2 * step][2], p[2 * step][3], T()),
-                         round_two(p[2 * step + 1][0], p[2 * step + 1][1], T()),
-                         round_two(p[2 * step + 1][2], p[2 * step + 1][3], T())};
+        uint32_t a[4] = {round_two<BF16>(p[2 * step][0], p[2 * step][1]), round_two<BF16>(p[2 * step][2], p[2 * step][3]),
+                         round_two<BF16>(p[2 * step + 1][0], p[2 * step + 1][1]),
+                         round_two<BF16>(p[2 * step + 1][2], p[2 * step + 1][3])};
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; n += 2) {
             uint32_t b[4];
             int key = strip + 16 * step + lane / 8 % 2 * 8 + lane % 8, d = 8 * n + lane / 16 * 8;
             load_transposed(b, tile.v + key * tile.LD + d);
-            multiply(o[n], a, b[0], b[1], T());
-            multiply(o[n + 1], a, b[2], b[3], T());
+            multiply<BF16>(o[n], a, b[0], b[1]);
+            multiply<BF16>(o[n + 1], a, b[2], b[3]);
         }
     }
 }
@@ -300,8 +233,8 @@ __device__ __forceinline__ void soften(float s[STRIP / 8][4], int left, float sc
         }
 }
 
-/* T: __half or __nv_bfloat16. scale2 = scale * log2(e), above 0. */
-template <class T, int WIDTH>
+/* scale2 = scale * log2(e), above 0. */
+template <int BF16, int WIDTH>
 __global__ void __launch_bounds__(32 * WARPS, 2)
     pictures_kernel(b2_attention_view a, int blocks_per_row, float scale2)
 {
@@ -320,25 +253,25 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
         for (int i = 0; i < 4; i++)
             o[n][i] = 0.0f;
     fetch<WIDTH>(a, row, offset, 0, tile);
-    load_queries<T, WIDTH>(a, row, head, first, q);
+    load_queries<BF16, WIDTH>(a, row, head, first, q);
     for (int key = 0; key < row.keys; key += KEYS) {
-        wait_for_copies();
+        b2_copy_wait<0>();
         __syncthreads();
-        round_tile<T, WIDTH>(a, row, key, tile);
+        round_tile<BF16, WIDTH>(a, row, key, tile);
         __syncthreads();
         if (key + KEYS < row.keys)
             fetch<WIDTH>(a, row, offset, key + KEYS, tile);
         for (int strip = 0; strip < KEYS && key + strip < row.keys; strip += STRIP) {
             float s[STRIP / 8][4];
-            multiply_keys<T, WIDTH>(tile, strip, q, s);
+            multiply_keys<BF16, WIDTH>(tile, strip, q, s);
             soften<WIDTH>(s, row.keys - key - strip, scale2, most, sum, o);
-            add_values<T, WIDTH>(tile, strip, s, o);
+            add_values<BF16, WIDTH>(tile, strip, s, o);
         }
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         int i = first + g + 8 * r;
-        float total = sum_of_query(sum[r]), divisor = total > 0.0f ? total : 1.0f;
+        float total = sum_of_query(sum[r]), divisor = total == 0.0f ? 1.0f : total;
         if (i >= row.queries)
             continue;
         float *to = a.out + (int64_t)(row.first_query + i) * a.out_ld + (int64_t)head * a.head_dim;
@@ -349,34 +282,34 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
     }
 }
 
-template <class T, int WIDTH>
+template <int BF16, int WIDTH>
 int launch(b2_ctx *ctx, const b2_attention_view *a, int64_t most_queries, b2_err *err)
 {
     int64_t pieces = (most_queries + ROWS - 1) / ROWS, blocks = (pieces + WARPS - 1) / WARPS;
     int64_t warps = (pieces + blocks - 1) / blocks;
-    cudaError_t status = cudaFuncSetAttribute(pictures_kernel<T, WIDTH>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaError_t status = cudaFuncSetAttribute(pictures_kernel<BF16, WIDTH>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               (int)tile<WIDTH>::BYTES);
     if (b2_cuda_check(status, "attention of pictures: shared memory", err) < 0)
         return -1;
-    B2_LAUNCH((pictures_kernel<T, WIDTH>), dim3((unsigned)(a->rows * blocks), (unsigned)a->heads),
+    B2_LAUNCH((pictures_kernel<BF16, WIDTH>), dim3((unsigned)(a->rows * blocks), (unsigned)a->heads),
               dim3((unsigned)(32 * warps)), tile<WIDTH>::BYTES, b2_cuda_stream(ctx), *a, (int)blocks,
               a->scale * 1.44269504f);
     return b2_cuda_launched("attention of pictures", err);
 }
 
-template <class T> int launch_by_width(b2_ctx *ctx, const b2_attention_view *a, int64_t most_queries, b2_err *err)
+template <int BF16> int launch_by_width(b2_ctx *ctx, const b2_attention_view *a, int64_t most_queries, b2_err *err)
 {
     if (a->head_dim <= 64)
-        return launch<T, 64>(ctx, a, most_queries, err);
+        return launch<BF16, 64>(ctx, a, most_queries, err);
     if (a->head_dim <= 96)
-        return launch<T, 96>(ctx, a, most_queries, err);
-    return launch<T, 128>(ctx, a, most_queries, err);
+        return launch<BF16, 96>(ctx, a, most_queries, err);
+    return launch<BF16, 128>(ctx, a, most_queries, err);
 }
 
 } // namespace
 
 int b2_attention_pictures(b2_ctx *ctx, const b2_attention_view *view, int64_t most_queries, b2_dtype operands, b2_err *err)
 {
-    return operands == B2_BF16 ? launch_by_width<__nv_bfloat16>(ctx, view, most_queries, err)
-                               : launch_by_width<__half>(ctx, view, most_queries, err);
+    return operands == B2_BF16 ? launch_by_width<1>(ctx, view, most_queries, err)
+                               : launch_by_width<0>(ctx, view, most_queries, err);
 }

@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(THREADS) tiles_kernel(b2_attention_view a, int
         if (i >= row.queries)
             continue;
         float *to = a.out + (int64_t)(row.first_query + i) * a.out_ld + (int64_t)head * a.head_dim;
-        float divisor = sum[r] > 0.0f ? sum[r] : 1.0f;
+        float divisor = sum[r] == 0.0f ? 1.0f : sum[r];
 #pragma unroll
         for (int c = 0; c < t.COLUMNS; c++) {
             int d = c * KEYS + 4 * x;

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS) weights_kernel(b2_attention_view a, f
     }
     sum = fold<sum_of>(sum, of_warp);
     for (int j = threadIdx.x; j < row.keys; j += THREADS)
-        out[j] = sum > 0.0f ? out[j] / sum : 0.0f;
+        out[j] = sum == 0.0f ? 0.0f : out[j] / sum;
 }
 
 } // namespace

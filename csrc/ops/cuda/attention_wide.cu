@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(b2_attention_view a)
         }
     }
     for (int d = threadIdx.x; d < a.head_dim; d += THREADS)
-        a.out[token * a.out_ld + column + d] = sum > 0.0f ? out[d] / sum : 0.0f;
+        a.out[token * a.out_ld + column + d] = sum == 0.0f ? 0.0f : out[d] / sum;
 }
 
 } // namespace
