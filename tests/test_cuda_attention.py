@@ -3,6 +3,7 @@ change a result."""
 
 import ctypes
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ ROUNDED = {"float16": 2e-3, "bfloat16": 1.6e-2}
 OPERANDS = {"float32": 0, "float16": 1, "bfloat16": 2}
 POINTERS = ("out", "q", "k", "v", "k_suffix", "v_suffix", "q_offsets", "prefix_starts", "prefix_lens", "suffix_slots",
             "suffix_lens", "key_mask", "distance_bias")  # fmt: skip
-NUMBERS = ("out_floats", "q_rows", "k_rows", "suffix_rows", "out_ld", "q_ld", "kv_ld", "rows", "suffix_ld", "key_mask_ld",
-           "causal", "heads", "kv_heads", "head_dim", "distance_limit", "window", "operands", "wants_weights",
-           "multiprocessors", "capturing")  # fmt: skip
+NUMBERS = ("out_floats", "q_rows", "k_rows", "suffix_rows", "out_ld", "q_ld", "kv_ld", "rows", "suffix_ld",
+           "key_mask_ld", "causal", "heads", "kv_heads", "head_dim", "distance_limit", "window", "operands",
+           "wants_weights", "multiprocessors", "capturing")  # fmt: skip
 
 
 class AttentionCall(ctypes.Structure):
@@ -150,8 +151,8 @@ def apart(rows: np.ndarray, gap: int) -> np.ndarray:
 
 
 class Placed:
-    """Keys and values of all rows as caches hold them: prefixes one after another, suffixes through shuffled slots; whatever
-    no query may see is NaN."""
+    """Keys and values of all rows as caches hold them: prefixes one after another, suffixes through shuffled slots;
+    whatever no query may see is NaN."""
 
     def __init__(self, case: Case, arrays: Arrays) -> None:
         rng = np.random.default_rng(case.seed + 1)
@@ -214,7 +215,8 @@ def run(library: ctypes.CDLL, case: Case, arrays: Arrays, weights: bool = False)
     if weights:
         assert np.isnan(out[-1])
         return out[:-1], peak.value
-    assert np.isnan(out[count:]).all() and np.isnan(out[:, case.heads * case.width :]).all()
+    assert np.isnan(out[count:]).all()
+    assert np.isnan(out[:, case.heads * case.width :]).all()
     return out[:count, : case.heads * case.width], peak.value
 
 
@@ -301,7 +303,7 @@ def test_edges(library: ctypes.CDLL, case: Case) -> None:
 def test_rounded_operands(
     library: ctypes.CDLL, rows: list[Row], width: int, heads: int, kv_heads: int, operands: str
 ) -> None:
-    """They are rounded, and by no more than that: values that the type holds exactly lose only what the weights lose."""
+    """They are rounded, and by no more than that."""
     case = Case(rows, width, heads, kv_heads, operands=operands, apart=4)
     found = check(library, case)
     exact = check(library, replace(case, operands="float32"))
@@ -311,7 +313,15 @@ def test_rounded_operands(
 def test_rounding_needs_leave(library: ctypes.CDLL) -> None:
     """Masks, windows, biases and widths that are not whole vectors go through the exact kernels."""
     rows = [Row(20, 40)]
-    for options in ({"masked": "some"}, {"window": 9}, {"distances": 5}, {"causal": True}, {"scale": -0.4}, {"apart": 1}):
+    options: dict[str, Any]
+    for options in (
+        {"masked": "some"},
+        {"window": 9},
+        {"distances": 5},
+        {"causal": True},
+        {"scale": -0.4},
+        {"apart": 1},
+    ):
         case = Case(rows, 24, **options)
         assert same_bits(check(library, replace(case, operands="float16")), check(library, case)), options
 
@@ -340,8 +350,10 @@ def test_segments_that_have_blocks_of_their_own_change_no_bit(library: ctypes.CD
     apart_, scratch = run(library, case, arrays)
     together, none = run(library, replace(case, multiprocessors=1), arrays)
     recorded, more = run(library, replace(case, capturing=True), arrays)
-    assert scratch > 0 and none == 0 and more >= scratch
-    assert same_bits(apart_, together) and same_bits(apart_, recorded)
+    assert none == 0
+    assert more >= scratch > 0
+    assert same_bits(apart_, together)
+    assert same_bits(apart_, recorded)
 
 
 @pytest.mark.parametrize("queries", [1, 20])
@@ -352,7 +364,8 @@ def test_later_keys_contribute_nothing(library: ctypes.CDLL, queries: int) -> No
     before, _ = run(library, case, arrays)
     arrays.k[0][-5:], arrays.v[0][-5:] = np.nan, -np.inf
     after, _ = run(library, case, arrays)
-    assert same_bits(after[: queries - 5] if queries > 5 else after[:0], before[: max(queries - 5, 0)])
+    unaware = max(queries - 5, 0)
+    assert same_bits(after[:unaware], before[:unaware])
     assert np.isnan(after[-1]).all()
 
 

@@ -112,6 +112,12 @@ typedef struct b2_attention_args {
                                   * multiplied, as models stored so do upstream (sums are fp32); B2_F32: they may not */
 } b2_attention_args;
 
+/* What b2_attention_args.operands may be where queries, keys and values are made by this weight. */
+static inline b2_dtype b2_operands_of(const b2_weight *weight)
+{
+    return weight->dtype == B2_F32 || weight->dtype == B2_BF16 ? weight->dtype : B2_F16;
+}
+
 /* Pixels of pictures of one size, C-contiguous. A view: it owns nothing. */
 typedef struct b2_pictures {
     const float *data; /* [B, C, height, width] */
