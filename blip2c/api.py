@@ -93,7 +93,10 @@ class Captioner:
         go on from, for all or one each. progress: True, False, or None for a bar where stderr is a terminal and there
         is more than one batch. errors: "raise", or "return" to get the exception in place of a picture's caption. Other
         options go to `generate`; where neither they nor a generation_config among them say how long, a caption ends
-        after 30 new tokens. Raises PictureError or FileNotFoundError naming the picture.
+        after 30 new tokens. With num_return_sequences above 1 a picture has Captions, a list. With callables,
+        stop_strings, max_time and what else needs Python between the steps, the texts are written one by one:
+        callables see one prompt, max_time is for each, and a streamer takes one text. Raises PictureError or
+        FileNotFoundError naming the picture.
         """
         single = _is_one(images)
         pictures = [images] if single else listed("images", images)
@@ -223,7 +226,8 @@ class Captioner:
         as_finished: bool = False,
         **generate_options: Any,
     ) -> Iterator[Any]:
-        """For each row (number of a picture, prompt) in order its Caption, or the exception that it met.
+        """For each row (number of a picture, prompt) in order its Caption, or the exception that it met; Captions,
+        where num_return_sequences asks for several.
 
         batch_size rows run together: one that has finished leaves and the next enters, pictures are decoded and encoded
         ahead in threads, a little ahead of the results that are taken. as_finished: (number of the row, result) as they
@@ -233,6 +237,8 @@ class Captioner:
         """
         check_batch_size(batch_size)
         plan = self.prompts.plan(generate_options)
+        if plan.call["streamer"] is not None and len(rows) > 1:
+            raise ValueError(f"streamer: it takes one text, {len(rows)} were asked for")
         for picture in pictures:
             if isinstance(picture, State):
                 picture.attach(self.prompts)

@@ -284,11 +284,18 @@ class Matcher:
 
     def token_ids(self, text: Any) -> list[int]:
         """Ids of a text as the Q-Former reads it. Raises TypeError or ValueError saying which text and why."""
+        return self.checked_ids(text, self.all_ids(text))
+
+    def all_ids(self, text: Any) -> list[int]:
+        """Ids of a text, however many. Raises TypeError or ValueError for what is no text."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a string, found {type(text).__name__}")
         if not text.strip():
             raise ValueError("a text is empty: there is nothing to compare with a picture")
-        ids = list(self.processor.tokenizer(text, verbose=False)["input_ids"])
+        return list(self.processor.tokenizer(text, verbose=False)["input_ids"])
+
+    def checked_ids(self, text: str, ids: list[int]) -> list[int]:
+        """Ids of a text, if the Q-Former can read them. Raises ValueError saying which text and why."""
         qformer, shown = self.model._core_config["qformer"], text if len(text) <= 40 else f"{text[:37]}..."
         if len(ids) > int(qformer["max_position_embeddings"]):
             raise ValueError(

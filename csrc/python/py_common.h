@@ -32,6 +32,7 @@ typedef struct b2py_state {
     b2_cpu cpu;
     b2_isa isa;
     const b2_ops *ops;
+    const struct b2_backend *backend; /* of CUDA, once it has been asked for (py_device.c) */
     struct b2py_call *calls; /* that run now and may be cancelled from other threads; guarded by the GIL */
 } b2py_state;
 
