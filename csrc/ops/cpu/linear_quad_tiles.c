@@ -28,6 +28,7 @@ typedef struct tiles_job {
     int64_t group_units;          /* of one rounding of x */
     int64_t blocks, blocks_per_chunk, row_chunks;
     int64_t panels, panels_per_chunk;
+    int64_t threads;
     b2_slots slots;
 } tiles_job;
 
@@ -35,6 +36,11 @@ typedef struct tiles_job {
 static int64_t block_start(const tiles_job *job, int64_t block)
 {
     return block * job->x.rows / job->blocks;
+}
+
+static int are_few_blocks(const tiles_job *job)
+{
+    return job->blocks_per_chunk <= FEW_BLOCKS;
 }
 
 /* The block of `rows` rows that starts at row `first`, from `unit` on, where a group begins. */
@@ -77,15 +83,9 @@ static size_t chunk_scratch(const b2_quad_tiles *tiles)
            (size_t)(CHUNK_PANELS / tiles->tile_panels * rows * B2_QUAD_TILE_COLUMNS) * sizeof(float);
 }
 
-/* Bytes of `units` units of a panel as stored. */
-static int64_t stored_bytes(const tiles_job *job, int64_t units)
-{
-    return units * B2_QUAD_UNIT * B2_PANEL / (job->w->dtype == B2_I4 ? 2 : 1);
-}
-
 static const char *stored_at(const tiles_job *job, int64_t panel, int64_t unit)
 {
-    return (const char *)job->w->data + stored_bytes(job, panel * job->units + unit);
+    return (const char *)job->w->data + (panel * job->units + unit) * b2_quad_unit_bytes(job->w->dtype);
 }
 
 /* Whether the last panel of the chunk is not alone. */
@@ -124,40 +124,90 @@ static void finish_tile(const tiles_job *job, float *tile, int64_t row, int64_t 
                          &e);
 }
 
-/* Units per block of k: as even as can be, and whole groups. Few row blocks are done with a panel so soon that reading it in
- * one go counts for more. */
+/* Units per block of k: as even as can be, and whole groups. */
 static int64_t block_units(const tiles_job *job)
 {
     int unpacks = job->w->dtype == B2_I4 || job->tiles->unpack_i8;
-    if (!unpacks && job->blocks_per_chunk <= FEW_BLOCKS)
-        return job->units + job->units % job->group_units;
     int64_t most = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_UNIT;
     int64_t even = ceil_div(job->units, ceil_div(job->units, most));
     return ceil_div(even, job->group_units) * job->group_units;
 }
 
-/* Asks for a part of what is read next, each time a row block is done: all of it is in the cache when it is needed. */
-static void ask_ahead(const char *next, int64_t bytes, int64_t part, int64_t parts)
+/* What is read after some units of a panel, or NULL. */
+typedef struct upcoming {
+    int64_t panel, unit, units;
+} upcoming;
+
+/* Piece `i` of what comes next: half of a panel's units. */
+static const char *piece_of(const tiles_job *job, const upcoming *next, int64_t i)
 {
-    for (int64_t at = bytes * part / parts / 64 * 64; at < bytes * (part + 1) / parts; at += 64)
-        __builtin_prefetch(next + at, 0, 2);
+    int64_t panel = next->panel + i / 2;
+    if (i >= 2 * job->tiles->tile_panels || panel >= job->panels)
+        return NULL;
+    return stored_at(job, panel, next->unit) + i % 2 * next->units * b2_quad_unit_bytes(job->w->dtype) / 2;
 }
 
-static float *run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int64_t u0, int64_t units, float *tile)
+/* The first row blocks ask for a piece each; where they are fewer than pieces, the rest is asked for in one go. */
+static void ask_for_rest(const tiles_job *job, const upcoming *next, int64_t i)
+{
+    const char *piece;
+    for (; (piece = piece_of(job, next, i)); i++)
+        for (int64_t at = 0; at < next->units * b2_quad_unit_bytes(job->w->dtype) / 2; at += 64)
+            __builtin_prefetch(piece + at, 0, 2);
+}
+
+static float *run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int64_t u0, int64_t units,
+                         const upcoming *next, float *tile)
 {
     b2_quad_operand operand = enter_panels(job, chunk, panel, u0, units);
-    int64_t next = panel + job->tiles->tile_panels, bytes = stored_bytes(job, units);
     for (int64_t i = chunk->block; i < chunk->block_end; i++) {
         int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
         b2_quad_block x = block_at(job, first, rows, u0);
-        for (int p = 0; p < job->tiles->tile_panels && next + p < chunk->panel_end; p++)
-            ask_ahead(stored_at(job, next + p, u0), bytes, i - chunk->block, chunk->block_end - chunk->block);
-        job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units, u0 == 0);
+        const char *piece = piece_of(job, next, i - chunk->block);
+        job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units, u0 == 0, piece);
         if (u0 + units == job->units)
             finish_tile(job, tile, first, rows, panel, are_two(job, chunk, panel));
         tile += job->tiles->tile_rows * B2_QUAD_TILE_COLUMNS;
     }
+    ask_for_rest(job, next, chunk->block_end - chunk->block);
     return tile;
+}
+
+/* The panels that the chunk begins with which this thread will probably take next. */
+static int64_t panel_after(const tiles_job *job, const chunk *chunk)
+{
+    return chunk->panel + job->threads * job->panels_per_chunk;
+}
+
+/* Few row blocks: panel after panel as they lie in memory. The sums of a panel stay in L1. */
+static void run_by_panel(const tiles_job *job, const chunk *chunk, int64_t step)
+{
+    for (int64_t p = chunk->panel; p < chunk->panel_end; p += job->tiles->tile_panels)
+        for (int64_t u0 = 0; u0 < job->units; u0 += step) {
+            int64_t after = p + job->tiles->tile_panels < chunk->panel_end ? p + job->tiles->tile_panels
+                                                                           : panel_after(job, chunk);
+            int last = u0 + step >= job->units;
+            upcoming next = {last ? after : p, last ? 0 : u0 + step, min64(step, job->units - (last ? 0 : u0 + step))};
+            run_panels(job, chunk, p, u0, min64(step, job->units - u0), &next, chunk->tiles);
+        }
+}
+
+/* Many: a stretch of k after another, so that x of all row blocks stays in L2. */
+static void run_by_units(const tiles_job *job, const chunk *chunk, int64_t step)
+{
+    for (int64_t u0 = 0; u0 < job->units; u0 += step) {
+        float *tile = chunk->tiles;
+        for (int64_t p = chunk->panel; p < chunk->panel_end; p += job->tiles->tile_panels) {
+            upcoming next = {p + job->tiles->tile_panels, u0, min64(step, job->units - u0)};
+            if (next.panel >= chunk->panel_end) {
+                int last = u0 + step >= job->units;
+                next.panel = last ? panel_after(job, chunk) : chunk->panel;
+                next.unit = last ? 0 : u0 + step;
+                next.units = min64(step, job->units - next.unit);
+            }
+            tile = run_panels(job, chunk, p, u0, min64(step, job->units - u0), &next, tile);
+        }
+    }
 }
 
 static void chunk_tile(void *argument, int64_t index, int worker)
@@ -171,12 +221,7 @@ static void chunk_tile(void *argument, int64_t index, int worker)
                    .panel_end = min64(job->panels, panel + job->panels_per_chunk),
                    .unpacked = scratch,
                    .tiles = (float *)(void *)(scratch + unpacked_bytes(job->tiles))};
-    int64_t step = block_units(job);
-    for (int64_t u0 = 0; u0 < job->units; u0 += step) {
-        float *tile = chunk.tiles;
-        for (int64_t p = chunk.panel; p < chunk.panel_end; p += job->tiles->tile_panels)
-            tile = run_panels(job, &chunk, p, u0, min64(step, job->units - u0), tile);
-    }
+    (are_few_blocks(job) ? run_by_panel : run_by_units)(job, &chunk, block_units(job));
     b2_slot_release(&job->slots, scratch);
 }
 
@@ -193,7 +238,10 @@ static int run_group(b2_ctx *ctx, tiles_job *job, b2_err *err)
     double panel_ns = 2.0 * (double)job->x.rows * (double)(job->w->k * B2_PANEL) * ns_per_op;
     int64_t units = ceil_div(job->panels, step);
     int64_t tiles = b2_cpu_tile_count(ctx, units, panel_ns * step, 50e3);
-    job->panels_per_chunk = min64(CHUNK_PANELS, ceil_div(units, tiles) * step);
+    job->panels_per_chunk = ceil_div(units, tiles) * step;
+    if (!are_few_blocks(job)) /* whose sums are kept for one pair of panels only */
+        job->panels_per_chunk = min64(CHUNK_PANELS, job->panels_per_chunk);
+    job->threads = b2_pool_threads(ctx->pool);
     return b2_cpu_run(ctx, job->row_chunks * ceil_div(job->panels, job->panels_per_chunk), chunk_tile, job,
                       panel_ns * (double)job->panels, err);
 }

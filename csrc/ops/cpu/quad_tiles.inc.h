@@ -9,6 +9,13 @@
 #define VALUE_BYTES 2
 #include "ops/cpu/quad_rows.inc.h"
 
+/* Half of `units` stored units from `next`. */
+B2_INLINE void ask_ahead(const char *next, b2_dtype dtype, int64_t units)
+{
+    for (int64_t at = 0; next && at < units * b2_quad_unit_bytes(dtype) / 2; at += 64)
+        __builtin_prefetch(next + at, 0, 2);
+}
+
 #if defined(B2_SIMD_AVX512)
 enum { TILE_ROWS = 8, TILE_PANELS = 2 };
 typedef __m512i vi;
@@ -62,7 +69,7 @@ B2_INLINE void tile_group(float *c, const char *x, const float *scales, const ch
 }
 
 B2_INLINE void tile_rows(float *c, const b2_quad_block *x, const b2_quad_operand *o, b2_dtype dtype, int64_t units,
-                         const int rows)
+                         const char *next, const int rows)
 {
     int64_t step = b2_quad_group(dtype) / B2_QUAD_UNIT;
     for (int64_t u = 0; u < units; u += step) {
@@ -70,25 +77,26 @@ B2_INLINE void tile_rows(float *c, const b2_quad_block *x, const b2_quad_operand
         const uint16_t *half[2] = {NULL, NULL};
         for (int i = 0; i < 2 && dtype == B2_I4; i++)
             half[i] = (const uint16_t *)o->scales[i] + u * B2_PANEL;
+        ask_ahead(next ? next + u * b2_quad_unit_bytes(dtype) / 2 : NULL, dtype, step);
         tile_group(c, x->values + u * B2_QUAD_UNIT * 2 * rows, x->scales + u / step * rows, w, half,
                    (u + step <= units ? step : units - u) * B2_QUAD_UNIT, rows);
     }
 }
 
 static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
-                 int first)
+                 int first, const char *next)
 {
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
     switch (rows) { /* the bounds become constants */
-    case 1: tile_rows(c, x, w, dtype, units, 1); break;
-    case 2: tile_rows(c, x, w, dtype, units, 2); break;
-    case 3: tile_rows(c, x, w, dtype, units, 3); break;
-    case 4: tile_rows(c, x, w, dtype, units, 4); break;
-    case 5: tile_rows(c, x, w, dtype, units, 5); break;
-    case 6: tile_rows(c, x, w, dtype, units, 6); break;
-    case 7: tile_rows(c, x, w, dtype, units, 7); break;
-    default: tile_rows(c, x, w, dtype, units, 8); break;
+    case 1: tile_rows(c, x, w, dtype, units, next, 1); break;
+    case 2: tile_rows(c, x, w, dtype, units, next, 2); break;
+    case 3: tile_rows(c, x, w, dtype, units, next, 3); break;
+    case 4: tile_rows(c, x, w, dtype, units, next, 4); break;
+    case 5: tile_rows(c, x, w, dtype, units, next, 5); break;
+    case 6: tile_rows(c, x, w, dtype, units, next, 6); break;
+    case 7: tile_rows(c, x, w, dtype, units, next, 7); break;
+    default: tile_rows(c, x, w, dtype, units, next, 8); break;
     }
 }
 
@@ -181,7 +189,7 @@ DEFINE_TILE(5)
 DEFINE_TILE(6)
 
 static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
-                 int first)
+                 int first, const char *next)
 {
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
@@ -194,6 +202,7 @@ static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_
         const char *values = x->values + u * B2_QUAD_UNIT * 2 * rows, *weights = w->values[0] + u * UNIT_BYTES;
         const float *scales = x->scales + u / step * rows;
         int64_t count = (u + step <= units ? step : units - u) * B2_QUAD_UNIT / (2 * STEP_UNROLL);
+        ask_ahead(next ? next + u * b2_quad_unit_bytes(dtype) / 2 : NULL, dtype, step);
         if (dtype == B2_I8)
             i8[rows - 1](c, values, scales, weights, count);
         else
@@ -218,11 +227,12 @@ static double peak(int64_t rounds, float *sink)
 enum { TILE_ROWS = 4, TILE_PANELS = 1 };
 
 static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
-                 int first)
+                 int first, const char *next)
 {
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
     int64_t group = b2_quad_group(dtype);
+    ask_ahead(next, dtype, units);
     for (int64_t k = 0; k < units * B2_QUAD_UNIT; k += group)
         for (int r = 0; r < rows; r++) {
             int32_t sum[B2_PANEL] = {0};
