@@ -119,6 +119,13 @@ INLINE float clamp(float x, float low, float high)
     return x > high ? high : x;
 }
 
+/* Divides in any case: a division that may not happen keeps the compiler from making vectors. */
+INLINE float divide_or_zero(float a, float b, int divide)
+{
+    float quotient = a / (divide ? b : 1.0f);
+    return divide ? quotient : 0.0f;
+}
+
 INLINE void row_scales(float scales[B2_PANEL], float inverse[B2_PANEL], const quantise_job *job, int64_t panel)
 {
     float strip[B2_PANEL * STRIP], most[B2_PANEL] = {0};
@@ -158,20 +165,25 @@ B2_CLONES static void int8_panel(const quantise_job *job, int64_t panel)
 /* Sixteen rows of one group side by side: x [32][16]. */
 typedef float group_values[GROUP][B2_PANEL];
 
-/* Of rounding x * inverse: sums[0] = sum of x * q, sums[1] = sum of q * q: the best scale for these q is their quotient,
- * and it lowers the squared error by sums[0]^2 / sums[1]. */
-INLINE void try_scale(float sums[2][B2_PANEL], group_values x, const float inverse[B2_PANEL])
+/* What comes of rounding x * inverse for every candidate: xq = sum of x * q, qq = sum of q * q. The best scale for these q is
+ * their quotient, and it lowers the squared error by xq^2 / qq. Candidates inside of channels: sums of one candidate
+ * alone would wait for each other. */
+typedef struct trials {
+    float inverse[CANDIDATES][B2_PANEL], xq[CANDIDATES][B2_PANEL], qq[CANDIDATES][B2_PANEL];
+} trials;
+
+INLINE void try_scales(trials *t, group_values x)
 {
-    float xq[B2_PANEL] = {0}, qq[B2_PANEL] = {0};
+    memset(t->xq, 0, sizeof t->xq);
+    memset(t->qq, 0, sizeof t->qq);
     for (int i = 0; i < GROUP; i++)
-        for (int r = 0; r < B2_PANEL; r++) {
-            float q = clamp(x[i][r] * inverse[r], -8.0f, 7.0f) + 12582912.0f;
-            q -= 12582912.0f;
-            xq[r] += x[i][r] * q;
-            qq[r] += q * q;
-        }
-    memcpy(sums[0], xq, sizeof xq);
-    memcpy(sums[1], qq, sizeof qq);
+        for (int c = 0; c < CANDIDATES; c++)
+            for (int r = 0; r < B2_PANEL; r++) {
+                float q = clamp(x[i][r] * t->inverse[c][r], -8.0f, 7.0f) + 12582912.0f;
+                q -= 12582912.0f;
+                t->xq[c][r] += x[i][r] * q;
+                t->qq[c][r] += q * q;
+            }
 }
 
 /* The element of each row that is largest by size, with its sign. */
@@ -189,20 +201,20 @@ INLINE void group_scales(uint16_t scales[B2_PANEL], group_values x)
     /* What the largest element is to become. */
     static const float targets[CANDIDATES] = {-8.0f, -7.5f, -7.0f, -8.5f, -9.0f, -9.5f, -6.5f,
                                               7.0f,  7.5f,  6.5f,  8.0f,  8.5f,  6.0f,  9.0f};
-    float extreme[B2_PANEL], inverse[B2_PANEL], best[B2_PANEL] = {0}, scale[B2_PANEL] = {0}, sums[2][B2_PANEL];
+    float extreme[B2_PANEL], best[B2_PANEL] = {0}, scale[B2_PANEL] = {0};
+    trials t;
     extremes(extreme, x);
-    for (int c = 0; c < CANDIDATES; c++) {
+    for (int c = 0; c < CANDIDATES; c++)
         for (int r = 0; r < B2_PANEL; r++)
-            inverse[r] = fabsf(extreme[r]) < NOTHING ? 0.0f : targets[c] / extreme[r];
-        try_scale(sums, x, inverse);
+            t.inverse[c][r] = divide_or_zero(targets[c], extreme[r], fabsf(extreme[r]) >= NOTHING);
+    try_scales(&t, x);
+    for (int c = 0; c < CANDIDATES; c++)
         for (int r = 0; r < B2_PANEL; r++) {
-            float gain = sums[1][r] > 0.0f ? sums[0][r] * sums[0][r] / sums[1][r] : 0.0f;
-            if (gain > best[r]) {
-                best[r] = gain;
-                scale[r] = sums[0][r] / sums[1][r];
-            }
+            float gain = divide_or_zero(t.xq[c][r] * t.xq[c][r], t.qq[c][r], t.qq[c][r] > 0.0f);
+            float quotient = divide_or_zero(t.xq[c][r], t.qq[c][r], t.qq[c][r] > 0.0f);
+            scale[r] = gain > best[r] ? quotient : scale[r];
+            best[r] = gain > best[r] ? gain : best[r];
         }
-    }
     for (int r = 0; r < B2_PANEL; r++)
         scales[r] = b2_f32_to_f16(clamp(scale[r], -65504.0f, 65504.0f));
 }
@@ -218,7 +230,7 @@ INLINE void int4_group(uint8_t *to, uint16_t scales[B2_PANEL], const float *stri
     group_scales(scales, x);
     for (int r = 0; r < B2_PANEL; r++) {
         float scale = b2_f16_to_f32(scales[r]);
-        inverse[r] = scale != 0.0f ? 1.0f / scale : 0.0f;
+        inverse[r] = divide_or_zero(1.0f, scale, scale != 0.0f);
     }
     for (int i = 0; i < GROUP; i++)
         for (int r = 0; r < B2_PANEL; r++)
