@@ -23,6 +23,7 @@ from blip2c._core import (
 if TYPE_CHECKING:
     from blip2c import kernels
     from blip2c.api import Captioner, load, sample_path
+    from blip2c.attention_maps import AttentionMaps
     from blip2c.batch import BatchFeature
     from blip2c.captions import Caption, Captions
     from blip2c.config import (
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AttentionMaps": "attention_maps",
     "AutoProcessor": "processing",
     "BatchFeature": "batch",
     "Blip2Config": "config",
@@ -98,6 +100,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AttentionMaps",
     "AutoProcessor",
     "BatchFeature",
     "Blip2Config",

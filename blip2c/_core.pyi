@@ -104,10 +104,18 @@ class Model:
         image_mask: NDArray[np.uint8] | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
+        sees: str = "all",
     ) -> dict[str, Any]: ...
     """The Q-Former on any embeddings, before their norm: queries [B, Q, Dq] (Q may be 0), text [B, T, Dq], pictures
     [B, Tv, Dv]; masks of the same [B, ...] (0: not seen). {"qformer": [B, Q, Dq], "text": [B, T, Dq]}, each where there
-    is one; hidden states and attentions as in encode_stages()."""
+    is one; hidden states and attentions as in encode_stages(). sees: "all" (ITM: queries and text see each
+    other), "before" (ITG: queries see queries, text the queries and what stands before it) or "own" (ITC: each its
+    own)."""
+    def match(
+        self, image_embeds: NDArray[np.float32], text: PackedTexts, picture_of: NDArray[np.int32], /
+    ) -> NDArray[np.float32]: ...
+    """Logits [N, 2] (no, yes) of whether text n belongs to picture picture_of[n]: image_embeds [M, T, Dv] as
+    encode_stages() gives "vision"; picture_of [N] ascends below M."""
     def similarity(self, images: NDArray[np.float32], texts: NDArray[np.float32], /) -> NDArray[np.float32]: ...
     """images [I, Q, P], texts [J, P], rows of length 1 -> [I, J]: the largest cosine of text j with a query of
     picture i."""
@@ -150,14 +158,16 @@ class Model:
         keys: NDArray[np.uint64] | None = None,
         hooks: Mapping[str, Callable[..., Any]] | None = None,
         tap: Callable[[str, str, int, NDArray[np.float32]], Any] | None = None,
+        tap_weights: bool = False,
         keep: bool = False,
     ) -> dict[str, Any]: ...
     """Rows as in forward(); rule_ids are the ids that the rules see, [N] (the image token where ids has -1, or -1 where
     there is none), of an encoder-decoder the decoder's. options: every key of b2_generate_opts, see
     blip2c.generation.core_options(). prefixes [B]: what stands before each row. keys [B]: a row's draws depend on the
     seed and its key (its number, where none is given), not on the batch. hooks: see csrc/python/py_hooks.h.
-    tap("hidden" | "attention", stage, layer, array) sees every model call: hidden [tokens, D], weights flat, row after
-    row [H, queries, keys]. keep: "prefixes" [rows] are what each result has read and said, but for its last token.
+    tap("hidden" | "attention", stage, layer, array) sees every model call: hidden [tokens, D] and, with tap_weights,
+    weights, flat, row after row [H, queries, keys]. keep: "prefixes" [rows] are what each result has read and said, but
+    for its last token.
     {"ids": int64 [rows, max_new], "lengths": int64 [rows], "scores": float32 [rows], "beam_indices": int32
     [rows, max_new] or None, "kv_bytes" (at the most), "step_allocations", "steps", "items",
     "items_advanced", "rows_advanced": int}."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from blip2c.processing import Blip2Processor, InstructBlipProcessor
 from blip2c.prompts import ROW_ERRORS, Plan, Prompts, read_pixels
 from blip2c.retrieval import Blip2ForImageTextRetrieval
 from blip2c.states import Chat, State
+
+if TYPE_CHECKING:
+    from blip2c.attention_maps import AttentionMaps
 
 __all__ = ["Caption", "Captioner", "Captions", "load", "sample_path"]
 
@@ -98,7 +101,10 @@ class Captioner:
         go on from, for all or one each. progress: True, False, or None for a bar where stderr is a terminal and there
         is more than one batch. errors: "raise", or "return" to get the exception in place of a picture's caption. Other
         options go to `generate`; where neither they nor a generation_config among them say how long, a caption ends
-        after 30 new tokens. Raises PictureError or FileNotFoundError naming the picture.
+        after 30 new tokens. With num_return_sequences above 1 a picture has Captions, a list. With callables,
+        stop_strings, max_time and what else needs Python between the steps, the texts are written one by one:
+        callables see one prompt, max_time is for each, and a streamer takes one text. Raises PictureError or
+        FileNotFoundError naming the picture.
         """
         single = _is_one(images)
         pictures = [images] if single else listed("images", images)
@@ -185,6 +191,13 @@ class Captioner:
         found = collect(self._embeddings(pictures, batch_size), len(pictures), batch_size, progress, errors)
         return found[0] if single else found if errors == "return" else np.stack(found)
 
+    def attention_maps(self, image: Any, prompt: str | None = None) -> AttentionMaps:
+        """Where the Q-Former looks in a picture: see blip2c.AttentionMaps. prompt: InstructBLIP's, whose Q-Former reads
+        it with the picture; UnsupportedError for others."""
+        from blip2c.attention_maps import attention_maps
+
+        return attention_maps(self.model, self.processor, image, self.prompts.words(prompt))
+
     def embed_text(self, texts: Any) -> Any:
         """Raises UnsupportedError: a model that captions has no text side."""
         raise UnsupportedError(f"embed_text: {NO_TEXT_SIDE}")
@@ -192,6 +205,10 @@ class Captioner:
     def match(self, images: Any, texts: Any, **_: Any) -> Any:
         """Raises UnsupportedError: a model that captions has no text side."""
         raise UnsupportedError(f"match: {NO_TEXT_SIDE}")
+
+    def search(self, query: Any, pictures: Any, *_: Any, **__: Any) -> Any:
+        """Raises UnsupportedError: a model that captions has no space in which pictures and texts are compared."""
+        raise UnsupportedError(f"search: {NO_TEXT_SIDE}")
 
     def chat(self, image: Any, template: str = QUESTION, **generate_options: Any) -> Chat:
         """A conversation about one picture (or State); or about what another chat was about, with its history.
@@ -217,7 +234,8 @@ class Captioner:
         as_finished: bool = False,
         **generate_options: Any,
     ) -> Iterator[Any]:
-        """For each row (number of a picture, prompt) in order its Caption, or the exception that it met.
+        """For each row (number of a picture, prompt) in order its Caption, or the exception that it met; Captions,
+        where num_return_sequences asks for several.
 
         batch_size rows run together: one that has finished leaves and the next enters, pictures are decoded and encoded
         ahead in threads, a little ahead of the results that are taken. as_finished: (number of the row, result) as they
@@ -227,6 +245,8 @@ class Captioner:
         """
         check_batch_size(batch_size)
         plan = self.prompts.plan(generate_options)
+        if plan.call["streamer"] is not None and len(rows) > 1:
+            raise ValueError(f"streamer: it takes one text, {len(rows)} were asked for")
         for picture in pictures:
             if isinstance(picture, State):
                 picture.attach(self.prompts)
@@ -309,6 +329,13 @@ def check_batch_size(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"batch_size must be a positive integer, found {value!r}")
     return value
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """The number, or ValueError naming it."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")
+    return int(value)
 
 
 def read_pictures(

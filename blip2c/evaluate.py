@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from blip2c.api import DEFAULT_BATCH, progress_bar
 from blip2c.caption_metrics import CaptionScores, caption_scores, vqa_accuracy
+from blip2c.captions import Caption
 
 __all__ = [
     "DatasetError", "PictureTexts", "Question", "RetrievalScores", "VqaScores", "evaluate_captions",
@@ -156,6 +157,8 @@ def _spoken(
         for result in model.stream(images, rows, batch_size, **options):
             if isinstance(result, Exception):
                 raise result
+            if not isinstance(result, Caption):
+                raise ValueError("num_return_sequences: one text a row is scored")
             bar.update(1)
             yield str(result)
 
@@ -309,9 +312,9 @@ def _logits(
     logits = np.zeros(wanted.shape)
     pairs = [(int(i), texts[j]) for i, j in where]
     with progress_bar(len(pairs), batch_size, progress) as bar:
-        for (i, j), match in zip(where, model.stream_matches(images, pairs, batch_size), strict=True):
-            if isinstance(match, Exception):
-                raise match
-            logits[i, j] = match.logit
+        for (i, j), found in zip(where, model.stream_logits(images, pairs, batch_size), strict=True):
+            if isinstance(found, Exception):
+                raise found
+            logits[i, j] = found[1]
             bar.update(1)
     return logits

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from blip2c import kernels
 from blip2c._core import UnsupportedError
 from blip2c.inputs import (
+    NO_POSITIONS,
     DecoderRows,
     PackedRows,
     check_embeds,
@@ -35,7 +36,6 @@ from blip2c.pretrained import Blip2PreTrainedModel, refuse_options
 
 F32 = NDArray[np.float32]
 PackedTexts = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8] | None]
-NO_POSITIONS = 2**31 - 1
 # What transformers' language models take besides; the values ask for nothing but what happens here anyway.
 LANGUAGE_OPTIONS: dict[str, tuple[Any, ...]] = {
     "use_cache": (None, True, False),

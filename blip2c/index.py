@@ -33,9 +33,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c import _core, index_files
-from blip2c.api import DEFAULT_BATCH, progress_bar
+from blip2c.api import DEFAULT_BATCH, check_count, progress_bar
 from blip2c.images import EXTENSIONS, is_picture
 from blip2c.index_files import DTYPES, Header
+from blip2c.matcher import match_probability
 
 __all__ = ["Added", "Hit", "Hits", "Index"]
 
@@ -306,11 +307,12 @@ class Index:
         asked = [texts] if isinstance(texts, str) else list(texts)
         if not asked:
             raise ValueError("texts is empty")
-        _check_count("rerank", rerank, 0)
-        found = self.search_vectors(self.model.embed_text(asked), max(_check_count("k", k, 1), rerank))
+        check_count("rerank", rerank, 0)
+        found = self.search_vectors(self.model.embed_text(asked), max(check_count("k", k, 1), rerank))
         results = []
         for text, hits in zip(asked, found, strict=True):
-            ranked = self._rerank(text, hits[:rerank], batch_size) + hits[rerank:]
+            again = [hit.path for hit in hits[:rerank]]
+            ranked = rerank_hits(self.model, text, hits[:rerank], again, batch_size) + hits[rerank:]
             results.append(Hits(ranked[:k], text))
         return results[0] if one else results
 
@@ -321,7 +323,7 @@ class Index:
         paper defines it; ITM compares pictures with texts only.)
         """
         _check_model(self.model)
-        _check_count("k", k, 1)
+        check_count("k", k, 1)
         if not is_picture(image):
             raise TypeError(f"image: expected one picture, found {type(image).__name__}")
         vectors = np.ascontiguousarray(self.model.embed(image), np.float32)
@@ -338,7 +340,7 @@ class Index:
             )
         if not np.isfinite(vectors).all():
             raise _core.NumericError("vectors: hold values that are not finite")
-        _check_count("k", k, 1)
+        check_count("k", k, 1)
         step = max(1, _SCORES_AT_ONCE // max(1, self.records))
         found: list[list[Hit]] = []
         for start in range(0, len(vectors), step):
@@ -365,18 +367,29 @@ class Index:
             for row, ids in zip(values, entries, strict=True)
         ]
 
-    def _rerank(self, text: str, hits: Sequence[Hit], batch_size: int) -> list[Hit]:
-        pairs = [(place, text) for place in range(len(hits))]
-        found = self.model.stream_matches([hit.path for hit in hits], pairs, batch_size)
-        done: list[Hit] = []
-        failed: list[Hit] = []
-        for hit, match in zip(hits, found, strict=True):
-            if isinstance(match, Exception):
-                failed.append(replace(hit, error=match))
-            else:
-                score = match.logit + hit.cosine
-                done.append(replace(hit, score=score, logit=match.logit, probability=match.probability))
-        return sorted(done, key=lambda hit: (-hit.score, hit.entry)) + failed
+
+def rerank_hits(model: Any, text: str, hits: Sequence[Hit], pictures: Sequence[Any], batch_size: int) -> list[Hit]:
+    """Hits read again together with the text and ranked by logit + cosine; those that fail stand behind the others.
+
+    pictures: where each hit's picture is read from.
+    """
+    found = model.stream_logits(pictures, [(place, text) for place in range(len(hits))], batch_size)
+    done: list[Hit] = []
+    failed: list[Hit] = []
+    for hit, logits in zip(hits, found, strict=True):
+        if isinstance(logits, Exception):
+            failed.append(replace(hit, error=logits))
+        else:
+            yes = float(logits[1])
+            done.append(replace(hit, score=yes + hit.cosine, logit=yes, probability=match_probability(logits)))
+    return sorted(done, key=lambda hit: (-hit.score, hit.entry)) + failed
+
+
+def is_index(place: Any) -> bool:
+    """Whether it is an Index, or the folder of one."""
+    if isinstance(place, str | os.PathLike):
+        return (Path(place) / index_files.HEADER).is_file()
+    return isinstance(place, Index)
 
 
 def _check_model(model: Any) -> None:
@@ -386,12 +399,6 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"model: expected what blip2c.load() gives of a retrieval checkpoint, found {type(model).__name__}"
         )
-
-
-def _check_count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")
-    return int(value)
 
 
 def _check_identity(path: Path, made: dict[str, str] | Any, found: dict[str, str]) -> None:

@@ -289,6 +289,10 @@ def pack_texts(rows: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int
     return np.array([i for row in rows for i in row], np.int32), offsets, None
 
 
+NO_POSITIONS = 2**31 - 1
+"""Positions of a model that has no learned ones: as many as tokens can be counted."""
+
+
 def check_positions(rows: PackedRows, positions: int, new_tokens: int = 0) -> None:
     """Raises ValueError if a row, with what it may grow by, is longer than the model has positions for."""
     for row, (start, end) in enumerate(zip(rows.offsets[:-1], rows.offsets[1:], strict=True)):
@@ -296,6 +300,7 @@ def check_positions(rows: PackedRows, positions: int, new_tokens: int = 0) -> No
         # The last new token is never fed back.
         if live > positions or live + max(new_tokens - 1, 0) > positions:
             extra = f" and up to {new_tokens} new ones" if live <= positions else ""
-            raise ValueError(
-                f"row {row}: {live} tokens (image included){extra}, but the model has {positions} positions"
-            )
+            bound = f"the model has {positions} positions"
+            if positions == NO_POSITIONS:
+                bound = f"no more than {positions} tokens can be counted"
+            raise ValueError(f"row {row}: {live} tokens (image included){extra}, but {bound}")

@@ -5,13 +5,15 @@ Texts are packed, never padded: each gives the same bits whatever stands beside 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c.api import DEFAULT_BATCH, check_batch_size, listed, progress_bar, read_pictures
+from blip2c.api import DEFAULT_BATCH, check_batch_size, check_count, listed, progress_bar, read_pictures
+from blip2c.attention_maps import AttentionMaps, attention_maps
 from blip2c.captions import Captions, picture_name
 from blip2c.images import is_picture
 from blip2c.inputs import check_embeds, pack_texts
@@ -20,6 +22,8 @@ from blip2c.prompts import ROW_ERRORS
 from blip2c.retrieval import Blip2ForImageTextRetrieval
 
 F32 = NDArray[np.float32]
+# Texts that go through together; those of one picture share its keys and values (csrc/model/retrieval.c).
+TEXTS_AT_ONCE = 64
 
 
 class Match(NamedTuple):
@@ -38,8 +42,16 @@ class Match(NamedTuple):
         return f"probability {self.probability:.4f}, cosine {self.cosine:+.4f}"
 
 
+class _Encoded(NamedTuple):
+    """A picture: what the vision encoder gives [T, Dv], and its vectors [Q, P]."""
+
+    states: F32
+    embeds: F32
+
+
 class Matcher:
-    """A loaded retrieval model for people: match(), embed(), embed_text(), similarity().
+    """A loaded retrieval model for people: match(), search(), embed(), embed_text(), similarity(),
+    attention_maps().
 
     `model` and `processor` are the transformers-like parts.
     """
@@ -106,8 +118,8 @@ class Matcher:
     ) -> Any:
         """A Match of one picture and one text; else a list of them, which prints a line each.
 
-        One picture and several texts: the picture is encoded once. Several pictures: one text for all, or one each.
-        Other arguments as in embed().
+        One picture and several texts: the picture is encoded once, and its keys and values once for 64 texts. Several
+        pictures: one text for all, or one each. Other arguments as in embed().
         """
         one_picture, one_text = is_picture(images), isinstance(texts, str)
         pictures = [images] if one_picture else listed("images", images)
@@ -124,60 +136,166 @@ class Matcher:
         names = [picture_name(pictures[i], i) if one_text else text for i, text in pairs]
         return Captions(found, names)
 
+    def search(
+        self,
+        query: Any,
+        pictures: Any,
+        k: int = 10,
+        *,
+        rerank: int = 0,
+        batch_size: int = DEFAULT_BATCH,
+        progress: bool | None = None,
+    ) -> Any:
+        """The k pictures nearest to words, or to a picture, best first: Hits; of a list of texts a list of Hits.
+
+        query: a string or a list of them is words; a picture is anything else that embed() takes (a path as a
+        pathlib.Path). pictures: a blip2c.Index or the folder of one, a folder of pictures, or an iterable of pictures,
+        which are then encoded now. rerank: how many of the nearest are read again together with the words; see
+        Index.search(), and Index.search_picture() for what a cosine of two pictures is. Raises as embed() does.
+        """
+        from blip2c.index import Index, is_index, pictures_in
+
+        asked = None if is_picture(query) and not isinstance(query, str) else query
+        counts = check_count("k", k, 1), check_count("rerank", rerank, 0)
+        if asked is None and rerank:
+            raise ValueError("rerank: a picture is read together with words only")
+        if is_index(pictures):
+            index = pictures if isinstance(pictures, Index) else Index.open(pictures, self)
+            if asked is None:
+                return index.search_picture(query, k)
+            return index.search(asked, k, rerank=rerank, batch_size=batch_size)
+        if isinstance(pictures, str | os.PathLike) and os.path.isdir(pictures):
+            pictures = pictures_in(pictures)
+        shown = [pictures] if is_picture(pictures) else listed("pictures", pictures)
+        vectors = self.embed(shown, batch_size=batch_size, progress=progress)
+        return self._search(query, asked, shown, vectors, counts, batch_size)
+
+    def _search(
+        self, query: Any, asked: Any, shown: list[Any], vectors: F32, counts: tuple[int, int], batch_size: int
+    ) -> Any:
+        """search() among pictures whose vectors [B, Q, P] are at hand."""
+        from blip2c.index import Hit, Hits, rerank_hits
+
+        k, rerank = counts
+
+        def nearest(cosines: F32) -> list[Hit]:
+            order = np.argsort(-cosines, kind="stable")[: max(k, rerank)]
+            names = [picture_name(shown[i], int(i)) for i in order]
+            return [
+                Hit(name, float(cosines[i]), float(cosines[i]), entry=int(i))
+                for name, i in zip(names, order, strict=True)
+            ]
+
+        if asked is None:
+            return Hits(nearest(self.similarity(vectors, self.embed(query)).mean(axis=1))[:k], picture_name(query, 0))
+        words = [asked] if isinstance(asked, str) else listed("query", asked)
+        cosines, results = self.similarity(vectors, np.atleast_2d(self.embed_text(words))), []
+        for column, text in enumerate(words):
+            hits = nearest(cosines[:, column])
+            again = [shown[hit.entry] for hit in hits[:rerank]]
+            ranked = rerank_hits(self, text, hits[:rerank], again, batch_size) + hits[rerank:]
+            results.append(Hits(ranked[:k], text))
+        return results[0] if isinstance(asked, str) else results
+
+    def attention_maps(self, image: Any, text: str | None = None) -> AttentionMaps:
+        """Where the Q-Former looks in a picture, read alone or together with a text: see blip2c.AttentionMaps."""
+        return attention_maps(self.model, self.processor, image, None if text is None else self.token_ids(text))
+
     def stream_matches(
         self, pictures: Sequence[Any], pairs: Sequence[tuple[int, str]], batch_size: int = DEFAULT_BATCH
     ) -> Iterator[Any]:
         """For each pair (number of a picture, text) in order its Match, or the exception that it met."""
-        vision: dict[int, tuple[F32, F32]] = {}
+        for batch, encoded, failed in self._encoded(pictures, pairs, batch_size):
+            ids, found = self._read(batch, failed)
+            if ids:
+                logits, cosines = self._logits(batch, ids, encoded), self._cosines(batch, ids, encoded)
+                found.update((place, _match(logits[place], cosines[place])) for place in ids)
+            yield from (found[place] for place in range(len(batch)))
+
+    def stream_logits(
+        self, pictures: Sequence[Any], pairs: Sequence[tuple[int, str]], batch_size: int = DEFAULT_BATCH
+    ) -> Iterator[Any]:
+        """For each pair in order ITM's logits float32 [2] (no, yes) alone, or the exception that it met."""
+        for batch, encoded, failed in self._encoded(pictures, pairs, batch_size):
+            ids, found = self._read(batch, failed)
+            found.update(self._logits(batch, ids, encoded) if ids else {})
+            yield from (found[place] for place in range(len(batch)))
+
+    def _encoded(
+        self, pictures: Sequence[Any], pairs: Sequence[tuple[int, str]], batch_size: int
+    ) -> Iterator[tuple[Sequence[tuple[int, str]], dict[int, _Encoded], dict[int, Exception]]]:
+        """The pairs in batches of batch_size pictures, each picture encoded once while its pairs stand together."""
+        known: dict[int, _Encoded] = {}
         failed: dict[int, Exception] = {}
-        for start in range(0, len(pairs), check_batch_size(batch_size)):
-            batch = pairs[start : start + batch_size]
-            wanted = list(dict.fromkeys(index for index, _ in batch))
-            vision = {index: found for index, found in vision.items() if index in wanted}
-            pixels, errors = read_pictures(
-                self.model, self.processor, pictures, [i for i in wanted if i not in vision and i not in failed]
-            )
+        check_batch_size(batch_size)
+        end = 0
+        while end < len(pairs):
+            start, wanted = end, dict[int, None]()
+            while end < len(pairs) and end - start < TEXTS_AT_ONCE:
+                if pairs[end][0] not in wanted and len(wanted) == batch_size:
+                    break
+                wanted[pairs[end][0]] = None
+                end += 1
+            known = {index: found for index, found in known.items() if index in wanted}
+            missing = [index for index in wanted if index not in known and index not in failed]
+            pixels, errors = read_pictures(self.model, self.processor, pictures, missing)
             failed.update(errors)
             if pixels:
                 stages = self.model._core.encode_stages(np.concatenate(list(pixels.values())))
-                vision.update(zip(pixels, zip(stages["vision"], stages["embeds"], strict=True), strict=True))
-            yield from self._matches(batch, vision, failed)
+                known.update(zip(pixels, map(_Encoded, stages["vision"], stages["embeds"]), strict=True))
+            yield pairs[start:end], known, failed
 
-    def _matches(
-        self,
-        batch: Sequence[tuple[int, str]],
-        vision: dict[int, tuple[F32, F32]],
-        failed: dict[int, Exception],
-    ) -> Iterator[Any]:
-        results: dict[int, Any] = {}
-        ready: dict[int, list[int]] = {}
+    def _read(
+        self, batch: Sequence[tuple[int, str]], failed: dict[int, Exception]
+    ) -> tuple[dict[int, list[int]], dict[int, Any]]:
+        """Of the pairs by their place: the texts' ids; and the exceptions of the others."""
+        ids: dict[int, list[int]] = {}
+        errors: dict[int, Any] = {}
         for place, (index, text) in enumerate(batch):
             try:
                 if index in failed:
                     raise failed[index]
-                ready[place] = self.token_ids(text)
+                ids[place] = self.token_ids(text)
             except ROW_ERRORS as error:
-                results[place] = error
-        if ready:
-            packed, seen = pack_texts(list(ready.values())), [vision[batch[place][0]] for place in ready]
-            core = self.model._core
-            logits = core.encode_stages(image_embeds=np.stack([states for states, _ in seen]), text=packed)["match"]
-            words = core.read_texts(packed)["embeds"][packed[1][:-1]]
-            for row, (place, (_, embeds)) in enumerate(zip(ready, seen, strict=True)):
-                cosine = core.similarity(np.ascontiguousarray(embeds[None]), np.ascontiguousarray(words[row : row + 1]))
-                no, yes = np.asarray(logits[row], np.float64)
-                probability = float(1.0 / (1.0 + np.exp(np.clip(no - yes, -700, 700))))
-                results[place] = Match(probability, float(cosine[0, 0]), float(yes))
-        for place in range(len(batch)):
-            yield results[place]
+                errors[place] = error
+        return ids, errors
+
+    def _logits(
+        self, batch: Sequence[tuple[int, str]], ids: dict[int, list[int]], encoded: dict[int, _Encoded]
+    ) -> dict[int, F32]:
+        """[2] by place: pairs of one picture stand together, so that it is read once."""
+        numbers = {index: number for number, index in enumerate(dict.fromkeys(batch[place][0] for place in ids))}
+        order = sorted(ids, key=lambda place: numbers[batch[place][0]])
+        states = np.stack([encoded[index].states for index in numbers])
+        picture_of = np.array([numbers[batch[place][0]] for place in order], np.int32)
+        logits = self.model._core.match(states, pack_texts([ids[place] for place in order]), picture_of)
+        return dict(zip(order, logits, strict=True))
+
+    def _cosines(
+        self, batch: Sequence[tuple[int, str]], ids: dict[int, list[int]], encoded: dict[int, _Encoded]
+    ) -> dict[int, float]:
+        """By place; a text that several pictures are compared with is read once."""
+        texts = {text: number for number, text in enumerate(dict.fromkeys(tuple(row) for row in ids.values()))}
+        numbers = {index: number for number, index in enumerate(dict.fromkeys(batch[place][0] for place in ids))}
+        packed = pack_texts([list(text) for text in texts])
+        words = np.ascontiguousarray(self.model._core.read_texts(packed)["embeds"][packed[1][:-1]])
+        cosines = self.model._core.similarity(np.stack([encoded[index].embeds for index in numbers]), words)
+        return {place: float(cosines[numbers[batch[place][0]], texts[tuple(row)]]) for place, row in ids.items()}
 
     def token_ids(self, text: Any) -> list[int]:
         """Ids of a text as the Q-Former reads it. Raises TypeError or ValueError saying which text and why."""
+        return self.checked_ids(text, self.all_ids(text))
+
+    def all_ids(self, text: Any) -> list[int]:
+        """Ids of a text, however many. Raises TypeError or ValueError for what is no text."""
         if not isinstance(text, str):
             raise TypeError(f"a text must be a string, found {type(text).__name__}")
         if not text.strip():
             raise ValueError("a text is empty: there is nothing to compare with a picture")
-        ids = list(self.processor.tokenizer(text, verbose=False)["input_ids"])
+        return list(self.processor.tokenizer(text, verbose=False)["input_ids"])
+
+    def checked_ids(self, text: str, ids: list[int]) -> list[int]:
+        """Ids of a text, if the Q-Former can read them. Raises ValueError saying which text and why."""
         qformer, shown = self.model._core_config["qformer"], text if len(text) <= 40 else f"{text[:37]}..."
         if len(ids) > int(qformer["max_position_embeddings"]):
             raise ValueError(
@@ -209,3 +327,13 @@ def collect(results: Iterator[Any], total: int, batch_size: int, progress: bool 
             found.append(result)
             bar.update(1)
     return found
+
+
+def _match(logits: F32, cosine: float) -> Match:
+    return Match(match_probability(logits), cosine, float(logits[1]))
+
+
+def match_probability(logits: F32) -> float:
+    """Of logits (no, yes): their softmax's "yes"."""
+    no, yes = np.asarray(logits, np.float64)
+    return float(1.0 / (1.0 + np.exp(np.clip(no - yes, -700, 700))))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from blip2c.callables import Hooks
 from blip2c.forward import F32, Blip2WithLanguageModel, PackedTexts, Prompt, decoder_arguments
-from blip2c.generation import Call, for_search_alone, resolve
+from blip2c.generation import Call, resolve
 from blip2c.generation_outputs import compute_transition_scores, generated
 from blip2c.inputs import DecoderRows, begin_decoder, check_positions
 from blip2c.outputs import Like, ModelOutput
@@ -179,6 +179,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             call.core,
             hooks=hooks.functions,
             tap=None if states is None else states.see,
+            tap_weights=states is not None and states.wants_weights,
             **decoder,
         )
         hooks.end()
@@ -257,10 +258,6 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             lengths,
             max_positions=self.config.text_config.get("max_position_embeddings"),
         )
-
-    def _options(self, generate_kwargs: Mapping[str, Any], lengths: Sequence[int]) -> dict[str, Any]:
-        """The same for callers without Python between the steps (see blip2c.generation.core_options)."""
-        return for_search_alone(self._call(generate_kwargs, lengths))
 
 
 class Blip2Model(Blip2WithLanguageModel):

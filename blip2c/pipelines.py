@@ -15,6 +15,7 @@ from typing import Any
 
 from blip2c._core import UnsupportedError
 from blip2c.api import Captioner, check_batch_size, load
+from blip2c.captions import Captions
 from blip2c.images import is_picture
 from blip2c.modeling import Blip2ForConditionalGeneration
 from blip2c.pretrained import check_device
@@ -71,7 +72,7 @@ class _Pipeline:
         for found in self._captioner.stream(pictures, numbered, batch_size, **options):
             if isinstance(found, Exception):
                 raise found
-            yield [self._record(found)]
+            yield [self._record(text) for text in (found if isinstance(found, Captions) else [found])]
 
     def _record(self, caption: Any) -> dict[str, str]:
         raise NotImplementedError

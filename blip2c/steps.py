@@ -30,6 +30,7 @@ class Steps:
         self._window, self._slides = int(text.get("sliding_window", 0)), text.get("slides")
         self._batch, self._running_rows = batch, running_rows
         self._wanted = {"hidden": hidden_states, "attention": attentions}
+        self.wants_weights = attentions
         self._seen: dict[tuple[str, str], dict[int, list[F32]]] = {}
         self._encoder: dict[str, tuple[F32, ...]] = {}
         self._steps: dict[tuple[str, str], list[tuple[F32, ...]]] = {}
@@ -45,8 +46,6 @@ class Steps:
         is_first = not self._steps
         rows = self._batch * (1 if is_first else self._running_rows)
         for (kind, stage), arrays in joined.items():
-            if not self._wanted[kind] and kind == "attention":
-                continue
             of_step = "decoder" if stage == "decoder_cross" else stage
             length = len(joined["hidden", of_step][0]) // rows
             shaped = self._hidden(arrays, rows) if kind == "hidden" else self._weights(arrays, rows, length, stage)

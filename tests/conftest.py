@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 
+from cuda_build import backend_sources, host_library
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -39,6 +41,15 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def cuda() -> str:
+    """The device of tests that need one: the backend as compiled for the host, once per run. With BLIP2C_TEST_CARD=1 it
+    is the card of this machine, through the library that was installed."""
+    if os.environ.get("BLIP2C_TEST_CARD") != "1":
+        os.environ["BLIP2C_CUDA_LIBRARY"] = str(host_library(backend_sources()))
+    return "cuda"
 
 
 def pytest_report_header() -> str:

@@ -346,6 +346,9 @@ def test_prefixes_that_do_not_fit_are_named(opt: Small, tmp_path_factory: pytest
         t5.core.prefill(prompt["features"], prompt["ids"], prompt["ids"])
     with pytest.raises(_core.UnsupportedError, match="an encoder reads the whole prompt at once"):
         t5.generate([prompt], t5.options(), keep=True)
+    many = opt.options(do_sample=True, num_return_sequences=2**30, seed=0)
+    with pytest.raises(ValueError, match=r"1073741824 x \d+ new ones are too many"):
+        opt.generate([picture], many, keep=True)
     masked = opt.prompts(1, seed=13, pads=True)
     with pytest.raises(ValueError, match="a prompt with a mask can not be kept"):
         opt.generate(masked, opt.options(), keep=True)
@@ -480,7 +483,7 @@ def test_taps_see_every_step(opt: Small) -> None:
     """Hidden states and attention weights of generation are those of forward() over the finished row."""
     prompt = opt.prompts(1, seed=17)[0]
     seen: list[tuple[str, str, int, NDArray[Any]]] = []
-    out = opt.generate([prompt], opt.options(eos_ids=[]), tap=lambda *call: seen.append(call))
+    out = opt.generate([prompt], opt.options(eos_ids=[]), tap=lambda *call: seen.append(call), tap_weights=True)
     ids = np.concatenate([prompt["ids"], out["ids"][0, :-1]]).astype(np.int32)
     offsets = np.array([0, len(ids)])
     whole = opt.core.forward(prompt["features"][None], ids, offsets, hidden_states=True, attentions=True)
@@ -490,6 +493,10 @@ def test_taps_see_every_step(opt: Small) -> None:
     weights = [array for kind, _, layer, array in seen if kind == "attention" and layer == 1]
     last = weights[-1].reshape(2, 1, len(ids))
     np.testing.assert_allclose(last[:, 0], whole["attentions"][1][0][:, -1], atol=1e-6)
+
+    seen.clear()
+    opt.generate([prompt], opt.options(eos_ids=[]), tap=lambda *call: seen.append(call))
+    assert {kind for kind, *_ in seen} == {"hidden"}, "weights that nobody asked for"
 
     def raising(*_: Any) -> None:
         raise OddError
@@ -602,7 +609,7 @@ def test_nothing_is_left_behind(captioner: Any, monkeypatch: pytest.MonkeyPatch)
     def raising(*_: Any) -> Any:
         raise OddError
 
-    for name in ("encode", "caption"):
+    for name in ("encode", "texts"):
         with monkeypatch.context() as patch:
             patch.setattr(captioner.prompts, name, raising)
             with pytest.raises(OddError):

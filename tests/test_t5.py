@@ -225,6 +225,12 @@ def test_wrong_beginnings_are_named(
         model.generate(random_pixels(model.config, 2), prompt_ids(model.config, 2, 2), **options)
 
 
+def test_more_tokens_than_can_be_counted(models: tuple[Any, Any]) -> None:
+    """There are no learned positions whose number could be named."""
+    with pytest.raises(ValueError, match=r"up to 4611686018427387904 new ones, but no more than 2147483647 tokens"):
+        models[0].generate(random_pixels(models[1].config, 1), max_new_tokens=2**62)
+
+
 def test_forward_needs_decoder_ids(models: tuple[Any, Any]) -> None:
     model = models[0]
     with pytest.raises(ValueError, match="decoder_input_ids must be given"):

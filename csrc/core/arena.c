@@ -1,7 +1,5 @@
 #include "core/arena.h"
 
-#include "core/memory.h"
-
 enum { ALIGNMENT = 64 };
 
 size_t b2_arena_cost(size_t count, size_t size)
@@ -15,10 +13,10 @@ int b2_arena_reserve(b2_arena *arena, size_t bytes, b2_err *err)
         return b2_fail(err, B2_E_INTERNAL, "arena: reserve of %zu bytes while %zu are in use", bytes, arena->used);
     if (arena->size >= bytes)
         return 0;
-    char *block = b2_alloc(bytes, 1, "scratch arena", err);
+    char *block = (char *)b2_memory_alloc(arena->memory, bytes, 1, "scratch arena", err);
     if (!block)
         return -1;
-    b2_free(arena->base);
+    b2_memory_free(arena->memory, arena->base);
     arena->base = block;
     arena->size = bytes;
     return 0;
@@ -26,8 +24,8 @@ int b2_arena_reserve(b2_arena *arena, size_t bytes, b2_err *err)
 
 void b2_arena_release(b2_arena *arena)
 {
-    b2_free(arena->base);
-    *arena = (b2_arena){0};
+    b2_memory_free(arena->memory, arena->base);
+    *arena = (b2_arena){.memory = arena->memory};
 }
 
 void *b2_arena_take(b2_arena *arena, size_t count, size_t size, b2_err *err)

@@ -5,9 +5,10 @@
 
 #include <stddef.h>
 
-#include "core/error.h"
+#include "core/memory.h"
 
 typedef struct b2_arena {
+    b2_memory *memory; /* where it lies; NULL: the heap */
     char *base; /* owned */
     size_t size;
     size_t used;

@@ -68,6 +68,25 @@ void b2_free(void *block)
     free(block);
 }
 
+void *b2_memory_alloc(b2_memory *memory, size_t count, size_t size, const char *what, b2_err *err)
+{
+    if (!memory)
+        return b2_alloc(count, size, what, err);
+    if (size != 0 && count > SIZE_MAX / 2 / size) {
+        b2_fail(err, B2_E_MEMORY, "%s: %zu elements of %zu bytes overflow the address space", what, count, size);
+        return NULL;
+    }
+    return memory->alloc(memory, count * size, what, err);
+}
+
+void b2_memory_free(b2_memory *memory, void *block)
+{
+    if (!memory)
+        b2_free(block);
+    else if (block)
+        memory->free(memory, block);
+}
+
 uint64_t b2_alloc_count(void)
 {
     return atomic_load_explicit(&allocations, memory_order_relaxed);

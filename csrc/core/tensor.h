@@ -1,4 +1,4 @@
-/* Views and weights.
+/* Views and weights. Read by C and C++.
  *
  * `b2_tensor` is a view: it never owns. Activations are packed [N, D]: N is all live tokens of all rows, never
  * padded to [B, T, D]; `ld` is the distance between two rows, so that a slice of columns is a view too.
@@ -12,7 +12,8 @@
 
 typedef enum b2_dtype { B2_F32 = 0, B2_F16, B2_BF16, B2_I8, B2_I4, B2_DTYPE_COUNT } b2_dtype;
 
-/* Bytes of one element; of the types that have whole bytes (B2_I4 has half of one and stands only in B2_QUADS). */
+/* Bytes of one element; of the types that have whole bytes (B2_I4 has half of one and stands only in B2_QUADS and
+ * B2_STRIDED). */
 static inline size_t b2_dtype_size(b2_dtype dtype)
 {
     return dtype == B2_F32 ? 4 : dtype == B2_I8 ? 1 : 2;
@@ -39,17 +40,20 @@ typedef struct b2_tensor {
 
 static inline b2_tensor b2_tensor_of(float *data, int64_t rows, int64_t cols)
 {
-    return (b2_tensor){data, rows, cols, cols};
+    b2_tensor t = {data, rows, cols, cols};
+    return t;
 }
 
 static inline b2_tensor b2_rows(b2_tensor t, int64_t first, int64_t count)
 {
-    return (b2_tensor){t.data + first * t.ld, count, t.cols, t.ld};
+    b2_tensor part = {t.data + first * t.ld, count, t.cols, t.ld};
+    return part;
 }
 
 static inline b2_tensor b2_cols(b2_tensor t, int64_t first, int64_t count)
 {
-    return (b2_tensor){t.data + first, t.rows, count, t.ld};
+    b2_tensor part = {t.data + first, t.rows, count, t.ld};
+    return part;
 }
 
 typedef enum b2_layout {
@@ -57,13 +61,22 @@ typedef enum b2_layout {
     B2_PANELS, /* [ceil(n/16)][k][16]: 16 output channels side by side for each k; the last panel zero-padded */
     B2_PAIRS,  /* BF16 only, [ceil(n/16)][ceil(k/2)][16][2]: what dot products of bfloat16 pairs read. A weight held so
                 * asks for bfloat16 arithmetic where many rows meet it; zero-padded */
-    B2_QUADS   /* I8: [ceil(n/16)][ceil(k/32)*8][16][4] bytes of q + 128.
+    B2_QUADS,  /* I8: [ceil(n/16)][ceil(k/32)*8][16][4] bytes of q + 128.
                 * I4: [ceil(n/16)][ceil(k/32)*4][16][4] bytes: of 8 input channels, the first 4 in the low halves, the
                 * others in the high ones, q + 8.
                 * Zero (that is, 128 and 8) where n or k end. The same on every instruction set. */
+    B2_STRIDED /* What devices read: [n, ld] row-major, ld = b2_strided_ld(k), zero where k ends. F32, F16, BF16.
+                * I8: bytes of q. I4: [n, ld/2] bytes, the even column in the low half, the odd one in the high half, q + 8
+                * (8 where k ends). */
 } b2_layout;
 
 enum { B2_PANEL = 16 };
+
+/* Elements between two rows of a weight in B2_STRIDED: rows begin at multiples of 16 bytes, and of 32 for all but I4. */
+static inline int64_t b2_strided_ld(int64_t k)
+{
+    return (k + 31) / 32 * 32;
+}
 
 typedef struct b2_weight {
     const char *name; /* tensor name in the checkpoint; owned by the weight store */
@@ -77,9 +90,11 @@ typedef struct b2_weight {
      * column_scales belong to the input: x[j] is multiplied by its one before it is rounded, so that channels whose
      * weights are small because their activations are large lose nothing. */
     const float *column_scales; /* [k]; NULL: ones */
-    const void *scales;         /* [ceil(n/16)][ceil(k/group)][16]: F32 for I8, F16 bits for I4; NULL: not quantised */
+    const void *scales;         /* [ceil(n/16)][ceil(k/group)][16], in B2_STRIDED [n][ceil(k/group)]: F32 for I8, F16 bits
+                                 * for I4; NULL: not quantised */
     int64_t group;              /* input channels that share a scale: I8: k rounded up to 32; I4: 32 */
     int owned;        /* 1: `data` was allocated for this weight; 0: `data` points into a mapped file */
+    struct b2_memory *memory; /* where `data` lies; NULL: the heap, or a mapped file */
     uint64_t version; /* changes with the values */
 } b2_weight;
 

@@ -90,6 +90,7 @@ static int belongs_together(const b2_weight *w, int64_t columns)
     case B2_PANELS: return !b2_dtype_is_quantised(w->dtype) && w->group == 0 && !columns;
     case B2_PAIRS: return w->dtype == B2_BF16 && w->group == 0 && !columns;
     case B2_QUADS: break;
+    case B2_STRIDED: return 0;
     }
     if (w->dtype == B2_I4)
         return w->group == 32;

@@ -202,7 +202,7 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_lm *lm, int64_t tokens
 
 static int llama_embed(b2_ctx *ctx, const b2_lm *lm, b2_tensor out, const int32_t *ids, b2_err *err)
 {
-    return b2_embedding(ctx, out, &((const llama *)lm)->embed_tokens, ids, 0, err);
+    return b2_embedding(ctx, out, &((const llama *)lm)->embed_tokens, ids, 0, 0, err);
 }
 
 /* x [N, heads*Dh]: each head's norm (where the model has one), then its place in the sequence. */
@@ -286,7 +286,7 @@ static int head(b2_ctx *ctx, const llama *m, b2_lm_batch *batch, b2_err *err)
 static int llama_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)
 {
     const llama *m = (const llama *)lm;
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     buffers w;
     if (take_buffers(ctx, &w, lm, batch->x.rows, err) < 0 ||
         b2_stage_done(ctx, "language_model", 0, batch->x, err) < 0)
@@ -296,7 +296,7 @@ static int llama_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_er
             b2_stage_done(ctx, "language_model", i + 1, batch->x, err) < 0)
             return -1;
     int status = show_last(ctx, m, batch, &w, err) < 0 ? -1 : head(ctx, m, batch, err);
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return status;
 }
 

@@ -166,7 +166,6 @@ static size_t opt_scratch(const b2_ctx *ctx, const b2_lm *lm, int64_t tokens, in
     return 4 * b2_arena_cost((size_t)(tokens * c->hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(tokens * c->ffn_dim), sizeof(float)) +
            b2_arena_cost((size_t)(logits * c->hidden_size), sizeof(float)) +
-           b2_arena_cost((size_t)tokens, sizeof(int32_t)) +
            b2_scratch_bytes(ctx, b2_max64(tokens, logits), widest, keys, (int)(c->hidden_size / c->num_attention_heads));
 }
 
@@ -191,24 +190,12 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_lm_config *c, int64_t 
 
 static int opt_embed(b2_ctx *ctx, const b2_lm *lm, b2_tensor out, const int32_t *ids, b2_err *err)
 {
-    return b2_embedding(ctx, out, &((const opt *)lm)->embed_tokens, ids, 0, err);
+    return b2_embedding(ctx, out, &((const opt *)lm)->embed_tokens, ids, 0, 0, err);
 }
 
 static int add_positions(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
 {
-    size_t mark = b2_arena_mark(ctx->scratch);
-    int32_t *rows = b2_arena_take(ctx->scratch, (size_t)batch->x.rows, sizeof *rows, err);
-    if (!rows)
-        return -1;
-    for (int64_t i = 0; i < batch->x.rows; i++) {
-        if (batch->positions[i] >= m->base.config.max_position_embeddings)
-            return b2_fail(err, B2_E_VALUE, "the sequence has %lld tokens, the language model has positions for %lld",
-                           (long long)batch->positions[i] + 1, (long long)m->base.config.max_position_embeddings);
-        rows[i] = batch->positions[i] + POSITION_OFFSET;
-    }
-    int status = b2_embedding(ctx, batch->x, &m->embed_positions, rows, 1, err);
-    b2_arena_reset(ctx->scratch, mark);
-    return status;
+    return b2_embedding(ctx, batch->x, &m->embed_positions, batch->positions, POSITION_OFFSET, 1, err);
 }
 
 /* w->h = attention over the cache, after this call's own keys and values have been put there. */
@@ -291,7 +278,7 @@ static int head(b2_ctx *ctx, const opt *m, b2_lm_batch *batch, b2_err *err)
 static int opt_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)
 {
     const opt *m = (const opt *)lm;
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     buffers w;
     if (add_positions(ctx, m, batch, err) < 0 || take_buffers(ctx, &w, &lm->config, batch->x.rows, err) < 0 ||
         b2_stage_done(ctx, "language_model", 0, batch->x, err) < 0)
@@ -301,7 +288,7 @@ static int opt_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err 
             b2_stage_done(ctx, "language_model", i + 1, batch->x, err) < 0)
             return -1;
     int status = show_last(ctx, m, batch, &w, err) < 0 ? -1 : head(ctx, m, batch, err);
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return status;
 }
 

@@ -153,7 +153,7 @@ void b2_qformer_release(b2_qformer *qformer)
         b2_release_weights(&qformer->layers[i], text_table, COUNT(text_table));
     }
     b2_free(qformer->layers);
-    b2_free(qformer->start);
+    b2_memory_free(qformer->start_memory, qformer->start);
     qformer->layers = NULL;
     qformer->start = NULL;
 }
@@ -177,17 +177,17 @@ int b2_texts_check(const b2_qformer_config *c, const b2_texts *texts, int64_t it
     return 0;
 }
 
-size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t items, int64_t queries,
+size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t items, int64_t queries, int64_t pictures,
                           int64_t image_tokens, int64_t longest_text)
 {
     const b2_qformer_config *c = &qformer->config;
     int64_t of_all = items * queries, text = items * longest_text, rows = of_all + text;
-    int64_t keys = b2_max64(items * image_tokens, rows);
+    int64_t keys = b2_max64(pictures * image_tokens, rows);
     int64_t widest = b2_max64(b2_max64(c->hidden_size, c->intermediate_size), c->encoder_hidden_size);
     return 3 * b2_arena_cost((size_t)(rows * c->hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(b2_max64(of_all, text) * c->intermediate_size), sizeof(float)) +
            2 * b2_arena_cost((size_t)(keys * c->hidden_size), sizeof(float)) +
-           2 * b2_stage_attention_scratch(items) + 2 * b2_arena_cost((size_t)items + 1, sizeof(int32_t)) +
+           3 * b2_stage_attention_scratch(items) + 2 * b2_arena_cost((size_t)items + 1, sizeof(int32_t)) +
            2 * b2_arena_cost((size_t)text, sizeof(int32_t)) + b2_arena_cost((size_t)rows, 1) +
            b2_scratch_bytes(ctx, b2_max64(rows, keys), widest, b2_max64(image_tokens, queries + longest_text),
                             (int)(c->hidden_size / c->num_attention_heads));
@@ -205,6 +205,8 @@ typedef struct buffers {
     int64_t queries; /* B*Q */
     int64_t text;    /* N; 0 without texts */
     b2_stage_rows over_queries, over_image;
+    b2_stage_rows text_alone; /* no queries: whom a text sees that sees its own only */
+    b2_qformer_sees sees;
     int64_t image_tokens; /* T */
     const uint8_t *image_mask; /* [B, T] or NULL */
     uint8_t *key_mask;    /* [B, Q + longest] or NULL */
@@ -269,24 +271,28 @@ static int take_key_mask(b2_ctx *ctx, buffers *w, const b2_qformer_in *in, b2_er
 static int take_buffers(b2_ctx *ctx, buffers *w, const b2_qformer_config *c, const b2_qformer_in *in, b2_err *err)
 {
     int64_t items = in->items;
-    *w = (buffers){.each = in->queries, .queries = items * in->queries, .image_mask = in->image_mask};
-    w->image_tokens = w->queries > 0 ? in->image.rows / items : 0;
+    int64_t pictures = in->pictures > 0 ? in->pictures : items;
+    *w = (buffers){.each = in->queries, .queries = items * in->queries, .sees = in->sees, .image_mask = in->image_mask};
+    w->image_tokens = w->queries > 0 ? in->image.rows / pictures : 0;
     w->longest = longest_text(in->texts, items);
     w->text = in->texts ? in->texts->offsets[items] - in->texts->offsets[0] : 0;
     int64_t rows = w->queries + w->text;
-    size_t keys = (size_t)(b2_max64(items * w->image_tokens, rows) * c->hidden_size);
+    size_t keys = (size_t)(b2_max64(pictures * w->image_tokens, rows) * c->hidden_size);
     if (b2_stage_take(ctx, &w->x, rows, c->hidden_size, err) < 0 ||
         b2_stage_take(ctx, &w->q, rows, c->hidden_size, err) < 0 ||
         b2_stage_take(ctx, &w->h, rows, c->hidden_size, err) < 0 ||
         b2_stage_take(ctx, &w->inner, b2_max64(w->queries, w->text), c->intermediate_size, err) < 0)
         return -1;
-    w->k = b2_arena_take(ctx->scratch, keys, sizeof *w->k, err);
-    w->v = b2_arena_take(ctx->scratch, keys, sizeof *w->v, err);
+    w->k = b2_arena_take(ctx->activations, keys, sizeof *w->k, err);
+    w->v = b2_arena_take(ctx->activations, keys, sizeof *w->v, err);
     if (!w->k || !w->v)
         return -1;
     if (b2_stage_equal_rows(ctx, &w->over_queries, items, w->each, w->each, err) < 0 ||
-        b2_stage_equal_rows(ctx, &w->over_image, items, w->each, w->image_tokens, err) < 0)
+        b2_stage_equal_rows(ctx, &w->over_image, items, w->each, w->image_tokens, err) < 0 ||
+        b2_stage_equal_rows(ctx, &w->text_alone, items, 0, 0, err) < 0)
         return -1;
+    for (int64_t b = 0; in->pictures > 0 && b < items; b++)
+        w->over_image.k_starts[b] = (int32_t)(in->picture_of[b] * w->image_tokens);
     if (w->text > 0 && take_text_tables(ctx, w, in, err) < 0)
         return -1;
     return take_key_mask(ctx, w, in, err);
@@ -328,23 +334,26 @@ static int add_and_norm(b2_ctx *ctx, const b2_qformer_config *c, const b2_qforme
     return b2_layer_norm(ctx, x, x, &a->norm_weight, &a->norm_bias, c->layer_norm_eps, err);
 }
 
-/* Each item's keys: its queries, then its text. */
+/* Each item's keys: its queries, then its text, of both what `sees` shows to this part. */
 static b2_attention_args self_attention_args(const b2_qformer_config *c, const buffers *w, part p, b2_tensor k,
                                              b2_tensor v)
 {
-    b2_attention_args args = b2_stage_attention(&w->over_queries, b2_rows(w->h, p.first, p.rows),
+    int own = w->sees == B2_SEES_OWN && p.is_text;
+    b2_attention_args args = b2_stage_attention(own ? &w->text_alone : &w->over_queries, b2_rows(w->h, p.first, p.rows),
                                                 b2_rows(w->q, p.first, p.rows), k, v, c->num_attention_heads);
-    args.key_mask = w->key_mask;
+    args.key_mask = w->key_mask && own ? w->key_mask + w->each : w->key_mask;
     args.key_mask_ld = w->each + w->longest;
-    if (w->text == 0)
+    if (w->text == 0 || (w->sees != B2_SEES_ALL && !p.is_text))
         return args;
     args.k_suffix = k;
     args.v_suffix = v;
     args.suffix_slots = w->slots;
     args.suffix_ld = w->longest;
     args.suffix_lens = w->text_lens;
-    if (p.is_text)
+    if (p.is_text) {
         args.q_offsets = w->text_offsets;
+        args.causal = w->sees == B2_SEES_BEFORE;
+    }
     return args;
 }
 
@@ -369,7 +378,7 @@ static int self_attention(b2_ctx *ctx, const b2_qformer *m, int i, buffers *w, b
     return 0;
 }
 
-/* The queries look at the picture: keys and values are computed from its embeddings once per picture. */
+/* The queries look at the picture: keys and values are computed from its embeddings once, however many items share it. */
 static int cross_attention(b2_ctx *ctx, const b2_qformer *m, int i, buffers *w, b2_tensor image, b2_err *err)
 {
     const b2_qformer_config *c = &m->config;
@@ -441,8 +450,8 @@ static int embed_queries(b2_ctx *ctx, const b2_qformer *m, buffers *w, const b2_
 static int embed_text(b2_ctx *ctx, const b2_qformer *m, buffers *w, const b2_texts *texts, b2_err *err)
 {
     b2_tensor text = b2_rows(w->x, w->queries, w->text), given = text;
-    if (texts->ids && (b2_embedding(ctx, text, &m->word_embeddings, texts->ids, 0, err) < 0 ||
-                       b2_embedding(ctx, text, &m->position_embeddings, w->positions, 1, err) < 0))
+    if (texts->ids && (b2_embedding(ctx, text, &m->word_embeddings, texts->ids, 0, 0, err) < 0 ||
+                       b2_embedding(ctx, text, &m->position_embeddings, w->positions, 0, 1, err) < 0))
         return -1;
     if (!texts->ids)
         given = b2_tensor_of((float *)texts->embeds, w->text, m->config.hidden_size);
@@ -476,19 +485,27 @@ int b2_qformer_prepare(b2_ctx *ctx, b2_qformer *m, b2_err *err)
     buffers w;
     if (c->num_hidden_layers == 0 || c->text_side == B2_TEXT_BESIDE)
         return 0;
-    float *start = b2_alloc((size_t)(c->num_query_tokens * c->hidden_size), sizeof *start, "Q-Former start", err);
-    int status = start ? b2_arena_reserve(ctx->scratch, b2_qformer_scratch(ctx, m, 1, in.queries, 1, 0), err) : -1;
+    float *start = b2_memory_alloc(ctx->memory, (size_t)(c->num_query_tokens * c->hidden_size), sizeof *start,
+                                   "Q-Former start", err);
+    int status = start ? b2_ctx_reserve(ctx, b2_qformer_scratch(ctx, m, 1, in.queries, 1, 1, 0), err) : -1;
     if (status == 0 && (take_buffers(ctx, &w, c, &in, err) < 0 || embed(ctx, m, &w, &in, err) < 0 ||
                         self_attention(ctx, m, 0, &w, err) < 0 ||
                         b2_copy_rows(ctx, b2_tensor_of(start, w.queries, c->hidden_size), NULL, w.x, NULL, w.queries,
                                      err) < 0))
         status = -1;
-    b2_arena_reset(ctx->scratch, 0);
-    if (status == 0) {
+    b2_ctx_reset(ctx, (b2_ctx_mark){0});
+    int64_t bad = -1;
+    if (status == 0) /* this, because nobody reads the start who would hear of what was noted */
+        status = b2_check_finite(ctx, &bad, b2_tensor_of(start, c->num_query_tokens, c->hidden_size), err);
+    if (status == 0 && bad < 0) {
         m->start = start;
+        m->start_memory = ctx->memory;
         return 0;
     }
-    b2_free(start);
+    b2_wait(ctx);
+    b2_memory_free(ctx->memory, start);
+    if (status == 0)
+        return 0; /* whoever uses the Q-Former will hear of it */
     if (err->code != B2_E_NUMERIC)
         return -1;
     *err = (b2_err){0}; /* whoever uses the Q-Former will hear of it */
@@ -504,7 +521,7 @@ static int hand_out(b2_ctx *ctx, const buffers *w, b2_tensor out, int64_t first,
 int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_out *out, const b2_qformer_in *in,
                        b2_err *err)
 {
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     buffers w;
     if (take_buffers(ctx, &w, &m->config, in, err) < 0 || embed(ctx, m, &w, in, err) < 0)
         return -1;
@@ -518,6 +535,6 @@ int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_out *o
     int status = hand_out(ctx, &w, out->queries, 0, err);
     if (status == 0)
         status = hand_out(ctx, &w, out->text, w.queries, err);
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return status;
 }

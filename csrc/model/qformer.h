@@ -64,6 +64,7 @@ typedef struct b2_qformer {
     b2_qformer_layer *layers;          /* [num_hidden_layers], owned */
     float *start;                      /* [Q, D], owned: the queries behind layer 0's self-attention, which without a text
                                         * are the same for every picture; NULL before b2_qformer_prepare */
+    b2_memory *start_memory;           /* where it lies */
 } b2_qformer;
 
 /* Texts, one an item. */
@@ -74,11 +75,21 @@ typedef struct b2_texts {
     const uint8_t *mask;     /* [N], 0: a pad that nobody sees; NULL: none */
 } b2_texts;
 
+/* Whom the queries and the text of an item see in self-attention (BLIP-2 paper, figure 2). */
+typedef enum b2_qformer_sees {
+    B2_SEES_ALL = 0, /* ITM: each other */
+    B2_SEES_BEFORE,  /* ITG: queries see queries; a token of the text sees the queries, itself and what stands before it */
+    B2_SEES_OWN      /* ITC: queries see queries, the text sees the text: what each gives alone */
+} b2_qformer_sees;
+
 /* What one pass reads, item by item. */
 typedef struct b2_qformer_in {
     int64_t items;             /* B */
     int64_t queries;           /* Q: rows of each item that look at its picture; 0: texts alone */
-    b2_tensor image;           /* [B*T, E]; not looked at without queries */
+    b2_qformer_sees sees;
+    b2_tensor image;           /* [M*T, E] of M pictures; not looked at without queries */
+    int64_t pictures;          /* M, where items share pictures; 0: each item has its own */
+    const int32_t *picture_of; /* [B]: below M; not looked at where each item has its own */
     const b2_texts *texts;     /* one an item; NULL: none */
     b2_tensor embeds;          /* [B*Q, D] in place of the model's own queries, before the norm; data NULL: those */
     const uint8_t *query_mask; /* [B, Q], 0: a query that nobody sees; NULL: none */
@@ -111,9 +122,9 @@ void b2_qformer_release(b2_qformer *qformer);
 /* Computes what every picture shares. Reserves the arena itself. */
 int b2_qformer_prepare(b2_ctx *ctx, b2_qformer *qformer, b2_err *err);
 
-/* Arena bytes for `items` at once, each with `queries` (Q, or 0), `image_tokens` (T) embeddings and a text of at most
- * `longest_text`. */
-size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t items, int64_t queries,
+/* Arena bytes for `items` at once, each with `queries` (Q, or 0) and a text of at most `longest_text`, which look at
+ * `pictures` of `image_tokens` (T) embeddings each. */
+size_t b2_qformer_scratch(const b2_ctx *ctx, const b2_qformer *qformer, int64_t items, int64_t queries, int64_t pictures,
                           int64_t image_tokens, int64_t longest_text);
 
 /* Taps: "qformer" the queries (and their attention over queries and text), "qformer_text" the texts, "qformer_cross" the

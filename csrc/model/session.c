@@ -200,7 +200,7 @@ static int run_search(b2_places *places, const search_prompts *s, const b2_searc
     return 0;
 }
 
-static int generate(b2_ctx *ctx, const b2_blip2 *model, const search_prompts *s, b2_prefix **kept,
+static int generate(b2_ctx *ctx, const b2_blip2 *model, const search_prompts *s, b2_prefix ***kept,
                     const b2_generate_opts *opts, b2_generated *out, b2_session_stats *stats, b2_err *err)
 {
     if (b2_generate_check(&s->view, opts, model->lm->config.vocab_size, err) < 0)
@@ -212,8 +212,14 @@ static int generate(b2_ctx *ctx, const b2_blip2 *model, const search_prompts *s,
     size.steps = steps_of(model, search.width);
     b2_places places;
     int status = b2_places_open(&places, ctx, model, &size, err);
+    /* Behind the checks of what was asked for, and the largest memory. */
+    if (status == 0 && kept) {
+        size_t results = (size_t)s->view.rows * (size_t)opts->num_return_sequences;
+        *kept = b2_alloc_zeroed(results, sizeof **kept, "kept prefixes", err);
+        status = *kept ? 0 : -1;
+    }
     if (status == 0)
-        status = run_search(&places, s, &search, kept, opts, out, stats, err);
+        status = run_search(&places, s, &search, kept ? *kept : NULL, opts, out, stats, err);
     b2_places_close(&places);
     return status;
 }

@@ -35,8 +35,9 @@ typedef struct b2_session_request {
     const int32_t *rule_ids; /* [N] ids that the rules see, with in's offsets (the decoder's, of an encoder-decoder);
                               * those of the prefixes are put in front */
     const uint64_t *keys;    /* [B] of the draws, or NULL: the numbers of the rows */
-    b2_prefix **kept;        /* [B * num_return_sequences] or NULL: what each result has read and said, but for its last
-                              * token, to go on from. The caller zeroes it and releases what is there, errors or not */
+    b2_prefix ***kept;       /* NULL, or where to put an array [B * num_return_sequences]: what each result has read and
+                              * said, but for its last token, to go on from. The caller sets it to NULL, and releases
+                              * the array and what is in it, errors or not */
 } b2_session_request;
 
 int b2_session_generate(b2_ctx *ctx, const b2_blip2 *model, const b2_rows_in *in, const b2_session_request *request,

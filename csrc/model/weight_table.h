@@ -9,6 +9,7 @@
 #define B2_MODEL_WEIGHT_TABLE_H
 
 #include "core/error.h"
+#include "core/memory.h"
 #include "core/pool.h"
 #include "core/tensor.h"
 #include "io/safetensors.h"
@@ -92,6 +93,8 @@ typedef struct b2_binder {
     b2_pool *pool;
     b2_cancel *cancel;   /* may be NULL */
     const int64_t *dims; /* [B2_DIM_COUNT] */
+    b2_memory *memory;   /* of the device that matrices go to, as B2_STRIDED; NULL: they are packed for the processor */
+    int widens;          /* 1: there float16 becomes F32 (the Q-Former, as in transformers under float16) */
     int layer;           /* fills %d */
     char **names;        /* owned list of weight names, grows; handed to the model */
     int64_t name_count;

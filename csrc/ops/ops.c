@@ -153,15 +153,16 @@ int b2_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *a
     return a->q.rows == 0 ? 0 : ctx->ops->attention_weights(ctx, weights, a, err);
 }
 
-int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err)
+int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int32_t offset, int accumulate,
+                 b2_err *err)
 {
     if (check_shape("embedding", "out", out, out.rows, table->k, err) < 0)
         return -1;
     for (int64_t i = 0; i < out.rows; i++)
-        if (ids[i] >= table->n)
+        if ((int64_t)ids[i] + offset >= table->n)
             return b2_fail(err, B2_E_INDEX, "embedding: id %d at position %lld is outside %s, which has %lld rows",
-                           (int)ids[i], (long long)i, table->name ? table->name : "the table", (long long)table->n);
-    return out.rows == 0 ? 0 : ctx->ops->embedding(ctx, out, table, ids, accumulate, err);
+                           (int)(ids[i] + offset), (long long)i, table->name ? table->name : "the table", (long long)table->n);
+    return out.rows == 0 ? 0 : ctx->ops->embedding(ctx, out, table, ids, offset, accumulate, err);
 }
 
 int b2_patches(b2_ctx *ctx, b2_tensor out, b2_pictures p, int64_t patch, b2_err *err)
@@ -247,6 +248,13 @@ int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *er
     return x.rows == 0 ? 0 : ctx->ops->check_finite(ctx, first_bad_row, x, err);
 }
 
+int b2_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err)
+{
+    if (check_view(stage, "hidden states", x, err) < 0)
+        return -1;
+    return x.rows == 0 ? 0 : ctx->ops->note_finite(ctx, stage, layer, x, err);
+}
+
 size_t b2_scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim)
 {
     return ctx->ops->scratch_bytes(ctx, max_rows, max_width, max_keys, max_head_dim);
@@ -264,4 +272,84 @@ int b2_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_reco
         check_shape("picture_scores", "out", out, texts.rows, r->pictures, err) < 0)
         return -1;
     return texts.rows == 0 || r->pictures == 0 ? 0 : ctx->ops->picture_scores(ctx, out, texts, r, err);
+}
+
+/* ---- memory ---- */
+
+int b2_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
+{
+    return bytes == 0 ? 0 : ctx->ops->upload(ctx, to, from, bytes, err);
+}
+
+int b2_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
+{
+    return bytes == 0 ? 0 : ctx->ops->download(ctx, to, from, bytes, err);
+}
+
+typedef int (*copy_fn)(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
+
+static int move_rows(b2_ctx *ctx, copy_fn copy, b2_tensor to, b2_tensor from, b2_err *err)
+{
+    int64_t together = to.ld == to.cols && from.ld == from.cols ? from.rows : 1;
+    if (check_shape("copy", "from", from, to.rows, to.cols, err) < 0)
+        return -1;
+    for (int64_t i = 0; i < from.rows; i += together)
+        if (copy(ctx, to.data + i * to.ld, from.data + i * from.ld, (size_t)(together * from.cols) * sizeof *to.data,
+                 err) < 0)
+            return -1;
+    return 0;
+}
+
+int b2_upload_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err)
+{
+    return move_rows(ctx, b2_upload, to, from, err);
+}
+
+int b2_download_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err)
+{
+    return move_rows(ctx, b2_download, to, from, err);
+}
+
+int b2_room_for(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err)
+{
+    *inner = outer;
+    if (b2_on_host(ctx) || !outer.data)
+        return 0;
+    float *data = b2_arena_take(ctx->activations, (size_t)(outer.rows * outer.cols), sizeof *data, err);
+    *inner = b2_tensor_of(data, outer.rows, outer.cols);
+    return data ? 0 : -1;
+}
+
+int b2_bring_in(b2_ctx *ctx, b2_tensor *in, b2_tensor outer, b2_err *err)
+{
+    if (b2_room_for(ctx, in, outer, err) < 0)
+        return -1;
+    return in->data == outer.data ? 0 : b2_upload_rows(ctx, *in, outer, err);
+}
+
+int b2_hand_over(b2_ctx *ctx, b2_tensor outer, b2_tensor inner, b2_err *err)
+{
+    return !outer.data || inner.data == outer.data ? 0 : b2_download_rows(ctx, outer, inner, err);
+}
+
+size_t b2_outer_bytes(const b2_ctx *ctx, int64_t rows, int64_t cols)
+{
+    return b2_on_host(ctx) ? 0 : b2_arena_cost((size_t)(rows * cols), sizeof(float));
+}
+
+void b2_wait(b2_ctx *ctx)
+{
+    ctx->ops->wait(ctx);
+}
+
+int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err)
+{
+    if (b2_arena_reserve(ctx->scratch, bytes, err) < 0)
+        return -1;
+    return ctx->activations == ctx->scratch ? 0 : b2_arena_reserve(ctx->activations, bytes, err);
+}
+
+int b2_step_run(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err)
+{
+    return ctx->ops->step(ctx, shape, body, argument, err);
 }

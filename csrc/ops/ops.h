@@ -1,7 +1,12 @@
 /* The contract: every operation that the model and the generation code are written against.
  *
  * Callers call b2_linear(), b2_attention(), ...; these check shapes once (ops.c) and then call the backend's function
- * in `b2_ops`. A backend is that table filled in (ops/cpu); data pointers in the arguments are in backend memory.
+ * in `b2_ops`. A backend is that table filled in (ops/cpu, ops/cuda). Read by C and C++.
+ *
+ * What is where: the data of tensors, weights, pictures and records, and the outputs of attention_weights and top_k, are in
+ * backend memory (ctx->memory). All else that arguments point to is on the host and may be changed as soon as the call
+ * returns: ids, positions, offsets, starts, lengths, slots, row lists, masks, inv_freq, distance_bias. Backends with a queue
+ * of work return before it is done; b2_download and check_finite wait for it.
  *
  * Letters: B rows of the batch (sequences or pictures), N packed tokens of all rows, T tokens of one row, D width,
  * H heads, Dh head width, V vocabulary, P patch side.
@@ -14,11 +19,11 @@
 #define B2_OPS_H
 
 #include "core/arena.h"
-#include "core/cancel.h"
 #include "core/error.h"
-#include "core/pool.h"
 #include "core/tensor.h"
 
+typedef struct b2_pool b2_pool;
+typedef struct b2_cancel b2_cancel;
 typedef struct b2_ops b2_ops;
 typedef struct b2_tap b2_tap;
 struct b2_attention_args;
@@ -36,7 +41,10 @@ typedef enum b2_rows_are {
 typedef struct b2_ctx {
     const b2_ops *ops;
     b2_pool *pool;
-    b2_arena *scratch;
+    b2_arena *scratch;     /* on the host */
+    b2_arena *activations; /* in backend memory; on the CPU the same arena as scratch */
+    b2_memory *memory;     /* backend memory; NULL: the heap */
+    void *queue;           /* the backend's own (ops/cuda: a b2_cuda); NULL on the CPU */
     b2_cancel *cancel; /* may be NULL */
     b2_tap *tap;       /* who watches hidden states; may be NULL */
     b2_rows_are rows_are;
@@ -46,7 +54,7 @@ typedef struct b2_ctx {
  * hidden_states: 0 is the embedding output, i + 1 the output of layer i. Language models report once more, as layer
  * L + 1, what follows their final norm. */
 struct b2_tap {
-    int (*fn)(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err);
+    int (*fn)(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err);
     /* NULL: nobody wants attention weights. Else called after each attention with its arguments (the stage has run it
      * already); who wants the weights computes them with b2_attention_weights. `stage` is "vision", "qformer",
      * "qformer_cross", "language_model", "encoder", "decoder" or "decoder_cross"; `layer` counts from 0. */
@@ -138,6 +146,15 @@ static inline int64_t b2_record_bytes(const b2_records *r)
     return b2_record_panels(r) * (b2_record_panel_bytes(r) + scales);
 }
 
+/* What steps have in common that differ in nothing but the contents of the host arrays that their operations are given:
+ * the arrays' addresses are the same, and all other arguments. */
+typedef struct b2_step_shape {
+    const void *key; /* [bytes]: differs whenever anything else does */
+    size_t bytes;
+} b2_step_shape;
+
+typedef int (*b2_step_fn)(b2_ctx *ctx, void *argument, b2_err *err);
+
 struct b2_ops {
     const char *name;
     int items_by_blas; /* 1: whole pictures times a fp32 weight are fastest through the vendor's product */
@@ -150,7 +167,8 @@ struct b2_ops {
                 float scaling, b2_err *);
     int (*attention)(b2_ctx *, const b2_attention_args *, b2_err *);
     int (*attention_weights)(b2_ctx *, float *weights, const b2_attention_args *, b2_err *);
-    int (*embedding)(b2_ctx *, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *);
+    int (*embedding)(b2_ctx *, b2_tensor out, const b2_weight *table, const int32_t *ids, int32_t offset, int accumulate,
+                     b2_err *);
     int (*patches)(b2_ctx *, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *);
     int (*copy_rows)(b2_ctx *, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *);
@@ -160,11 +178,16 @@ struct b2_ops {
     int (*top_k)(b2_ctx *, float *values, int32_t *ids, b2_tensor x, int k, b2_err *);
     int (*log_softmax)(b2_ctx *, b2_tensor x, b2_err *);
     int (*check_finite)(b2_ctx *, int64_t *first_bad_row, b2_tensor x, b2_err *);
+    int (*note_finite)(b2_ctx *, const char *stage, int layer, b2_tensor x, b2_err *err);
     int (*picture_scores)(b2_ctx *, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *);
+    int (*upload)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
+    int (*download)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
+    void (*wait)(b2_ctx *);
+    int (*step)(b2_ctx *, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *);
     size_t (*scratch_bytes)(const b2_ctx *, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim);
 };
 
-/* The most that any single operation takes from ctx->scratch, for activations of up to max_rows x max_width and
+/* The most that any single operation takes from ctx->activations, for activations of up to max_rows x max_width and
  * attention over up to max_keys keys of a row in heads of up to max_head_dim. The owner of the arena reserves this
  * besides its own activations; operations allocate nothing. ctx needs `ops` and `pool` only. */
 size_t b2_scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim);
@@ -202,8 +225,9 @@ int b2_attention(b2_ctx *ctx, const b2_attention_args *args, b2_err *err);
  * where a key is not seen. args->out is not touched, v may be empty. */
 int b2_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *args, b2_err *err);
 
-/* out[i] = table[ids[i]] (or += when accumulate); ids [N]; an id below 0 leaves its row as it is. */
-int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate, b2_err *err);
+/* out[i] = table[ids[i] + offset] (or += when accumulate); ids [N]; where ids[i] + offset < 0 the row stays as it is. */
+int b2_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int32_t offset, int accumulate,
+                 b2_err *err);
 
 /* Pictures into rows of flattened patches, in the order of a convolution weight [D, C, P, P]: out [B * (height/P) *
  * (width/P), C*P*P], patches line by line. What is left over where P does not divide a side is dropped, as a strided
@@ -232,9 +256,70 @@ int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
 /* first_bad_row = index of the first row of x that holds a NaN or an Inf, or -1. */
 int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);
 
+/* A NaN or Inf in x [N, D], which `stage` has after `layer` layers (B2_LOGITS: what its head gives), is B2_E_NUMERIC: at once, or of the next b2_download where
+ * the backend has a queue. `stage` is a constant. */
+int b2_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err);
+
+enum { B2_LOGITS = -1 };
+
+/* -1 with the error of b2_note_finite, for backends. */
+int b2_fail_finite(b2_err *err, const char *stage, int layer, int64_t row);
+
 /* out [T, N] = the largest product of text t [T, P] with any of the vectors of picture n: of unit vectors, the largest
  * cosine. One pass over the records for many texts. An element is the same whatever T, N and the threads are. Allocates
- * a little by itself, takes nothing from ctx->scratch. */
+ * a little by itself, takes nothing from ctx->activations. */
 int b2_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *err);
+
+/* ---- memory ---- */
+
+/* 1: backend memory is the heap, and what the callers below copy is where it should be already. */
+static inline int b2_on_host(const b2_ctx *ctx)
+{
+    return !ctx->memory;
+}
+
+/* Between the host and backend memory, in the order of the calls. `from` may be changed when upload returns; download has
+ * waited for all that was asked for before it. */
+int b2_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
+int b2_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
+/* The same of whole tensors, of one shape. */
+int b2_upload_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err);
+int b2_download_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err);
+
+/* What comes from outside and goes there (arrays of NumPy, logits of a search) is on the host, or on the very device. On the
+ * CPU it is used where it lies.
+ * *in: what `outer` holds, in backend memory: from ctx->activations where that is not where it is. */
+int b2_bring_in(b2_ctx *ctx, b2_tensor *in, b2_tensor outer, b2_err *err);
+/* *inner: room for what `outer` is to hold, which b2_hand_over puts there. */
+int b2_room_for(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err);
+int b2_hand_over(b2_ctx *ctx, b2_tensor outer, b2_tensor inner, b2_err *err);
+/* What b2_bring_in and b2_room_for take from ctx->activations. */
+size_t b2_outer_bytes(const b2_ctx *ctx, int64_t rows, int64_t cols);
+
+/* Returns when nothing that was asked for is under way: before memory is freed that it may use. */
+void b2_wait(b2_ctx *ctx);
+
+/* Room for `bytes` in both arenas; nothing may be in use. */
+int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err);
+
+typedef struct b2_ctx_mark {
+    size_t scratch, activations;
+} b2_ctx_mark;
+
+static inline b2_ctx_mark b2_ctx_marked(const b2_ctx *ctx)
+{
+    b2_ctx_mark mark = {b2_arena_mark(ctx->scratch), b2_arena_mark(ctx->activations)};
+    return mark;
+}
+
+static inline void b2_ctx_reset(b2_ctx *ctx, b2_ctx_mark mark)
+{
+    b2_arena_reset(ctx->scratch, mark.scratch);
+    b2_arena_reset(ctx->activations, mark.activations);
+}
+
+/* Runs body(ctx, argument), which only calls operations. A backend may record what it asks for and from then on, for the
+ * same shape, repeat that on the present contents of the host arrays without calling it. */
+int b2_step_run(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err);
 
 #endif

@@ -137,19 +137,23 @@ static size_t data_bytes(const b2_weight *w)
     case B2_PANELS: return rows * (size_t)w->k * b2_dtype_size(w->dtype);
     case B2_PAIRS: return rows * (size_t)round_up(w->k, 2) * sizeof(uint16_t);
     case B2_QUADS: return rows * (size_t)round_up(w->k, 32) / (w->dtype == B2_I4 ? 2 : 1);
+    case B2_STRIDED: return (size_t)(w->n * b2_strided_ld(w->k)) * (w->dtype == B2_I4 ? 1 : b2_dtype_size(w->dtype)) /
+                            (w->dtype == B2_I4 ? 2 : 1);
     }
     return 0;
 }
 
 b2_weight_parts b2_weight_parts_of(const b2_weight *w)
 {
-    b2_weight_parts parts = {.bytes = (size_t)round_up((int64_t)data_bytes(w), 64)};
+    int strided = w->layout == B2_STRIDED;
+    int64_t unit = strided ? 256 : 64;
+    b2_weight_parts parts = {.bytes = (size_t)round_up((int64_t)data_bytes(w), unit)};
     if (!b2_dtype_is_quantised(w->dtype))
         return parts;
-    int64_t scales = round_up(w->n, B2_PANEL) * ((w->k + w->group - 1) / w->group);
+    int64_t scales = (strided ? w->n : round_up(w->n, B2_PANEL)) * ((w->k + w->group - 1) / w->group);
     parts.scales = parts.bytes;
-    parts.column_scales = parts.scales + (size_t)round_up(scales * (w->dtype == B2_I4 ? 2 : 4), 64);
-    parts.bytes = parts.column_scales + (size_t)round_up(w->k * (int64_t)sizeof(float), 64);
+    parts.column_scales = parts.scales + (size_t)round_up(scales * (w->dtype == B2_I4 ? 2 : 4), unit);
+    parts.bytes = parts.column_scales + (size_t)round_up(w->k * (int64_t)sizeof(float), unit);
     return parts;
 }
 
@@ -317,6 +321,8 @@ int b2_weight_copy(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_err 
 static size_t element_at(const b2_weight *w, int64_t i, int64_t j)
 {
     int64_t at = i * w->k + j;
+    if (w->layout == B2_STRIDED)
+        at = i * b2_strided_ld(w->k) + j;
     if (w->layout == B2_PANELS)
         at = (i / B2_PANEL * w->k + j) * B2_PANEL + i % B2_PANEL;
     if (w->layout == B2_PAIRS)
@@ -343,13 +349,34 @@ static void read_quads(float *out, const b2_weight *w, int64_t i, int64_t first,
     }
 }
 
+/* Quantised, in B2_STRIDED. */
+static void read_strided(float *out, const b2_weight *w, int64_t i, int64_t first, int64_t count)
+{
+    int64_t ld = b2_strided_ld(w->k), groups = (w->k + w->group - 1) / w->group;
+    for (int64_t n = 0; n < count; n++) {
+        int64_t j = first + n, scale = i * groups + j / w->group;
+        float value;
+        if (w->dtype == B2_I8) {
+            value = ((const float *)w->scales)[scale] * (float)((const int8_t *)w->data)[i * ld + j];
+        } else {
+            int byte = ((const uint8_t *)w->data)[(i * ld + j) / 2], q = (j % 2 ? byte >> 4 : byte & 15) - 8;
+            value = b2_f16_to_f32(((const uint16_t *)w->scales)[scale]) * (float)q;
+        }
+        out[n] = w->column_scales ? value * w->column_scales[j] : value;
+    }
+}
+
 void b2_weight_read_part(float *out, const b2_weight *w, int64_t i, int64_t first, int64_t count)
 {
     if (w->layout == B2_QUADS) {
         read_quads(out, w, i, first, count);
         return;
     }
-    if (w->layout == B2_ROWS) {
+    if (w->layout == B2_STRIDED && b2_dtype_is_quantised(w->dtype)) {
+        read_strided(out, w, i, first, count);
+        return;
+    }
+    if (w->layout == B2_ROWS || w->layout == B2_STRIDED) {
         to_f32(out, (const char *)w->data + element_at(w, i, first), w->dtype, count);
         return;
     }
@@ -366,6 +393,14 @@ int b2_weight_unpack(void *out, const b2_weight *w, b2_err *err)
 {
     if (!w->data)
         return b2_fail(err, B2_E_INTERNAL, "%s: the weight is absent", w->name ? w->name : "weight");
+    if (w->memory) {
+        b2_weight here;
+        if (b2_weight_fetch(&here, w, err) < 0)
+            return -1;
+        int status = b2_weight_unpack(out, &here, err);
+        b2_weight_release(&here);
+        return status;
+    }
     if (w->layout == B2_ROWS) {
         memcpy(out, w->data, data_bytes(w));
         return 0;
@@ -385,7 +420,8 @@ int b2_weight_unpack(void *out, const b2_weight *w, b2_err *err)
 void b2_weight_release(b2_weight *w)
 {
     if (w->owned)
-        b2_free((void *)w->data);
+        b2_memory_free(w->memory, (void *)w->data);
+    w->memory = NULL;
     w->data = w->scales = NULL;
     w->column_scales = NULL;
     w->owned = 0;

@@ -14,8 +14,10 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include "core/cancel.h"
 #include "core/cpu.h"
 #include "core/error.h"
+#include "core/pool.h"
 #include "ops/ops.h"
 
 /* Everything the module owns: one per module object, no globals. */
@@ -30,6 +32,7 @@ typedef struct b2py_state {
     b2_cpu cpu;
     b2_isa isa;
     const b2_ops *ops;
+    const struct b2_backend *backend; /* of CUDA, once it has been asked for (py_device.c) */
     struct b2py_call *calls; /* that run now and may be cancelled from other threads; guarded by the GIL */
 } b2py_state;
 

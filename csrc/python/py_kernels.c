@@ -28,7 +28,7 @@ static int kernel_begin(kernel_call *k, PyObject *module, plan plan)
 {
     b2py_state *state = b2py_state_of_module(module);
     *k = (kernel_call){0};
-    k->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &k->arena};
+    k->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &k->arena, .activations = &k->arena};
     size_t bytes = b2_scratch_bytes(&k->ctx, plan.rows, plan.width, plan.keys, plan.head_dim);
     if (b2_arena_reserve(&k->arena, bytes, &k->err) < 0) {
         b2py_raise(state, &k->err);
@@ -443,7 +443,7 @@ static PyObject *embedding(PyObject *module, PyObject *args)
     if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
         Py_CLEAR(out);
     else if (kernel_end(&k, module,
-                        b2_embedding(&k.ctx, view_of(out), &table, PyArray_DATA(ids), added != NULL, &k.err)) < 0)
+                        b2_embedding(&k.ctx, view_of(out), &table, PyArray_DATA(ids), 0, added != NULL, &k.err)) < 0)
         Py_CLEAR(out);
 done:
     Py_XDECREF(owner);

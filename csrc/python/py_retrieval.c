@@ -1,6 +1,8 @@
 /* blip2c._core.Model, continued: texts alone, the Q-Former alone, and how near pictures and texts are. */
 #include "python/py_model.h"
 
+#include <string.h>
+
 #include "model/retrieval.h"
 
 static b2py_state *state_of(PyObject *self)
@@ -73,8 +75,9 @@ PyObject *b2py_model_read_texts(PyObject *self, PyObject *args, PyObject *kwargs
         status = text_result_make(&r, state_of(self), model, &text, count, w);
         if (status == 0) {
             b2py_run run;
-            b2py_run_begin(&run, self, b2py_recorder_tap(&r.recorder));
-            status = b2py_run_end(&run, self,
+            status = b2py_run_begin(&run, self, b2py_recorder_tap(&r.recorder));
+            if (status == 0)
+                status = b2py_run_end(&run, self,
                                   b2_blip2_read_texts(&run.ctx, model, &r.out, text.given, count, &run.err));
         }
     }
@@ -168,7 +171,9 @@ static int pass_results(pass *p, b2py_state *state, const b2_qformer_config *c, 
     npy_intp items = p->in.items, queries = p->in.queries, heads = c->num_attention_heads, keys = queries + p->length;
     npy_intp image = queries ? PyArray_DIM(p->image, 1) : 0;
     npy_intp of_queries[] = {items, queries, c->hidden_size}, of_text[] = {items, p->length, c->hidden_size};
-    npy_intp self[] = {items, heads, queries, keys}, text_self[] = {items, heads, p->length, keys};
+    npy_intp of_queries_keys = p->in.sees == B2_SEES_ALL ? keys : queries;
+    npy_intp of_text_keys = p->in.sees == B2_SEES_OWN ? p->length : keys;
+    npy_intp self[] = {items, heads, queries, of_queries_keys}, text_self[] = {items, heads, p->length, of_text_keys};
     npy_intp cross[] = {items, heads, queries, image};
     int layers = c->num_hidden_layers;
     b2py_recorder *r = &p->recorder;
@@ -201,17 +206,32 @@ static PyObject *pass_dict(const pass *p)
     return result;
 }
 
+static int read_sees(b2_qformer_sees *sees, const char *name)
+{
+    static const char *const names[] = {[B2_SEES_ALL] = "all", [B2_SEES_BEFORE] = "before", [B2_SEES_OWN] = "own"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *sees = (b2_qformer_sees)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "sees: expected all, before or own, found %s", name);
+    return -1;
+}
+
 PyObject *b2py_model_run_qformer(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"queries", "text", "query_mask", "text_mask", "image_embeds", "image_mask",
-                            "hidden_states", "attentions", NULL};
+                            "hidden_states", "attentions", "sees", NULL};
     const b2_blip2 *model = b2py_loaded_model(self);
+    const char *sees = "all";
     PyObject *queries, *text = Py_None, *query_mask = Py_None, *text_mask = Py_None, *image = Py_None;
     PyObject *image_mask = Py_None, *result = NULL;
     b2py_wishes w = {0};
     pass p = {0};
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|OOOOOpp", names, &queries, &text, &query_mask,
-                                               &text_mask, &image, &image_mask, &w.hidden_states, &w.attentions))
+    if (!model ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|OOOOOpps", names, &queries, &text, &query_mask, &text_mask, &image,
+                                     &image_mask, &w.hidden_states, &w.attentions, &sees) ||
+        read_sees(&p.in.sees, sees) < 0)
         return NULL;
     const b2_qformer_config *c = &model->qformer.config;
     if ((p.queries = b2py_array(queries, "queries", NPY_FLOAT32, 3))) {
@@ -225,8 +245,8 @@ PyObject *b2py_model_run_qformer(PyObject *self, PyObject *args, PyObject *kwarg
         if (status == 0 && read_pass_image(&p, image, image_mask, c) == 0 &&
             read_pass_text(&p, text, text_mask, c) == 0 && pass_results(&p, state_of(self), c, w) == 0) {
             b2py_run run;
-            b2py_run_begin(&run, self, b2py_recorder_tap(&p.recorder));
-            if (b2py_run_end(&run, self, b2_blip2_run_qformer(&run.ctx, model, &p.out, &p.in, &run.err)) == 0)
+            if (b2py_run_begin(&run, self, b2py_recorder_tap(&p.recorder)) == 0 &&
+                b2py_run_end(&run, self, b2_blip2_run_qformer(&run.ctx, model, &p.out, &p.in, &run.err)) == 0)
                 result = pass_dict(&p);
         }
     }
@@ -235,6 +255,49 @@ PyObject *b2py_model_run_qformer(PyObject *self, PyObject *args, PyObject *kwarg
 }
 
 /* ---- how near they are ---- */
+
+static PyObject *match_all(PyObject *self, const b2_blip2 *model, PyArrayObject *images, const b2py_text *text,
+                           PyArrayObject *picture_of)
+{
+    npy_intp *shape = PyArray_DIMS(images), out_shape[] = {PyArray_DIM(picture_of, 0), 2};
+    b2_tensor view;
+    PyObject *out = b2py_new_array(2, out_shape, &view);
+    if (out) {
+        b2py_run run;
+        b2_tensor given = b2_tensor_of(PyArray_DATA(images), shape[0] * shape[1], shape[2]);
+        if (b2py_run_begin(&run, self, NULL) < 0 ||
+            b2py_run_end(&run, self, b2_blip2_match(&run.ctx, model, view, given, shape[0], text->given,
+                                                    PyArray_DATA(picture_of), &run.err)) < 0)
+            Py_CLEAR(out);
+    }
+    return out;
+}
+
+PyObject *b2py_model_match(PyObject *self, PyObject *args)
+{
+    const b2_blip2 *model = b2py_loaded_model(self);
+    PyObject *image_object, *words, *number_object, *out = NULL;
+    if (!model || !PyArg_ParseTuple(args, "OOO:match", &image_object, &words, &number_object))
+        return NULL;
+    b2py_text text = {0};
+    PyArrayObject *images = b2py_array(image_object, "image_embeds", NPY_FLOAT32, 3);
+    PyArrayObject *numbers = images ? b2py_array(number_object, "picture_of", NPY_INT32, 1) : NULL;
+    if (numbers && PyArray_DIM(images, 2) != model->qformer.config.encoder_hidden_size)
+        PyErr_Format(PyExc_ValueError, "image_embeds: expected a width of %lld, found %zd",
+                     (long long)model->qformer.config.encoder_hidden_size, PyArray_DIM(images, 2));
+    else if (numbers && PyArray_DIM(images, 1) < 1)
+        PyErr_SetString(PyExc_ValueError, "image_embeds: pictures of no tokens");
+    else if (numbers && b2py_read_text(&text, words, PyArray_DIM(numbers, 0)) == 0) {
+        if (text.given)
+            out = match_all(self, model, images, &text, numbers);
+        else
+            PyErr_SetString(PyExc_TypeError, "text: expected a tuple (ids, offsets, mask), found None");
+    }
+    b2py_text_release(&text);
+    Py_XDECREF(images);
+    Py_XDECREF(numbers);
+    return out;
+}
 
 PyObject *b2py_model_similarity(PyObject *self, PyObject *args)
 {
@@ -253,10 +316,10 @@ PyObject *b2py_model_similarity(PyObject *self, PyObject *args)
         b2_tensor view;
         if ((out = b2py_new_array(2, shape, &view))) {
             b2py_run run;
-            b2py_run_begin(&run, self, NULL);
-            int status = b2_similarity(&run.ctx, view, b2_tensor_of(PyArray_DATA(images), count * queries, width),
-                                       b2_tensor_of(PyArray_DATA(texts), shape[1], width), queries, &run.err);
-            if (b2py_run_end(&run, self, status) < 0)
+            b2_tensor pictures = b2_tensor_of(PyArray_DATA(images), count * queries, width);
+            b2_tensor words = b2_tensor_of(PyArray_DATA(texts), shape[1], width);
+            if (b2py_run_begin_on_host(&run, self) < 0 ||
+                b2py_run_end(&run, self, b2_similarity(&run.ctx, view, pictures, words, queries, &run.err)) < 0)
                 Py_CLEAR(out);
         }
     }

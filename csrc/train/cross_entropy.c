@@ -5,6 +5,8 @@
 
 #include <math.h>
 
+#include "core/pool.h"
+
 typedef struct job {
     float *losses;
     b2_tensor logits;

@@ -9,7 +9,8 @@
 
 typedef struct weights_job {
     const b2_attention_args *args;
-    float *weights; /* row after row [H, T_b, keys_b] */
+    float *weights;         /* row after row [H, T_b, keys_b] */
+    int64_t block, blocks;  /* queries of a tile; tiles of a head of the longest row */
 } weights_job;
 
 /* One row of the batch. */
@@ -91,28 +92,33 @@ static void weigh(const b2_attention_args *a, const row_view *v, int64_t head, i
     softmax(out, v->keys, most);
 }
 
-/* One head of one row. */
+/* Some queries of one head of one row; none where the row is shorter than the longest. */
 static void weights_tile(void *argument, int64_t index, int worker)
 {
     const weights_job *job = argument;
     const b2_attention_args *a = job->args;
-    int64_t head = index % a->heads;
+    int64_t first = index % job->blocks * job->block, head = index / job->blocks % a->heads;
     float *out = job->weights;
     row_view v = view_row(a, 0);
-    for (int64_t row = 0; row < index / a->heads; v = view_row(a, ++row))
+    for (int64_t row = 0; row < index / job->blocks / a->heads; v = view_row(a, ++row))
         out += a->heads * v.queries * v.keys;
     (void)worker;
-    for (int64_t i = 0; i < v.queries; i++)
+    for (int64_t i = first; i < v.queries && i < first + job->block; i++)
         weigh(a, &v, head, i, out + (head * v.queries + i) * v.keys);
 }
 
 int b2_cpu_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *args, b2_err *err)
 {
-    weights_job job = {args, weights};
-    double cost_ns = 0.0;
+    int64_t queries = 1, keys = 1;
+    double key_ns = 10.0 + 0.3 * args->head_dim, cost_ns = 0.0;
     for (int64_t row = 0; row < args->rows; row++) {
         row_view v = view_row(args, row);
-        cost_ns += (double)(v.queries * v.keys * args->heads) * (10.0 + 0.3 * args->head_dim);
+        queries = v.queries > queries ? v.queries : queries;
+        keys = v.keys > keys ? v.keys : keys;
+        cost_ns += (double)(v.queries * v.keys * args->heads) * key_ns;
     }
-    return b2_cpu_run(ctx, args->rows * args->heads, weights_tile, &job, cost_ns, err);
+    int64_t blocks = b2_cpu_tile_count(ctx, queries, (double)keys * key_ns, 20e3);
+    int64_t block = (queries + blocks - 1) / blocks;
+    weights_job job = {args, weights, block, (queries + block - 1) / block};
+    return b2_cpu_run(ctx, args->rows * args->heads * job.blocks, weights_tile, &job, cost_ns, err);
 }

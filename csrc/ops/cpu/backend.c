@@ -1,4 +1,6 @@
 /* One table of operations per instruction set: the same drivers over different kernels. */
+#include <string.h>
+
 #include "ops/cpu/common.h"
 #include "ops/cpu/cpu_ops.h"
 
@@ -7,6 +9,32 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
     size_t linear = b2_cpu_linear_scratch(ctx, max_rows, max_width);
     size_t attention = b2_cpu_attention_scratch(ctx, max_keys, max_head_dim);
     return linear > attention ? linear : attention;
+}
+
+static int copy(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
+{
+    (void)ctx, (void)err;
+    memcpy(to, from, bytes);
+    return 0;
+}
+
+static void wait_for_nothing(b2_ctx *ctx)
+{
+    (void)ctx;
+}
+
+static int step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err)
+{
+    (void)shape;
+    return body(ctx, argument, err);
+}
+
+static int note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err)
+{
+    int64_t bad = -1;
+    if (b2_cpu_check_finite(ctx, &bad, x, err) < 0)
+        return -1;
+    return bad < 0 ? 0 : b2_fail_finite(err, stage, layer, bad);
 }
 
 /* On fp32 weights as the file stores them our kernels are as fast as OpenBLAS with AVX2 and twice as fast with AVX-512
@@ -32,7 +60,12 @@ static size_t scratch_bytes(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
                 .top_k = b2_cpu_top_k,                                                                              \
                 .log_softmax = b2_cpu_log_softmax,                                                                  \
                 .check_finite = b2_cpu_check_finite,                                                                \
+                .note_finite = note_finite,                                                                         \
                 .picture_scores = b2_cpu_picture_scores,                                                            \
+                .upload = copy,                                                                                     \
+                .download = copy,                                                                                   \
+                .wait = wait_for_nothing,                                                                           \
+                .step = step,                                                                                       \
                 .scratch_bytes = scratch_bytes},                                                                    \
         .kernels = KERNELS,                                                                                         \
         .quads = QUADS,                                                                                             \

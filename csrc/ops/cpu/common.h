@@ -4,6 +4,7 @@
 
 #include <stdatomic.h>
 
+#include "core/pool.h"
 #include "ops/cpu/kernels.h"
 #include "ops/cpu/quad_tiles.h"
 #include "ops/cpu/quads.h"
@@ -84,8 +85,8 @@ int b2_cpu_rms_norm(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *ga
 int b2_cpu_gate(b2_ctx *ctx, b2_tensor out, b2_tensor gate, b2_tensor up, b2_act act, b2_err *err);
 int b2_cpu_rope(b2_ctx *ctx, b2_tensor x, const int32_t *positions, const float *inv_freq, int rotary_dim, int head_dim,
                 float scaling, b2_err *err);
-int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate,
-                     b2_err *err);
+int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int32_t offset,
+                     int accumulate, b2_err *err);
 int b2_cpu_patches(b2_ctx *ctx, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *err);
 int b2_cpu_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *err);

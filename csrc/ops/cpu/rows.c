@@ -13,6 +13,7 @@ typedef struct rows_job {
     b2_act act;
     const b2_weight *table;
     const int32_t *ids, *out_rows, *x_rows;
+    int32_t offset;
     int accumulate;
     b2_pictures pictures;
     int64_t patch;
@@ -125,23 +126,24 @@ static void embed_one(rows_job *job, int64_t i)
     enum { PART = 512 };
     float *out = job->out.data + i * job->out.ld, part[PART];
     const b2_weight *table = job->table;
-    if (job->ids[i] < 0)
+    int64_t id = (int64_t)job->ids[i] + job->offset;
+    if (id < 0)
         return;
     if (!job->accumulate) {
-        b2_weight_read_row(out, table, job->ids[i]);
+        b2_weight_read_row(out, table, id);
         return;
     }
     for (int64_t j = 0; j < table->k; j += PART) {
         int64_t count = table->k - j < PART ? table->k - j : PART;
-        b2_weight_read_part(part, table, job->ids[i], j, count);
+        b2_weight_read_part(part, table, id, j, count);
         job->kernels->add_row(out + j, part, count);
     }
 }
 
-int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int accumulate,
-                     b2_err *err)
+int b2_cpu_embedding(b2_ctx *ctx, b2_tensor out, const b2_weight *table, const int32_t *ids, int32_t offset,
+                     int accumulate, b2_err *err)
 {
-    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .table = table, .ids = ids,
+    rows_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .table = table, .ids = ids, .offset = offset,
                     .accumulate = accumulate, .row = embed_one};
     return run_rows(ctx, &job, out.rows, (double)table->k * 2, err);
 }

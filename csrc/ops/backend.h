@@ -1,0 +1,49 @@
+/* A backend that is a library of its own, opened when a device is asked for (blip2c/_cuda.so). It exports one symbol,
+ * B2_BACKEND_SYMBOL, of type b2_backend_entry.
+ *
+ * Levels: a backend has devices; an opened device is shared by threads and owns memory; a queue is one timeline on a device,
+ * of one thread at a time. A device outlives its queues and blocks. */
+#ifndef B2_OPS_BACKEND_H
+#define B2_OPS_BACKEND_H
+
+#include "core/memory.h"
+#include "ops/ops.h"
+
+/* Changes whenever anything that crosses between _core and the library does: these structs, b2_ops, b2_ctx, b2_weight. */
+enum { B2_BACKEND_VERSION = 1 };
+
+#define B2_BACKEND_SYMBOL "b2_backend_cuda"
+
+/* What `info` says of a device. */
+typedef struct b2_device_info {
+    char name[128];
+    int major, minor;        /* compute capability */
+    int multiprocessors;
+    size_t memory, free;     /* bytes */
+} b2_device_info;
+
+/* Opened device. */
+typedef struct b2_device {
+    int index;
+    b2_memory *memory;
+    const b2_ops *ops;
+} b2_device;
+
+typedef struct b2_backend b2_backend;
+struct b2_backend {
+    uint32_t version;  /* B2_BACKEND_VERSION */
+    const char *name;  /* "cuda" */
+    /* Devices that can be opened; B2_E_UNSUPPORTED with the reason where there is no driver or no device. */
+    int (*count)(int *devices, b2_err *err);
+    int (*describe)(b2_device_info *info, int index, b2_err *err);
+    /* Each caller gets a device of its own, which shares nothing with others of that index. */
+    b2_device *(*open)(int index, b2_err *err);
+    void (*close)(b2_device *device);
+    /* A queue for ctx->queue, or NULL. Releasing it waits for its work. */
+    void *(*queue)(b2_device *device, b2_err *err);
+    void (*release)(void *queue);
+};
+
+typedef const b2_backend *(*b2_backend_entry)(void);
+
+#endif

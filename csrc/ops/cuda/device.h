@@ -1,0 +1,68 @@
+/* What backend.cu, device.cu, queue.cu and step.cu know of each other. */
+#ifndef B2_OPS_CUDA_DEVICE_H
+#define B2_OPS_CUDA_DEVICE_H
+
+#include <pthread.h>
+
+#include "ops/cuda/cuda.h"
+
+extern const b2_ops b2_cuda_table; /* backend.cu */
+
+/* The calling thread's device, for as long as this object lives. */
+class b2_cuda_device_guard {
+    int before = -1;
+
+public:
+    cudaError_t status;
+    explicit b2_cuda_device_guard(int index)
+    {
+        status = cudaGetDevice(&before);
+        if (status == cudaSuccess && before != index)
+            status = cudaSetDevice(index);
+    }
+    ~b2_cuda_device_guard()
+    {
+        if (before >= 0)
+            cudaSetDevice(before);
+    }
+    b2_cuda_device_guard(const b2_cuda_device_guard &) = delete;
+    b2_cuda_device_guard &operator=(const b2_cuda_device_guard &) = delete;
+};
+
+struct b2_cuda_block;
+
+enum { B2_CUDA_STAGES = 2 };
+
+/* An opened device. Blocks that are freed are kept for the next that asks (device.cu). */
+struct b2_cuda_device {
+    b2_device base;       /* first */
+    b2_memory memory;
+    pthread_mutex_t lock; /* of all that follows */
+    b2_cuda_block *live, *idle; /* lists, owned */
+    size_t idle_bytes;
+    b2_cuda *queues;      /* idle ones, a list, owned */
+    cudaStream_t copies;  /* of upload and download */
+    void *stage[B2_CUDA_STAGES];        /* pinned, of b2_cuda_stage_bytes each; NULL before the first upload */
+    cudaEvent_t staged[B2_CUDA_STAGES]; /* when the stage may be written again */
+};
+
+static inline b2_cuda_device *b2_cuda_device_of(const b2_cuda *queue)
+{
+    return (b2_cuda_device *)queue->device;
+}
+
+/* queue.cu */
+void *b2_cuda_queue_take(b2_device *device, b2_err *err);
+void b2_cuda_queue_give(void *queue);
+void b2_cuda_queues_destroy(b2_cuda_device *device);
+
+/* device.cu */
+b2_device *b2_cuda_device_open(int index, b2_err *err);
+void b2_cuda_device_close(b2_device *device);
+/* Waits for uploads that are under way. */
+int b2_cuda_uploads_done(b2_cuda_device *device, b2_err *err);
+
+/* step.cu: the recorded steps of a queue. */
+void b2_cuda_steps_release(b2_cuda *queue);
+
+#endif
