@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "core/cpu.h"
+#include "core/integers.h"
 #include "core/memory.h"
 #include "ops/half.h"
 #include "ops/weights.h"
@@ -46,11 +47,6 @@ typedef struct quantise_job {
     atomic_llong not_finite;
 } quantise_job;
 
-static int64_t min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static const char *row_at(const b2_weight *src, int64_t row, int64_t column)
 {
     return (const char *)src->data + (size_t)(row * src->k + column) * b2_dtype_size(src->dtype);
@@ -71,7 +67,7 @@ B2_CLONES static void column_tile(void *argument, int64_t index, int worker)
     quantise_job *job = argument;
     const b2_weight *src = job->src;
     (void)worker;
-    int64_t first = index * COLUMNS, count = min64(COLUMNS, src->k - first), bad = 0;
+    int64_t first = index * COLUMNS, count = b2_min64(COLUMNS, src->k - first), bad = 0;
     float x[COLUMNS];
     double squares[COLUMNS] = {0};
     for (int64_t i = 0; i < src->n; i++) {
@@ -96,7 +92,7 @@ B2_CLONES static void column_tile(void *argument, int64_t index, int worker)
 INLINE void load_strip(float *strip, const quantise_job *job, int64_t panel, int64_t column, int64_t count)
 {
     const b2_weight *src = job->src;
-    int64_t rows = min64(B2_PANEL, src->n - panel * B2_PANEL);
+    int64_t rows = b2_min64(B2_PANEL, src->n - panel * B2_PANEL);
     if (rows < B2_PANEL || count < STRIP)
         memset(strip, 0, (size_t)(B2_PANEL * STRIP) * sizeof *strip);
     for (int64_t r = 0; r < rows; r++) {
@@ -130,7 +126,7 @@ INLINE void row_scales(float scales[B2_PANEL], float inverse[B2_PANEL], const qu
 {
     float strip[B2_PANEL * STRIP], most[B2_PANEL] = {0};
     for (int64_t j = 0; j < job->src->k; j += STRIP) {
-        load_strip(strip, job, panel, j, min64(STRIP, job->src->k - j));
+        load_strip(strip, job, panel, j, b2_min64(STRIP, job->src->k - j));
         for (int r = 0; r < B2_PANEL; r++)
             for (int i = 0; i < STRIP; i++) {
                 float size = fabsf(strip[r * STRIP + i]);
@@ -150,13 +146,13 @@ B2_CLONES static void int8_panel(const quantise_job *job, int64_t panel)
     _Alignas(4) uint8_t q[B2_PANEL * STRIP];
     row_scales((float *)job->scales + panel * B2_PANEL, inverse, job, panel);
     for (int64_t j = 0; j < k; j += STRIP) {
-        load_strip(strip, job, panel, j, min64(STRIP, k - j));
+        load_strip(strip, job, panel, j, b2_min64(STRIP, k - j));
         for (int r = 0; r < B2_PANEL; r++)
             for (int i = 0; i < STRIP; i++) /* 127 / most may be a bit too large: hold |q| <= 127 */
                 q[r * STRIP + i] =
                     (uint8_t)(nearest(clamp(strip[r * STRIP + i] * inverse[r], -127.0f, 127.0f)) + 128);
         uint8_t *to = job->data + (panel * padded + j) * B2_PANEL;
-        for (int64_t quad = 0; quad < min64(STRIP, padded - j) / 4; quad++)
+        for (int64_t quad = 0; quad < b2_min64(STRIP, padded - j) / 4; quad++)
             for (int r = 0; r < B2_PANEL; r++)
                 memcpy(to + (quad * B2_PANEL + r) * 4, q + r * STRIP + quad * 4, 4);
     }
@@ -246,8 +242,8 @@ B2_CLONES static void int4_panel(const quantise_job *job, int64_t panel)
     int64_t k = job->src->k, groups = (k + GROUP - 1) / GROUP;
     float strip[B2_PANEL * STRIP];
     for (int64_t j = 0; j < k; j += STRIP) {
-        load_strip(strip, job, panel, j, min64(STRIP, k - j));
-        for (int64_t g = j / GROUP; g < min64(groups, (j + STRIP) / GROUP); g++)
+        load_strip(strip, job, panel, j, b2_min64(STRIP, k - j));
+        for (int64_t g = j / GROUP; g < b2_min64(groups, (j + STRIP) / GROUP); g++)
             int4_group(job->data + (panel * groups + g) * (GROUP / 2) * B2_PANEL,
                        (uint16_t *)job->scales + (panel * groups + g) * B2_PANEL, strip + g * GROUP - j);
     }
@@ -257,7 +253,7 @@ static void panel_tile(void *argument, int64_t index, int worker)
 {
     quantise_job *job = argument;
     (void)worker;
-    int64_t end = min64(job->panels, (index + 1) * job->panels_per_tile);
+    int64_t end = b2_min64(job->panels, (index + 1) * job->panels_per_tile);
     for (int64_t p = index * job->panels_per_tile; p < end; p++) {
         if (job->dtype == B2_I8)
             int8_panel(job, p);
@@ -285,7 +281,7 @@ int b2_quantise(char *block, const b2_weight *dst, const b2_weight *src, b2_pool
     b2_weight_parts parts = b2_weight_parts_of(dst);
     quantise_job job = {.src = src, .dtype = dst->dtype, .data = (uint8_t *)block,
                         .scales = block + parts.scales, .column_scales = (float *)(void *)(block + parts.column_scales)};
-    job.panels = (src->n + B2_PANEL - 1) / B2_PANEL;
+    job.panels = b2_ceil_div(src->n, B2_PANEL);
     job.panels_per_tile = 1 + ELEMENTS_PER_TILE / (src->k * B2_PANEL + 1);
     if (!(job.inverse = b2_alloc((size_t)src->k, sizeof(float), "column scales", err)))
         return -1;

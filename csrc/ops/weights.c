@@ -9,6 +9,7 @@
 #endif
 
 #include "core/cpu.h"
+#include "core/integers.h"
 #include "core/memory.h"
 #include "ops/half.h"
 #include "ops/quantise.h"
@@ -122,21 +123,16 @@ static int overflowed(const b2_weight *w, b2_dtype dtype, int64_t count, b2_err 
                    (long long)count, b2_dtype_name(w->dtype), b2_dtype_name(dtype));
 }
 
-static int64_t round_up(int64_t value, int64_t unit)
-{
-    return (value + unit - 1) / unit * unit;
-}
-
 /* ---- the block of a packed weight ---- */
 
 static size_t data_bytes(const b2_weight *w)
 {
-    size_t rows = (size_t)round_up(w->n, B2_PANEL);
+    size_t rows = (size_t)b2_round_up(w->n, B2_PANEL);
     switch (w->layout) {
     case B2_ROWS: return (size_t)(w->n * w->k) * b2_dtype_size(w->dtype);
     case B2_PANELS: return rows * (size_t)w->k * b2_dtype_size(w->dtype);
-    case B2_PAIRS: return rows * (size_t)round_up(w->k, 2) * sizeof(uint16_t);
-    case B2_QUADS: return rows * (size_t)round_up(w->k, 32) / (w->dtype == B2_I4 ? 2 : 1);
+    case B2_PAIRS: return rows * (size_t)b2_round_up(w->k, 2) * sizeof(uint16_t);
+    case B2_QUADS: return rows * (size_t)b2_round_up(w->k, 32) / (w->dtype == B2_I4 ? 2 : 1);
     case B2_STRIDED: return (size_t)(w->n * b2_strided_ld(w->k)) * (w->dtype == B2_I4 ? 1 : b2_dtype_size(w->dtype)) /
                             (w->dtype == B2_I4 ? 2 : 1);
     }
@@ -147,13 +143,13 @@ b2_weight_parts b2_weight_parts_of(const b2_weight *w)
 {
     int strided = w->layout == B2_STRIDED;
     int64_t unit = strided ? 256 : 64;
-    b2_weight_parts parts = {.bytes = (size_t)round_up((int64_t)data_bytes(w), unit)};
+    b2_weight_parts parts = {.bytes = (size_t)b2_round_up((int64_t)data_bytes(w), unit)};
     if (!b2_dtype_is_quantised(w->dtype))
         return parts;
-    int64_t scales = (strided ? w->n : round_up(w->n, B2_PANEL)) * ((w->k + w->group - 1) / w->group);
+    int64_t scales = (strided ? w->n : b2_round_up(w->n, B2_PANEL)) * ((w->k + w->group - 1) / w->group);
     parts.scales = parts.bytes;
-    parts.column_scales = parts.scales + (size_t)round_up(scales * (w->dtype == B2_I4 ? 2 : 4), unit);
-    parts.bytes = parts.column_scales + (size_t)round_up(w->k * (int64_t)sizeof(float), unit);
+    parts.column_scales = parts.scales + (size_t)b2_round_up(scales * (w->dtype == B2_I4 ? 2 : 4), unit);
+    parts.bytes = parts.column_scales + (size_t)b2_round_up(w->k * (int64_t)sizeof(float), unit);
     return parts;
 }
 
@@ -209,7 +205,7 @@ static int64_t pack_panel(const pack_job *job, int64_t panel)
             overflows += b2_convert(strip + (size_t)(r * STRIP) * size, dst->dtype,
                                     (const char *)src->data + (size_t)((first + r) * k + j) * src_size, src->dtype,
                                     count);
-        void *to = job->data + (size_t)((panel * round_up(k, unit) + j) * B2_PANEL) * size;
+        void *to = job->data + (size_t)((panel * b2_round_up(k, unit) + j) * B2_PANEL) * size;
         if (unit == 2)
             transpose4(to, (const void *)strip, STRIP / 2, (count + 1) / 2);
         else if (size == 4)
@@ -236,7 +232,7 @@ static int pack_halves(const b2_weight *dst, char *data, const b2_weight *src, b
                        b2_err *err)
 {
     enum { ELEMENTS_PER_TILE = 1 << 18 };
-    pack_job job = {.src = src, .dst = dst, .data = data, .panels = (src->n + B2_PANEL - 1) / B2_PANEL};
+    pack_job job = {.src = src, .dst = dst, .data = data, .panels = b2_ceil_div(src->n, B2_PANEL)};
     job.panels_per_tile = 1 + ELEMENTS_PER_TILE / (src->k * B2_PANEL + 1);
     int64_t tiles = (job.panels + job.panels_per_tile - 1) / job.panels_per_tile;
     if (b2_pool_run(pool, tiles, pack_tile, &job, cancel, err) < 0)
@@ -278,7 +274,7 @@ int b2_weight_pack(b2_weight *dst, const b2_weight *src, b2_format format, b2_po
     b2_weight packed = *src;
     packed.dtype = format.dtype;
     packed.layout = format.layout;
-    packed.group = format.dtype == B2_I8 ? round_up(src->k, 32) : format.dtype == B2_I4 ? 32 : 0;
+    packed.group = format.dtype == B2_I8 ? b2_round_up(src->k, 32) : format.dtype == B2_I4 ? 32 : 0;
     char *block = b2_alloc_huge(b2_weight_parts_of(&packed).bytes, 1, name, err);
     if (!block)
         return -1;
@@ -326,14 +322,14 @@ static size_t element_at(const b2_weight *w, int64_t i, int64_t j)
     if (w->layout == B2_PANELS)
         at = (i / B2_PANEL * w->k + j) * B2_PANEL + i % B2_PANEL;
     if (w->layout == B2_PAIRS)
-        at = ((i / B2_PANEL * round_up(w->k, 2) + j / 2 * 2) * B2_PANEL + i % B2_PANEL * 2) + j % 2;
+        at = ((i / B2_PANEL * b2_round_up(w->k, 2) + j / 2 * 2) * B2_PANEL + i % B2_PANEL * 2) + j % 2;
     return (size_t)at * b2_dtype_size(w->dtype);
 }
 
 static void read_quads(float *out, const b2_weight *w, int64_t i, int64_t first, int64_t count)
 {
     int64_t panel = i / B2_PANEL, lane = i % B2_PANEL, groups = (w->k + w->group - 1) / w->group;
-    const uint8_t *data = (const uint8_t *)w->data + panel * round_up(w->k, 32) * B2_PANEL / (w->dtype == B2_I4 ? 2 : 1);
+    const uint8_t *data = (const uint8_t *)w->data + panel * b2_round_up(w->k, 32) * B2_PANEL / (w->dtype == B2_I4 ? 2 : 1);
     for (int64_t n = 0; n < count; n++) {
         int64_t j = first + n, scale = (panel * groups + j / w->group) * B2_PANEL + lane;
         float value;

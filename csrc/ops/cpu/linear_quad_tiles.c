@@ -47,7 +47,7 @@ static int are_few_blocks(const tiles_job *job)
 static b2_quad_block block_at(const tiles_job *job, int64_t first, int64_t rows, int64_t unit)
 {
     int64_t bytes = B2_QUAD_UNIT * job->tiles->value_bytes;
-    int64_t group = first * ceil_div(job->units, job->group_units) + unit / job->group_units * rows;
+    int64_t group = first * b2_ceil_div(job->units, job->group_units) + unit / job->group_units * rows;
     return (b2_quad_block){job->rounded.values + (first * job->units + unit * rows) * bytes, job->rounded.scales + group,
                            job->rounded.offsets + group};
 }
@@ -78,7 +78,7 @@ static size_t unpacked_bytes(const b2_quad_tiles *tiles)
 
 static size_t chunk_scratch(const b2_quad_tiles *tiles)
 {
-    int64_t rows = ceil_div(CHUNK_ROWS, tiles->tile_rows) * tiles->tile_rows;
+    int64_t rows = b2_ceil_div(CHUNK_ROWS, tiles->tile_rows) * tiles->tile_rows;
     return unpacked_bytes(tiles) +
            (size_t)(CHUNK_PANELS / tiles->tile_panels * rows * B2_QUAD_TILE_COLUMNS) * sizeof(float);
 }
@@ -115,7 +115,7 @@ static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, in
 
 static void finish_tile(const tiles_job *job, float *tile, int64_t row, int64_t rows, int64_t panel, int two)
 {
-    int64_t column = panel * B2_PANEL, cols = min64(two ? 2 * B2_PANEL : B2_PANEL, job->w->n - column);
+    int64_t column = panel * B2_PANEL, cols = b2_min64(two ? 2 * B2_PANEL : B2_PANEL, job->w->n - column);
     b2_epilogue e = job->epilogue;
     e.scales = job->w->dtype == B2_I8 ? (const float *)job->w->scales + column : NULL;
     e.bias = e.bias ? e.bias + column : NULL;
@@ -129,8 +129,8 @@ static int64_t block_units(const tiles_job *job)
 {
     int unpacks = job->w->dtype == B2_I4 || job->tiles->unpack_i8;
     int64_t most = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_UNIT;
-    int64_t even = ceil_div(job->units, ceil_div(job->units, most));
-    return ceil_div(even, job->group_units) * job->group_units;
+    int64_t even = b2_ceil_div(job->units, b2_ceil_div(job->units, most));
+    return b2_ceil_div(even, job->group_units) * job->group_units;
 }
 
 /* What is read after some units of a panel, or NULL. */
@@ -187,8 +187,8 @@ static void run_by_panel(const tiles_job *job, const chunk *chunk, int64_t step)
             int64_t after = p + job->tiles->tile_panels < chunk->panel_end ? p + job->tiles->tile_panels
                                                                            : panel_after(job, chunk);
             int last = u0 + step >= job->units;
-            upcoming next = {last ? after : p, last ? 0 : u0 + step, min64(step, job->units - (last ? 0 : u0 + step))};
-            run_panels(job, chunk, p, u0, min64(step, job->units - u0), &next, chunk->tiles);
+            upcoming next = {last ? after : p, last ? 0 : u0 + step, b2_min64(step, job->units - (last ? 0 : u0 + step))};
+            run_panels(job, chunk, p, u0, b2_min64(step, job->units - u0), &next, chunk->tiles);
         }
 }
 
@@ -198,14 +198,14 @@ static void run_by_units(const tiles_job *job, const chunk *chunk, int64_t step)
     for (int64_t u0 = 0; u0 < job->units; u0 += step) {
         float *tile = chunk->tiles;
         for (int64_t p = chunk->panel; p < chunk->panel_end; p += job->tiles->tile_panels) {
-            upcoming next = {p + job->tiles->tile_panels, u0, min64(step, job->units - u0)};
+            upcoming next = {p + job->tiles->tile_panels, u0, b2_min64(step, job->units - u0)};
             if (next.panel >= chunk->panel_end) {
                 int last = u0 + step >= job->units;
                 next.panel = last ? panel_after(job, chunk) : chunk->panel;
                 next.unit = last ? 0 : u0 + step;
-                next.units = min64(step, job->units - next.unit);
+                next.units = b2_min64(step, job->units - next.unit);
             }
-            tile = run_panels(job, chunk, p, u0, min64(step, job->units - u0), &next, tile);
+            tile = run_panels(job, chunk, p, u0, b2_min64(step, job->units - u0), &next, tile);
         }
     }
 }
@@ -216,9 +216,9 @@ static void chunk_tile(void *argument, int64_t index, int worker)
     char *scratch = b2_slot_claim(&job->slots, worker);
     int64_t row_chunk = index % job->row_chunks, panel = index / job->row_chunks * job->panels_per_chunk;
     chunk chunk = {.block = row_chunk * job->blocks_per_chunk,
-                   .block_end = min64(job->blocks, (row_chunk + 1) * job->blocks_per_chunk),
+                   .block_end = b2_min64(job->blocks, (row_chunk + 1) * job->blocks_per_chunk),
                    .panel = panel,
-                   .panel_end = min64(job->panels, panel + job->panels_per_chunk),
+                   .panel_end = b2_min64(job->panels, panel + job->panels_per_chunk),
                    .unpacked = scratch,
                    .tiles = (float *)(void *)(scratch + unpacked_bytes(job->tiles))};
     (are_few_blocks(job) ? run_by_panel : run_by_units)(job, &chunk, block_units(job));
@@ -230,19 +230,19 @@ static int run_group(b2_ctx *ctx, tiles_job *job, b2_err *err)
     /* Rough costs for choosing tiles, never for results. */
     const double ns_per_op = 1.0 / 300, ns_per_rounding = 0.3;
     int step = job->tiles->tile_panels;
-    job->blocks = ceil_div(job->x.rows, job->tiles->tile_rows);
+    job->blocks = b2_ceil_div(job->x.rows, job->tiles->tile_rows);
     if (b2_cpu_run(ctx, job->blocks, round_tile, job, (double)(job->x.rows * job->x.cols) * ns_per_rounding, err) < 0)
         return -1;
-    job->row_chunks = ceil_div(job->blocks, ceil_div(CHUNK_ROWS, job->tiles->tile_rows));
-    job->blocks_per_chunk = ceil_div(job->blocks, job->row_chunks);
+    job->row_chunks = b2_ceil_div(job->blocks, b2_ceil_div(CHUNK_ROWS, job->tiles->tile_rows));
+    job->blocks_per_chunk = b2_ceil_div(job->blocks, job->row_chunks);
     double panel_ns = 2.0 * (double)job->x.rows * (double)(job->w->k * B2_PANEL) * ns_per_op;
-    int64_t units = ceil_div(job->panels, step);
+    int64_t units = b2_ceil_div(job->panels, step);
     int64_t tiles = b2_cpu_tile_count(ctx, units, panel_ns * step, 50e3);
-    job->panels_per_chunk = ceil_div(units, tiles) * step;
+    job->panels_per_chunk = b2_ceil_div(units, tiles) * step;
     if (!are_few_blocks(job)) /* whose sums are kept for one pair of panels only */
-        job->panels_per_chunk = min64(CHUNK_PANELS, job->panels_per_chunk);
+        job->panels_per_chunk = b2_min64(CHUNK_PANELS, job->panels_per_chunk);
     job->threads = b2_pool_threads(ctx->pool);
-    return b2_cpu_run(ctx, job->row_chunks * ceil_div(job->panels, job->panels_per_chunk), chunk_tile, job,
+    return b2_cpu_run(ctx, job->row_chunks * b2_ceil_div(job->panels, job->panels_per_chunk), chunk_tile, job,
                       panel_ns * (double)job->panels, err);
 }
 
@@ -250,7 +250,7 @@ static int run_group(b2_ctx *ctx, tiles_job *job, b2_err *err)
 
 static int take_scratch(b2_ctx *ctx, tiles_job *job, int64_t rows, b2_err *err)
 {
-    size_t units = (size_t)(rows * job->units), groups = (size_t)(rows * ceil_div(job->units, job->group_units));
+    size_t units = (size_t)(rows * job->units), groups = (size_t)(rows * b2_ceil_div(job->units, job->group_units));
     job->rounded.values = b2_arena_take(ctx->scratch, units, (size_t)(B2_QUAD_UNIT * job->tiles->value_bytes), err);
     job->rounded.scales = b2_arena_take(ctx->scratch, groups, sizeof(float), err);
     job->rounded.offsets = b2_arena_take(ctx->scratch, groups, sizeof(int32_t), err);
@@ -262,7 +262,7 @@ static int take_scratch(b2_ctx *ctx, tiles_job *job, int64_t rows, b2_err *err)
 size_t b2_cpu_quads_many_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width)
 {
     const b2_quad_tiles *tiles = b2_cpu_quad_tiles_of(ctx);
-    size_t units = (size_t)(min64(GROUP_ROWS, max_rows) * ceil_div(max_width, B2_QUAD_UNIT));
+    size_t units = (size_t)(b2_min64(GROUP_ROWS, max_rows) * b2_ceil_div(max_width, B2_QUAD_UNIT));
     return b2_arena_cost(units, (size_t)(B2_QUAD_UNIT * tiles->value_bytes)) + b2_arena_cost(units, sizeof(float)) +
            b2_arena_cost(units, sizeof(int32_t)) +
            (size_t)b2_cpu_planned_threads(ctx) * b2_arena_cost(chunk_scratch(tiles), 1);
@@ -272,8 +272,8 @@ static int run_all(b2_ctx *ctx, tiles_job *job, b2_err *err)
 {
     b2_tensor x = job->x, out = job->out;
     const float *residual = job->epilogue.residual;
-    int64_t count = ceil_div(x.rows, GROUP_ROWS);
-    if (take_scratch(ctx, job, ceil_div(x.rows, count), err) < 0)
+    int64_t count = b2_ceil_div(x.rows, GROUP_ROWS);
+    if (take_scratch(ctx, job, b2_ceil_div(x.rows, count), err) < 0)
         return -1;
     for (int64_t i = 0; i < count; i++) {
         int64_t row = i * x.rows / count, rows = (i + 1) * x.rows / count - row;
@@ -291,9 +291,9 @@ int b2_cpu_quads_many(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *
 {
     tiles_job job = {.kernels = b2_cpu_kernels_of(ctx), .tiles = b2_cpu_quad_tiles_of(ctx), .out = out, .x = x, .w = w,
                      .epilogue = *epilogue};
-    job.units = ceil_div(w->k, B2_QUAD_UNIT);
+    job.units = b2_ceil_div(w->k, B2_QUAD_UNIT);
     job.group_units = b2_quad_group(w->dtype) / B2_QUAD_UNIT;
-    job.panels = ceil_div(w->n, B2_PANEL);
+    job.panels = b2_ceil_div(w->n, B2_PANEL);
     size_t mark = b2_arena_mark(ctx->scratch);
     int status = run_all(ctx, &job, err);
     b2_arena_reset(ctx->scratch, mark);
