@@ -27,7 +27,7 @@ int64_t b2_warpers_scratch(int64_t vocabulary)
 static warp_scratch divide(void *scratch, int64_t vocabulary)
 {
     warp_scratch s = {.sorted = scratch};
-    s.values = (float *)((char *)scratch + round_up(vocabulary * (int64_t)sizeof(b2_scored)));
+    s.values = (float *)((char *)scratch + b2_round_up(vocabulary * (int64_t)sizeof(b2_scored), 64));
     return s;
 }
 
