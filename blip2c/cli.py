@@ -123,6 +123,7 @@ def _model_options(
         help="how weights are held: auto (as stored, the default), float32, float16, bfloat16, int8, int4, or by part:"
         ' "vision=int8,language=int4"',
     )
+    group.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1 ...; see blip2c info")
     group.add_argument("--no-cache", action="store_true", help="keep no packed weights for the next load, use none")
     group.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
     group.add_argument("--json", action="store_true", help="a JSON object a line")
@@ -208,6 +209,7 @@ def _load(args: argparse.Namespace) -> Any:
     return load(
         args.model,
         dtype=args.dtype,
+        device=args.device,
         cache=False if args.no_cache else None,
         revision=args.revision,
         local_files_only=args.local_files_only,
@@ -282,6 +284,7 @@ def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any
     from blip2c.cache import cache_folder, entries
     from blip2c.checkpoint import resolve_files
     from blip2c.classes import model_class
+    from blip2c.devices import describe_devices
     from blip2c.hub import resolve, sample_path
     from blip2c.packed import describe_packed
 
@@ -310,6 +313,7 @@ def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any
         "blip2c": _version(),
         "threads": _core.get_num_threads(),
         "cpu": _core.cpu_info(),
+        "cuda": describe_devices(),
         "cache": {"folder": None if kept is None else str(kept), "bytes": sum(entry.size for entry in entries())},
         "model": {
             "folder": str(folder),
@@ -330,6 +334,10 @@ def _info(args: argparse.Namespace) -> int:
     vision, qformer = model["vision"], model["qformer"]
     print(f"blip2c {facts['blip2c']}, {facts['threads']} threads")
     print("cpu:      " + ", ".join(f"{key} {value}" for key, value in facts["cpu"].items()))
+    for device in facts["cuda"]["devices"]:
+        print("cuda:     " + ", ".join(f"{key} {value}" for key, value in device.items()))
+    if not facts["cuda"]["devices"]:
+        print(f"cuda:     none: {facts['cuda']['why_not']}")
     cache = facts["cache"]
     print(f"cache:    {cache['folder']}, {cache['bytes'] / 1e6:.1f} MB" if cache["folder"] else "cache:    off")
     print(f"model:    {model['folder']}")
