@@ -1,8 +1,8 @@
-"""Every kernel of the CUDA backend: the cases of kernel_cases.py, the processor's answers, and what only devices can do wrong.
+"""Every CUDA kernel: the cases of kernel_cases.py, the processor's answers, and what only devices have.
 
-Scratch and outputs are NaN before each call. Wherever kernels read four columns at a time there is a case that cannot."""
+Scratch and outputs are NaN before each call. Where kernels read four columns at a time there are cases that cannot."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,22 @@ from kernel_cases import (
 
 # Sums are made by many threads, in another order than the processor's, and CUDA's exp, erf and sin are within 2 ulp.
 LOOSER = 4
+# With more rows than these x is rounded to the weight's 16 bits.
+EXACT_ROWS = 16
+ROUNDED = {np.dtype(np.float16): 2.0**-11, np.dtype(np.uint16): 2.0**-8}
 
 
 def on_devices(case: Case) -> bool:
     """Products have one method there."""
     keywords = getattr(case.run, "keywords", {})
     return keywords.get("method", "packed") == "packed"
+
+
+def tolerance(case: Case, arrays: dict[str, Any]) -> float:
+    rounded = ROUNDED.get(arrays["weight"].dtype, 0.0) if case.tolerance == "linear" else 0.0
+    if rounded and arrays["x"].size // arrays["x"].shape[-1] > EXACT_ROWS:
+        return rounded
+    return LOOSER * TOLERANCE[case.tolerance]
 
 
 MORE = [
@@ -50,9 +60,8 @@ MORE = [
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLIP2C_POISON", "1")
-    yield
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if on_devices(c)] + MORE, ids=lambda case: case.name)
@@ -62,7 +71,7 @@ def test_equals_float64(case: Case, cuda: str) -> None:
     expected, scale = case.reference(**arrays)
     assert found.shape == expected.shape
     error = np.abs(found - expected) / np.maximum(scale, np.finfo(F32).tiny)
-    assert not error.size or error.max() <= LOOSER * TOLERANCE[case.tolerance], error.max()
+    assert not error.size or error.max() <= tolerance(case, arrays), error.max()
 
 
 @pytest.mark.parametrize("case", MORE, ids=lambda case: case.name)
@@ -102,7 +111,8 @@ def test_the_last_of_equal_rows_stays(width: int, cuda: str) -> None:
     out, x = normal(rng, 6, width), normal(rng, 700, width)
     to = rng.integers(0, 5, 700).astype(np.int32)
     of = rng.permutation(700).astype(np.int32)
-    np.testing.assert_array_equal(kernels.copy_rows(out, x, to, of, cuda), kernels.copy_rows(out, x, to, of))
+    for _ in range(2):  # blocks run in both orders
+        np.testing.assert_array_equal(kernels.copy_rows(out, x, to, of, cuda), kernels.copy_rows(out, x, to, of))
     np.testing.assert_array_equal(kernels.copy_rows(out, x, None, of[:6], cuda), x[of[:6]])
 
 
@@ -115,7 +125,9 @@ def test_top_k_of_what_is_no_number(cuda: str) -> None:
 
 
 def test_log_softmax_of_extremes(cuda: str) -> None:
-    x = np.array([[0, np.nan, 1, 2], [0, np.inf, 1, 2], [-np.inf] * 4, [0, -np.inf, 1, 3e38], [-1e30, 1e4, 1e4, 0]], F32)
+    x = np.array(
+        [[0, np.nan, 1, 2], [0, np.inf, 1, 2], [-np.inf] * 4, [0, -np.inf, 1, 3e38], [-1e30, 1e4, 1e4, 0]], F32
+    )
     np.testing.assert_allclose(kernels.log_softmax(x, cuda), kernels.log_softmax(x), rtol=1e-6, atol=0)
 
 
