@@ -2,7 +2,8 @@
 
 `Hooks` turns them into the few functions that the C search calls back (csrc/python/py_hooks.h). With any of them all
 rows of the batch go on together until the last has ended, as in transformers, because that is what its callables are
-made for. Callables of transformers get tensors; others get tensors if the model was given tensors, else NumPy arrays.
+made for. Callables of transformers' classes, or classes made of them, get tensors; others get tensors if the model was
+given tensors, else NumPy arrays.
 Whatever a callable raises comes out of generate() unchanged, and the model stays usable.
 """
 
@@ -92,7 +93,8 @@ class Hooks:
         self._steps = self._processors(unconditional)
         record = call["return_dict_in_generate"] is True
         functions: dict[str, Any] = {}
-        if any(not isinstance(step, tuple) for step in self._steps):
+        self._processes = any(not isinstance(step, tuple) for step in self._steps)
+        if self._processes:
             functions["process"] = self._process
         if self._stops:
             functions["stop"] = self._stop
@@ -258,7 +260,8 @@ class Hooks:
     def _keep_logits(self, logits: Scores) -> None:
         """After each model call."""
         if self._keeps_logits:
-            self.logits.append(logits)
+            # A processor may write into what it is given.
+            self.logits.append(logits.copy() if self._processes else logits)
         if self.states is not None:
             self.states.end_step()
 
@@ -273,7 +276,8 @@ class Hooks:
 
     def _given(self, array: NDArray[Any], callable_: Any) -> Any:
         torch = sys.modules.get("torch")
-        wants = self._tensors or type(callable_).__module__.startswith("transformers.")
+        kinds = type(callable_).__mro__
+        wants = self._tensors or any(kind.__module__.startswith("transformers.") for kind in kinds)
         return torch.from_numpy(array) if wants and torch is not None else array
 
 

@@ -46,7 +46,8 @@ def _why_empty(ids: Sequence[int], finished: bool) -> str:
 class Captions(list[Any]):
     """Captions of several pictures, in order; errors="return" puts the exception where a picture failed.
 
-    Prints as one line a picture. names: what the pictures were called.
+    With num_return_sequences each picture has several: Captions again. Prints as one line a caption. names: what the
+    pictures were called.
     """
 
     def __init__(self, items: Iterable[Any], names: Sequence[str]) -> None:
@@ -55,8 +56,9 @@ class Captions(list[Any]):
 
     def __str__(self) -> str:
         lines = [
-            f"{name}: {f'[{type(item).__name__}: {item}]' if isinstance(item, Exception) else item}"
+            f"{name}: {f'[{type(text).__name__}: {text}]' if isinstance(text, Exception) else text}"
             for name, item in zip(self.names, self, strict=True)
+            for text in (item if isinstance(item, Captions) else [item])
         ]
         return "\n".join(lines)
 

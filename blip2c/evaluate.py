@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from blip2c.api import DEFAULT_BATCH, progress_bar
 from blip2c.caption_metrics import CaptionScores, caption_scores, vqa_accuracy
+from blip2c.captions import Caption
 
 __all__ = [
     "DatasetError", "PictureTexts", "Question", "RetrievalScores", "VqaScores", "evaluate_captions",
@@ -156,6 +157,8 @@ def _spoken(
         for result in model.stream(images, rows, batch_size, **options):
             if isinstance(result, Exception):
                 raise result
+            if not isinstance(result, Caption):
+                raise ValueError("num_return_sequences: one text a row is scored")
             bar.update(1)
             yield str(result)
 

@@ -87,7 +87,7 @@ class Flow:
             thread.start()
 
     def in_order(self) -> Iterator[Any]:
-        """For each row its Caption, or the exception that it met."""
+        """For each row its Caption (Captions, where several were asked for), or the exception that it met."""
         for number in range(len(self._rows)):
             yield self._take(number)
 
@@ -258,6 +258,9 @@ class Flow:
     # The decoder.
 
     def _decode(self) -> None:
+        if self._plan.call.between_steps is not None:
+            self._decode_one_by_one()
+            return
         lengths = [len(ids) for ids in self._ids.values() if not isinstance(ids, Exception)]
         if not lengths:
             return
@@ -269,6 +272,22 @@ class Flow:
             self._prompts.queries + max(lengths),
             0 if self._plan.decoder is None else len(self._plan.decoder.ids),
         )
+
+    def _decode_one_by_one(self) -> None:
+        """Callables see one prompt at a time: what they do to it does not depend on what stands beside it."""
+        while True:
+            try:
+                item = self._next(True)
+            except StopIteration:
+                return
+            if item is not None:
+                features, new, rules, _, prefix, _, number = item
+                found = self._prompts.generate(self._plan, features, new, rules, prefix, key=number)
+                self._finish(number, self._texts(number, found))
+
+    def _texts(self, number: int, found: dict[str, Any]) -> Any:
+        index = self._rows[number][0]
+        return self._prompts.texts(self._plan, found, picture_name(self._pictures[index], index))
 
     def _next(self, wait: bool) -> tuple[Any, ...] | None:
         with self._changed:
@@ -287,4 +306,4 @@ class Flow:
 
     def _done(self, index: int, result: dict[str, Any]) -> None:
         number = self._entered[index]
-        self._finish(number, self._prompts.caption(result["ids"][0][: int(result["lengths"][0])], self._plan.ends))
+        self._finish(number, self._texts(number, result))

@@ -254,15 +254,29 @@ class Call:
     options: dict[str, Any]
     arguments: dict[str, Any]
 
+    @property
+    def between_steps(self) -> str | None:
+        """The first option that needs Python between the steps of the search; None where C goes on by itself."""
+        return next((name for name in BETWEEN_STEPS if self._is_on(name)), None)
+
+    @property
+    def outputs(self) -> str | None:
+        """The first option that asks for more than ids; None where none does."""
+        return next((name for name in ("return_dict_in_generate", *EXTRA_OUTPUTS) if self._is_on(name)), None)
+
+    def _is_on(self, name: str) -> bool:
+        value = self[name]
+        return value is not None and value is not False and not (isinstance(value, list) and not value)
+
     def __getitem__(self, name: str) -> Any:
         """An option's or argument's value, its default where it is unset."""
         return self.arguments[name] if name in self.arguments else _or_default(self.options, name)
 
 
-# They need more than ids and scores, or Python between the steps: only models do them (blip2c.callables).
-IN_MODELS_ONLY = (
-    "max_time", "stop_strings", "guidance_scale", "watermarking_config", "return_dict_in_generate", "logits_processor",
-    "stopping_criteria", "prefix_allowed_tokens_fn", "streamer",
+# They need Python between the steps: blip2c.callables.
+BETWEEN_STEPS = (
+    "max_time", "stop_strings", "guidance_scale", "watermarking_config", "logits_processor", "stopping_criteria",
+    "prefix_allowed_tokens_fn", "streamer",
 )  # fmt: skip
 
 
@@ -278,11 +292,10 @@ def core_options(
 
 
 def for_search_alone(call: Call) -> dict[str, Any]:
-    """`call.core`; UnsupportedError naming what needs Python between the steps."""
-    for name in IN_MODELS_ONLY:
-        value = call[name]
-        if value is not None and value is not False and not (isinstance(value, list) and not value):
-            raise UnsupportedError(f"{name}={value!r}: done by a model's generate() only")
+    """`call.core`; UnsupportedError naming what needs a model."""
+    name = call.between_steps or ("return_dict_in_generate" if call["return_dict_in_generate"] is True else None)
+    if name is not None:
+        raise UnsupportedError(f"{name}={call[name]!r}: done by a model's generate() only")
     return call.core
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c._core import NumericError, UnsupportedError
-from blip2c.captions import Caption
-from blip2c.forward import Blip2WithQFormer
+from blip2c._core import NumericError, Prefix, UnsupportedError
+from blip2c.callables import Hooks
+from blip2c.captions import Caption, Captions
+from blip2c.forward import Blip2WithQFormer, decoder_arguments
+from blip2c.generation import Call
 from blip2c.images import load_image
 from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, pack_texts
 from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
@@ -28,11 +30,15 @@ F32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call asks for. options: see blip2c.generation.core_options(). decoder: what every text of an
-    encoder-decoder begins with, one row; else None."""
+    """What a call asks for. decoder: what every text of an encoder-decoder begins with, one row; else None."""
 
-    options: dict[str, Any]
+    call: Call
     decoder: DecoderRows | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The C part's: see blip2c.generation.core_options()."""
+        return self.call.core
 
     @property
     def ends(self) -> set[int]:
@@ -56,13 +62,15 @@ class Prompts:
         return not self.model.config.is_encoder_decoder and self.words_tokenizer is None
 
     def plan(self, generate_options: dict[str, Any]) -> Plan:
-        """Options for one text a prompt. Raises for what is unknown, wrong or not done."""
-        several = generate_options.get("num_return_sequences")
-        if several not in (None, 1):
-            raise ValueError(f"num_return_sequences={several}: one text a prompt; use model.generate for more")
-        options = dict(generate_options)
+        """What generate()'s options mean here. Raises for what is unknown, wrong or not done."""
+        options = {"tokenizer": self.processor.tokenizer, **generate_options}
         decoder = self.model._begin_decoder(options, 1) if self.model.config.is_encoder_decoder else None
-        return Plan(self.model._options(options, []), decoder)
+        call = self.model._call(options, [])
+        if call.outputs is not None:
+            raise UnsupportedError(
+                f"{call.outputs}={call[call.outputs]!r}: this gives words; use the generate() of `model.model`"
+            )
+        return Plan(call, decoder)
 
     def pixels(self, picture: Any) -> F32:
         """[1, 3, S, S] of anything that load_image() takes. Raises ROW_ERRORS."""
@@ -116,11 +124,60 @@ class Prompts:
         rows = pack_ragged([list(ids)], self.model._image_token, self.queries)
         return rows.ids[known:], rows.rule_ids[known:]
 
-    def caption(self, ids: Any, plan_ends: set[int]) -> Caption:
-        """New tokens as words."""
+    def generate(
+        self,
+        plan: Plan,
+        features: F32 | None,
+        new: NDArray[np.int32],
+        rules: NDArray[np.int32],
+        prefix: Prefix | None,
+        *,
+        key: int = 0,
+        keep: bool = False,
+    ) -> dict[str, Any]:
+        """One prompt by itself, with Python between the steps where the plan wants it; see _core.Model.generate().
+
+        features, new, rules: of what stands behind prefix (rules: of an encoder-decoder the decoder's ids).
+        """
+        model, decoder = self.model, plan.decoder
+        seen = rules if prefix is None else np.concatenate([prefix.rule_ids, rules])
+        hooks = Hooks(
+            plan.call,
+            seen[seen >= 0].astype(np.int64)[None],
+            rule_ids=seen[None],
+            vocabulary=model._vocabulary,
+            unconditional=None if decoder is not None else model._without_picture,
+        )
+        hooks.begin()
+        out = model._core.generate(
+            None if features is None else features[None],
+            new,
+            np.array([0, len(new)], np.int64),
+            None,
+            rules,
+            plan.options,
+            hooks=hooks.functions,
+            prefixes=None if prefix is None else [prefix],
+            keys=np.array([key], np.uint64),
+            keep=keep,
+            **({} if decoder is None else decoder_arguments(decoder)),
+        )
+        hooks.end()
+        return out
+
+    def texts(self, plan: Plan, found: Mapping[str, Any], name: str) -> Any:
+        """Results of one prompt as words: a Caption, or Captions where num_return_sequences asks for several.
+
+        name: the picture's.
+        """
+        rows = zip(found["ids"], found["lengths"], strict=True)
+        texts = [self._caption(ids[: int(length)], plan.ends) for ids, length in rows]
+        return texts[0] if plan.options["num_return_sequences"] == 1 else Captions(texts, [name] * len(texts))
+
+    def _caption(self, ids: Any, ends: set[int]) -> Caption:
         new = [int(i) for i in ids]
         text = self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
-        return Caption(text, new, finished=bool(new) and new[-1] in plan_ends)
+        return Caption(text, new, finished=bool(new) and new[-1] in ends)
 
     def words(self, prompt: str | None) -> list[int] | None:
         """The prompt as the Q-Former reads it; None where it reads no text and none is given. Raises ValueError where

@@ -13,12 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c._core import Prefix, UnsupportedError
-from blip2c.callables import Hooks
+from blip2c._core import Prefix
 from blip2c.captions import Caption
-from blip2c.forward import decoder_arguments
-from blip2c.generation import EXTRA_OUTPUTS
-from blip2c.prompts import Plan, Prompts, shared_beginning
+from blip2c.prompts import Prompts, shared_beginning
 
 if TYPE_CHECKING:
     from blip2c.api import Captioner
@@ -153,41 +150,22 @@ class Chat:
         return answer
 
     def _answer(self, captioner: Captioner, question: str, options: dict[str, Any]) -> Caption:
-        prompts, model = captioner.prompts, captioner.model
-        _refuse_outputs(options)
-        prompt, whole = self.prompt(question), dict(options)
-        decoder = model._begin_decoder(whole, 1) if model.config.is_encoder_decoder else None
-        call = model._call(whole, [])
-        plan = Plan(call.core, decoder)
+        prompts, prompt = captioner.prompts, self.prompt(question)
+        plan = prompts.plan(options)
+        several = plan.options["num_return_sequences"]
+        if several != 1:
+            raise ValueError(f"num_return_sequences={several}: a chat has one answer a question")
         ids = prompts.ids(prompt, plan)
         prefix = self._known(prompts, ids)
         known = 0 if prefix is None else len(prefix)
         new, rules = prompts.behind(ids, known)
-        seen = prompts.behind(ids, 0)[1] if decoder is None else decoder.ids
-        hooks = Hooks(
-            call,
-            seen[seen >= 0].astype(np.int64)[None],
-            rule_ids=seen[None],
-            vocabulary=model._vocabulary,
-            unconditional=None if decoder is not None else model._without_picture,
-        )
-        hooks.begin()
-        out = model._core.generate(
-            prompts.features(self.state.embeds, prompt)[None] if known == 0 else None,
-            new,
-            np.array([0, len(new)], np.int64),
-            None,
-            rules if decoder is None else decoder.ids,
-            call.core,
-            hooks=hooks.functions,
-            prefixes=None if prefix is None else [prefix],
-            keep=prompts.keeps_prefixes,
-            **({} if decoder is None else decoder_arguments(decoder)),
-        )
-        hooks.end()
+        features = prompts.features(self.state.embeds, prompt) if prefix is None else None
+        rules = rules if plan.decoder is None else plan.decoder.ids
+        out = prompts.generate(plan, features, new, rules, prefix, keep=prompts.keeps_prefixes)
         self._prefix = out["prefixes"][0] if prompts.keeps_prefixes else None
         self.tokens_read += len(new)
-        return prompts.caption(out["ids"][0][: int(out["lengths"][0])], plan.ends)
+        answer: Caption = prompts.texts(plan, out, self.state.name)
+        return answer
 
     def _known(self, prompts: Prompts, ids: list[int]) -> Prefix | None:
         """As much of the prompt as has been read: of the conversation, or at least the picture."""
@@ -208,11 +186,3 @@ class Chat:
 
     def __repr__(self) -> str:
         return f"Chat({self.state!r}, {len(self.history)} questions)"
-
-
-def _refuse_outputs(options: dict[str, Any]) -> None:
-    for name in ("return_dict_in_generate", *EXTRA_OUTPUTS):
-        if options.get(name):
-            raise UnsupportedError(f"{name}={options[name]!r}: a chat gives words; use model.model.generate()")
-    if options.get("num_return_sequences") not in (None, 1):
-        raise ValueError(f"num_return_sequences={options['num_return_sequences']}: a chat has one answer a question")

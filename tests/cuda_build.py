@@ -28,7 +28,8 @@ KEPT_SECONDS = 3 * 24 * 3600
 def backend_sources() -> list[Path]:
     """What the library of the CUDA backend is made of, whoever compiles it; setup.py names the same."""
     core = [ROOT / "csrc" / "core" / f"{name}.c" for name in ("arena", "cancel", "error", "memory")]
-    return sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.c*")) + core
+    ops = [ROOT / "csrc" / "ops" / "finite.c"]
+    return sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.c*")) + core + ops
 
 
 @functools.cache

@@ -212,14 +212,14 @@ def test_wrong_arguments_raise_for_the_whole_call(model: Any, pictures: list[Any
         ({"batch_size": 0}, ValueError, "batch_size"),
         ({"num_beams": 0}, ValueError, "num_beams"),
         ({"penalty_alpha": 0.6}, UnsupportedError, "penalty_alpha"),
-        ({"max_time": 2.0}, UnsupportedError, "max_time"),
+        ({"return_dict_in_generate": True}, UnsupportedError, "return_dict_in_generate"),
         ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature"),
         ({"max_new_tokns": 3}, ValueError, "max_new_tokns"),
         ({"images": 5}, TypeError, "images: int"),
         ({"images": None}, TypeError, "images: NoneType"),
         ({"images": memoryview(b"x")}, TypeError, "images: expected a list, found memoryview"),
         ({"prompt": 5}, TypeError, "prompt: int"),
-        ({"num_beams": 2, "num_return_sequences": 2}, ValueError, "num_return_sequences"),
+        ({"num_beams": 2, "num_return_sequences": 3}, ValueError, "num_return_sequences"),
     ):
         with pytest.raises(error, match=message):
             model.caption(**{"images": pictures, "errors": "return", **arguments})

@@ -609,7 +609,7 @@ def test_nothing_is_left_behind(captioner: Any, monkeypatch: pytest.MonkeyPatch)
     def raising(*_: Any) -> Any:
         raise OddError
 
-    for name in ("encode", "caption"):
+    for name in ("encode", "texts"):
         with monkeypatch.context() as patch:
             patch.setattr(captioner.prompts, name, raising)
             with pytest.raises(OddError):

@@ -5,6 +5,7 @@
 
 #include "core/memory.h"
 #include "io/packed.h"
+#include "model/stage.h"
 #include "ops/weights.h"
 
 static const b2_weight_row projection_table[] = {
@@ -14,7 +15,7 @@ static const b2_weight_row projection_table[] = {
 enum { PROJECTION_COUNT = sizeof projection_table / sizeof *projection_table };
 
 /* What goes through the vision encoder together: enough to keep the cores busy, few enough to stay small. */
-enum { PICTURES_AT_ONCE = 4, TOKENS_AT_ONCE = 2800 };
+enum { PICTURES_AT_ONCE = 4, TOKENS_AT_ONCE = 2800, PICTURES_ON_DEVICE = 64, TOKENS_ON_DEVICE = 20000 };
 
 static void fill_dims(int64_t dims[B2_DIM_COUNT], const b2_qformer_config *qformer, const b2_lm_config *text)
 {
@@ -67,11 +68,14 @@ static int bind_all(b2_blip2 *model, const b2_blip2_config *config, const b2_dty
     if (config->has_vision && b2_vit_bind(&model->vit, &config->vision, binder, err) < 0)
         return -1;
     binder->policy = policies[B2_PART_QFORMER];
+    binder->widens = 1;
     if (b2_qformer_bind(&model->qformer, &config->qformer, binder, err) < 0)
         return -1;
+    binder->widens = 0;
     if (config->has_text && bind_language(model, config, policies, binder, err) < 0)
         return -1;
     binder->policy = unquantised(policies[B2_PART_QFORMER]);
+    binder->widens = 1;
     return config->has_heads ? b2_heads_bind(&model->heads, &config->heads, binder, err) : 0;
 }
 
@@ -168,6 +172,29 @@ static int settle_policies(b2_blip2 *model, const b2_dtype_policy policies[B2_PA
     return 0;
 }
 
+typedef struct mover {
+    b2_weight_visitor visitor;
+    b2_memory *memory;
+} mover;
+
+static int move_one(b2_weight_visitor *visitor, const b2_weight *weight, const int64_t *shape, int rank, b2_err *err)
+{
+    (void)shape, (void)rank;
+    if (weight->memory)
+        return 0;
+    /* Visitors look; the model is not anybody's yet. */
+    return b2_weight_move((b2_weight *)(uintptr_t)weight, ((mover *)visitor)->memory, err);
+}
+
+/* Vectors and tables follow the matrices, now that nothing is computed from them here any more. */
+static int move_rows(b2_blip2 *model, b2_memory *memory, b2_err *err)
+{
+    mover m = {{move_one}, memory};
+    if (b2_blip2_visit(model, &m.visitor, err) < 0)
+        return -1;
+    return model->lm && model->lm->class_->visit_made ? model->lm->class_->visit_made(model->lm, &m.visitor, err) : 0;
+}
+
 static void keep_first(void *owner, const char *name)
 {
     const char **first = owner;
@@ -189,12 +216,13 @@ static int check_all_used(const b2_checkpoint *checkpoint, b2_err *err)
 }
 
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
-                  const b2_dtype_policy policies[B2_PART_COUNT], b2_pool *pool, b2_cancel *cancel, b2_err *err)
+                  const b2_dtype_policy policies[B2_PART_COUNT], b2_memory *memory, b2_pool *pool, b2_cancel *cancel,
+                  b2_err *err)
 {
-    *model = (b2_blip2){0};
+    *model = (b2_blip2){.memory = memory};
     if (check_config(config, err) < 0 || b2_checkpoint_open(&model->checkpoint, paths, path_count, err) < 0)
         return -1;
-    b2_binder binder = {.checkpoint = &model->checkpoint, .pool = pool, .cancel = cancel};
+    b2_binder binder = {.checkpoint = &model->checkpoint, .memory = memory, .pool = pool, .cancel = cancel};
     int status = settle_policies(model, policies, err);
     if (status == 0)
         status = bind_all(model, config, policies, &binder, err);
@@ -202,6 +230,8 @@ int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *co
     model->name_count = binder.name_count;
     if (status == 0)
         status = check_all_used(&model->checkpoint, err);
+    if (status == 0 && memory)
+        status = move_rows(model, memory, err);
     if (status == 0)
         status = measure(model, err);
     if (status < 0)
@@ -264,6 +294,9 @@ int b2_blip2_save_packed(const b2_blip2 *model, const char *path, const char *co
                          b2_cancel *cancel, b2_err *err)
 {
     packer p = {.visitor = {count_weight}};
+    if (model->memory)
+        return b2_fail(err, B2_E_UNSUPPORTED, "packed weights are written by a model on the processor: load it with "
+                       "device=\"cpu\"");
     if (b2_blip2_visit(model, &p.visitor, err) < 0)
         return -1;
     p.sources = b2_alloc((size_t)p.count, sizeof *p.sources, "packed weights", err);
@@ -304,8 +337,21 @@ void b2_blip2_release(b2_blip2 *model)
     *model = (b2_blip2){0};
 }
 
+/* What is brought in and handed over group by group. */
+static size_t outer_bytes(const b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group,
+                          int64_t tokens, int64_t text)
+{
+    int64_t count = group.count, queries = count * model->qformer.config.num_query_tokens;
+    int64_t pixels = group.channels * group.height * group.width;
+    return b2_outer_bytes(ctx, count, pixels) + b2_outer_bytes(ctx, count * tokens, model->vit.config.hidden_size) +
+           b2_outer_bytes(ctx, count, out->pooled.cols) + b2_outer_bytes(ctx, queries, out->qformer.cols) +
+           b2_outer_bytes(ctx, count * text, out->text.cols) + b2_outer_bytes(ctx, queries, out->features.cols) +
+           b2_outer_bytes(ctx, queries, out->embeds.cols) + b2_outer_bytes(ctx, count, out->match.cols);
+}
+
 /* `group`: the pictures that go through together; `tokens` of each, and at most `text` of each one's text. */
-static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, b2_pictures group, int64_t tokens, int64_t text)
+static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group,
+                             int64_t tokens, int64_t text)
 {
     int64_t queries = model->qformer.config.num_query_tokens;
     size_t vit = group.data ? b2_vit_scratch(ctx, &model->vit, group) : 0;
@@ -313,22 +359,9 @@ static size_t encode_scratch(const b2_ctx *ctx, const b2_blip2 *model, b2_pictur
     size_t qformer = b2_qformer_scratch(ctx, &model->qformer, group.count, queries, group.count, tokens, text);
     size_t heads = b2_heads_scratch(ctx, &model->heads, group.count * queries);
     size_t most = vit > qformer ? vit : qformer;
-    return positions + (most > heads ? most : heads) +
+    return positions + (most > heads ? most : heads) + outer_bytes(ctx, model, out, group, tokens, text) +
            b2_arena_cost((size_t)(group.count * tokens * model->vit.config.hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(group.count * queries * model->qformer.config.hidden_size), sizeof(float));
-}
-
-/* Rows [first, first + count) of a wanted output, or the same from the arena. */
-static int output_rows(b2_ctx *ctx, b2_tensor *out, b2_tensor wanted, int64_t first, int64_t count, int64_t cols,
-                       b2_err *err)
-{
-    if (wanted.data) {
-        *out = b2_rows(wanted, first, count);
-        return 0;
-    }
-    float *data = b2_arena_take(ctx->scratch, (size_t)(count * cols), sizeof *data, err);
-    *out = b2_tensor_of(data, count, cols);
-    return data ? 0 : -1;
 }
 
 static int wants_qformer(const b2_encoded *out)
@@ -336,54 +369,125 @@ static int wants_qformer(const b2_encoded *out)
     return out->qformer.data || out->text.data || out->features.data || out->embeds.data || out->match.data;
 }
 
-/* What is wanted of the queries [count*Q, D_q] of pictures [first, first + count). */
-static int read_off(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_tensor qformer, int64_t first,
-                    int64_t count, b2_err *err)
+/* Rows [first, first + count) of an output; none where it is not wanted. */
+static b2_tensor part_of(b2_tensor whole, int64_t first, int64_t count)
 {
-    int64_t queries = model->qformer.config.num_query_tokens, rows = count * queries, start = first * queries;
-    b2_linear_opts project = {.bias = &model->projection_bias, .item_rows = b2_item_rows(ctx, queries)};
-    if (out->features.data &&
-        b2_linear(ctx, b2_rows(out->features, start, rows), qformer, &model->projection_weight, &project, err) < 0)
+    return whole.data ? b2_rows(whole, first, count) : (b2_tensor){0};
+}
+
+/* The outputs of pictures [first, first + count) alone, the first of which has the texts from `words` on. */
+static b2_encoded group_of(const b2_blip2 *model, const b2_encoded *out, int64_t first, int64_t count, int64_t tokens,
+                           int64_t words, int64_t text)
+{
+    int64_t queries = model->qformer.config.num_query_tokens;
+    return (b2_encoded){.vision = part_of(out->vision, first * tokens, count * tokens),
+                        .pooled = part_of(out->pooled, first, count),
+                        .qformer = part_of(out->qformer, first * queries, count * queries),
+                        .text = part_of(out->text, words, text),
+                        .features = part_of(out->features, first * queries, count * queries),
+                        .embeds = part_of(out->embeds, first * queries, count * queries),
+                        .match = part_of(out->match, first, count)};
+}
+
+/* Room for those in backend memory. `given`: the vision states are an input. */
+static int take_room(b2_ctx *ctx, b2_encoded *inner, const b2_encoded *outer, int given, b2_err *err)
+{
+    return (given ? b2_bring_in : b2_room_for)(ctx, &inner->vision, outer->vision, err) < 0 ||
+                   b2_room_for(ctx, &inner->pooled, outer->pooled, err) < 0 ||
+                   b2_room_for(ctx, &inner->qformer, outer->qformer, err) < 0 ||
+                   b2_room_for(ctx, &inner->text, outer->text, err) < 0 ||
+                   b2_room_for(ctx, &inner->features, outer->features, err) < 0 ||
+                   b2_room_for(ctx, &inner->embeds, outer->embeds, err) < 0 ||
+                   b2_room_for(ctx, &inner->match, outer->match, err) < 0
+               ? -1
+               : 0;
+}
+
+static int hand_over(b2_ctx *ctx, const b2_encoded *outer, const b2_encoded *inner, int given, b2_err *err)
+{
+    return (!given && b2_hand_over(ctx, outer->vision, inner->vision, err) < 0) ||
+                   b2_hand_over(ctx, outer->pooled, inner->pooled, err) < 0 ||
+                   b2_hand_over(ctx, outer->qformer, inner->qformer, err) < 0 ||
+                   b2_hand_over(ctx, outer->text, inner->text, err) < 0 ||
+                   b2_hand_over(ctx, outer->features, inner->features, err) < 0 ||
+                   b2_hand_over(ctx, outer->embeds, inner->embeds, err) < 0 ||
+                   b2_hand_over(ctx, outer->match, inner->match, err) < 0
+               ? -1
+               : 0;
+}
+
+/* What is wanted of the queries [count*Q, D_q]. */
+static int read_off(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_tensor qformer, b2_err *err)
+{
+    b2_linear_opts project = {.bias = &model->projection_bias,
+                              .item_rows = b2_item_rows(ctx, model->qformer.config.num_query_tokens)};
+    if (out->features.data && b2_linear(ctx, out->features, qformer, &model->projection_weight, &project, err) < 0)
         return -1;
-    if (out->embeds.data &&
-        b2_heads_project_vision(ctx, &model->heads, b2_rows(out->embeds, start, rows), qformer, err) < 0)
+    if (out->embeds.data && b2_heads_project_vision(ctx, &model->heads, out->embeds, qformer, err) < 0)
         return -1;
-    return out->match.data ? b2_heads_match(ctx, &model->heads, b2_rows(out->match, first, count), qformer, err) : 0;
+    return out->match.data ? b2_heads_match(ctx, &model->heads, out->match, qformer, err) : 0;
+}
+
+/* What follows is in backend memory. `group`: the pixels; data NULL: out->vision holds the embeddings. */
+static int encode_pictures(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group,
+                           b2_tensor positions, const b2_texts *texts, b2_err *err)
+{
+    int64_t tokens = positions.rows, queries = model->qformer.config.num_query_tokens, count = group.count;
+    b2_tensor vision = out->vision, qformer = out->qformer;
+    if ((!vision.data && b2_stage_take(ctx, &vision, count * tokens, positions.cols, err) < 0) ||
+        (!qformer.data && b2_stage_take(ctx, &qformer, count * queries, model->qformer.config.hidden_size, err) < 0))
+        return -1;
+    if (group.data && b2_vit_forward(ctx, &model->vit, vision, group, positions, err) < 0)
+        return -1;
+    if (out->pooled.data && b2_vit_pool(ctx, &model->vit, out->pooled, vision, err) < 0)
+        return -1;
+    if (!wants_qformer(out))
+        return 0;
+    b2_qformer_in in = {.items = count, .queries = queries, .image = vision, .texts = texts};
+    b2_qformer_out states = {.queries = qformer, .text = out->text};
+    return b2_qformer_forward(ctx, &model->qformer, &states, &in, err) < 0 ? -1 : read_off(ctx, model, out, qformer, err);
 }
 
 /* Pictures [first, first + group.count), whose pixels are `group`; positions [T, D_v]; texts of all pictures or NULL. */
 static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group, int64_t first,
                         b2_tensor positions, const b2_texts *texts, b2_err *err)
 {
-    int64_t tokens = positions.rows, queries = model->qformer.config.num_query_tokens, count = group.count;
-    b2_tensor vision, qformer;
-    if (output_rows(ctx, &vision, out->vision, first * tokens, count * tokens, positions.cols, err) < 0 ||
-        output_rows(ctx, &qformer, out->qformer, first * queries, count * queries, model->qformer.config.hidden_size,
-                    err) < 0)
-        return -1;
-    if (group.data && b2_vit_forward(ctx, &model->vit, vision, group, positions, err) < 0)
-        return -1;
-    if (out->pooled.data && b2_vit_pool(ctx, &model->vit, b2_rows(out->pooled, first, count), vision, err) < 0)
-        return -1;
-    if (!wants_qformer(out))
-        return 0;
+    int64_t count = group.count, words = 0, text = 0, given = !group.data;
     b2_texts own = texts ? b2_texts_from(*texts, first) : (b2_texts){0};
-    b2_qformer_in in = {.items = count, .queries = queries, .image = vision, .texts = texts ? &own : NULL};
-    b2_qformer_out states = {.queries = qformer};
-    if (texts && out->text.data)
-        states.text = b2_rows(out->text, own.offsets[0] - texts->offsets[0], own.offsets[count] - own.offsets[0]);
-    return b2_qformer_forward(ctx, &model->qformer, &states, &in, err) < 0
+    if (texts) {
+        words = own.offsets[0] - texts->offsets[0];
+        text = own.offsets[count] - own.offsets[0];
+    }
+    b2_encoded outer = group_of(model, out, first, count, positions.rows, words, text), inner;
+    b2_tensor pixels = b2_tensor_of((float *)group.data, count, group.channels * group.height * group.width);
+    if (b2_bring_in(ctx, &pixels, pixels, err) < 0 || take_room(ctx, &inner, &outer, given, err) < 0)
+        return -1;
+    group.data = pixels.data;
+    return encode_pictures(ctx, model, &inner, group, positions, texts ? &own : NULL, err) < 0
                ? -1
-               : read_off(ctx, model, out, qformer, first, count, err);
+               : hand_over(ctx, &outer, &inner, given, err);
 }
 
 int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err)
 {
     b2_linear_opts opts = {.bias = &model->projection_bias};
+    b2_tensor inner_x, inner;
     int64_t widest = out.cols > x.cols ? out.cols : x.cols;
-    if (b2_arena_reserve(ctx->scratch, b2_scratch_bytes(ctx, x.rows, widest, 1, 1), err) < 0)
+    size_t outer = b2_outer_bytes(ctx, x.rows, x.cols) + b2_outer_bytes(ctx, out.rows, out.cols);
+    if (b2_ctx_reserve(ctx, outer + b2_scratch_bytes(ctx, x.rows, widest, 1, 1), err) < 0 ||
+        b2_bring_in(ctx, &inner_x, x, err) < 0 || b2_room_for(ctx, &inner, out, err) < 0 ||
+        b2_linear(ctx, inner, inner_x, &model->projection_weight, &opts, err) < 0)
         return -1;
-    return b2_linear(ctx, out, x, &model->projection_weight, &opts, err);
+    return b2_hand_over(ctx, out, inner, err);
+}
+
+int b2_blip2_embed(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, const int32_t *ids, b2_err *err)
+{
+    b2_tensor inner;
+    if (b2_ctx_reserve(ctx, b2_outer_bytes(ctx, out.rows, out.cols), err) < 0 ||
+        b2_room_for(ctx, &inner, out, err) < 0 || model->lm->class_->embed(ctx, model->lm, inner, ids, err) < 0)
+        return -1;
+    return b2_hand_over(ctx, out, inner, err);
 }
 
 static int64_t clamp64(int64_t value, int64_t low, int64_t high)
@@ -416,20 +520,21 @@ int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b
                                    : out->vision.rows / pictures.count;
     int64_t each = pictures.channels * pictures.height * pictures.width;
     b2_pictures group = pictures;
-    group.count = clamp64(clamp64(TOKENS_AT_ONCE / tokens, 1, PICTURES_AT_ONCE), 1, pictures.count);
-    if (b2_arena_reserve(ctx->scratch, encode_scratch(ctx, model, group, tokens, longest_text(texts, pictures.count)),
-                         err) < 0)
+    group.count = b2_on_host(ctx) ? clamp64(TOKENS_AT_ONCE / tokens, 1, PICTURES_AT_ONCE)
+                                  : clamp64(TOKENS_ON_DEVICE / tokens, 1, PICTURES_ON_DEVICE);
+    group.count = clamp64(group.count, 1, pictures.count);
+    if (b2_ctx_reserve(ctx, encode_scratch(ctx, model, out, group, tokens, longest_text(texts, pictures.count)), err) < 0)
         return -1;
     b2_tensor positions = {.rows = tokens, .cols = model->vit.config.hidden_size};
     if (pictures.data && b2_vit_positions(ctx, &model->vit, &positions, pictures.height, pictures.width, err) < 0)
         return -1;
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     for (int64_t first = 0; first < pictures.count; first += group.count) {
         group.count = clamp64(pictures.count - first, 0, group.count);
         group.data = pictures.data ? pictures.data + first * each : NULL;
         if (encode_group(ctx, model, out, group, first, positions, texts, err) < 0)
             return -1;
-        b2_arena_reset(ctx->scratch, mark);
+        b2_ctx_reset(ctx, mark);
     }
     return 0;
 }

@@ -32,15 +32,18 @@ typedef struct b2_blip2 {
     b2_heads heads;                /* absent weights where the config has none */
     b2_dtype dtypes[B2_PART_COUNT];/* of each part: int4 or int8 if any matrix is, else what holds most bytes */
     b2_dtype dtype;                /* in which most of all bytes are held */
+    b2_memory *memory;             /* where the weights are; NULL: the processor's */
     int64_t bytes;                 /* of all weights as held */
     int64_t parameters;            /* elements of all weights */
     char policies[B2_POLICIES_TEXT]; /* what was asked for, or what the packed file was made for */
 } b2_blip2;
 
 /* Opens the files and binds every weight. `model` is filled in, or left empty on failure. A file of packed weights
- * (io/packed.h) is used where it lies: the policies must be those that it was made for, or B2_HOLD_STORED all. */
+ * (io/packed.h) is used where it lies: the policies must be those that it was made for, or B2_HOLD_STORED all.
+ * memory: of the device that all weights go to; NULL: the processor. */
 int b2_blip2_load(b2_blip2 *model, const b2_blip2_config *config, const char *const *paths, int64_t path_count,
-                  const b2_dtype_policy policies[B2_PART_COUNT], b2_pool *pool, b2_cancel *cancel, b2_err *err);
+                  const b2_dtype_policy policies[B2_PART_COUNT], b2_memory *memory, b2_pool *pool, b2_cancel *cancel,
+                  b2_err *err);
 /* Computes what every picture shares, once, after loading. Reserves the arena itself. */
 int b2_blip2_prepare(b2_ctx *ctx, b2_blip2 *model, b2_err *err);
 void b2_blip2_release(b2_blip2 *model);
@@ -65,7 +68,7 @@ typedef struct b2_encoded {
     b2_tensor match;    /* [B, 2]: logits of whether picture and text belong together: no, yes */
 } b2_encoded;
 
-/* Pictures -> out. Where they have not the size that the model was trained on, its positions are interpolated.
+/* Pictures -> out; all of both are outside (b2_bring_in). Where they have not the size that the model was trained on, its positions are interpolated.
  * pictures.data NULL: out->vision holds `count` pictures' image embeddings already, of any number of tokens each.
  * texts: what the Q-Former reads beside each picture, or NULL where it reads none. Reserves the arena itself; pictures go
  * through in groups that bound its size, which changes no bit. */
@@ -74,5 +77,7 @@ int b2_blip2_encode(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b
 
 /* out [N, D_lm] = language_projection(x [N, D_q]) alone. Reserves the arena itself. */
 int b2_blip2_project(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, b2_tensor x, b2_err *err);
+/* out [N, D_lm] = the language model's embeddings of ids [N]. Reserves the arena itself. */
+int b2_blip2_embed(b2_ctx *ctx, const b2_blip2 *model, b2_tensor out, const int32_t *ids, b2_err *err);
 
 #endif

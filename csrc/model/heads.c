@@ -92,13 +92,13 @@ int b2_heads_project_text(b2_ctx *ctx, const b2_heads *h, b2_tensor out, b2_tens
 
 int b2_heads_match(b2_ctx *ctx, const b2_heads *h, b2_tensor out, b2_tensor x, b2_err *err)
 {
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     b2_linear_opts opts = {.bias = &h->match_bias};
     b2_tensor each;
     if (check_head(&h->match_weight, "itm_head", err) < 0 || b2_stage_take(ctx, &each, x.rows, CLASSES, err) < 0 ||
         b2_linear(ctx, each, x, &h->match_weight, &opts, err) < 0 ||
         b2_reduce_rows(ctx, out, each, B2_MEAN, err) < 0)
         return -1;
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return 0;
 }

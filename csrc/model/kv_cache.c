@@ -2,14 +2,14 @@
 
 #include "core/memory.h"
 
-int b2_kv_cache_create(b2_kv_cache *cache, int layers, int64_t width, int64_t rows, b2_err *err)
+int b2_kv_cache_create(b2_kv_cache *cache, b2_memory *memory, int layers, int64_t width, int64_t rows, b2_err *err)
 {
-    *cache = (b2_kv_cache){.layers = layers, .width = width, .rows = rows};
+    *cache = (b2_kv_cache){.memory = memory, .layers = layers, .width = width, .rows = rows};
     if (rows > INT32_MAX)
         return b2_fail(err, B2_E_VALUE, "KV cache: %lld tokens at once are too many", (long long)rows);
     size_t count = (size_t)layers * (size_t)rows;
-    cache->k = b2_alloc(count, (size_t)width * sizeof(float), "KV cache, keys", err);
-    cache->v = cache->k ? b2_alloc(count, (size_t)width * sizeof(float), "KV cache, values", err) : NULL;
+    cache->k = b2_memory_alloc(memory, count, (size_t)width * sizeof(float), "KV cache, keys", err);
+    cache->v = cache->k ? b2_memory_alloc(memory, count, (size_t)width * sizeof(float), "KV cache, values", err) : NULL;
     if (cache->v)
         return 0;
     b2_kv_cache_release(cache);
@@ -18,8 +18,8 @@ int b2_kv_cache_create(b2_kv_cache *cache, int layers, int64_t width, int64_t ro
 
 void b2_kv_cache_release(b2_kv_cache *cache)
 {
-    b2_free(cache->k);
-    b2_free(cache->v);
+    b2_memory_free(cache->memory, cache->k);
+    b2_memory_free(cache->memory, cache->v);
     *cache = (b2_kv_cache){0};
 }
 

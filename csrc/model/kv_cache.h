@@ -8,18 +8,19 @@
 #ifndef B2_MODEL_KV_CACHE_H
 #define B2_MODEL_KV_CACHE_H
 
-#include "core/error.h"
+#include "core/memory.h"
 #include "core/tensor.h"
 
 typedef struct b2_kv_cache {
     int layers;
     int64_t width; /* Hkv * Dh */
     int64_t rows;
+    b2_memory *memory; /* where keys and values lie */
     float *k, *v;  /* [layers, rows, width], owned */
 } b2_kv_cache;
 
 /* B2_E_VALUE when a row's number would not fit in 32 bits. */
-int b2_kv_cache_create(b2_kv_cache *cache, int layers, int64_t width, int64_t rows, b2_err *err);
+int b2_kv_cache_create(b2_kv_cache *cache, b2_memory *memory, int layers, int64_t width, int64_t rows, b2_err *err);
 void b2_kv_cache_release(b2_kv_cache *cache);
 
 /* [rows, width] of one layer. */

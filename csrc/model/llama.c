@@ -286,7 +286,7 @@ static int head(b2_ctx *ctx, const llama *m, b2_lm_batch *batch, b2_err *err)
 static int llama_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)
 {
     const llama *m = (const llama *)lm;
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     buffers w;
     if (take_buffers(ctx, &w, lm, batch->x.rows, err) < 0 ||
         b2_stage_done(ctx, "language_model", 0, batch->x, err) < 0)
@@ -296,7 +296,7 @@ static int llama_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_er
             b2_stage_done(ctx, "language_model", i + 1, batch->x, err) < 0)
             return -1;
     int status = show_last(ctx, m, batch, &w, err) < 0 ? -1 : head(ctx, m, batch, err);
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return status;
 }
 

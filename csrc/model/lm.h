@@ -80,6 +80,8 @@ typedef struct b2_lm_class {
     int forward_counts_pads;
     int (*bind)(b2_lm *lm, b2_binder *binder, b2_err *err);
     int (*visit)(const b2_lm *lm, b2_weight_visitor *visitor, b2_err *err);
+    /* Those that were made from others and stand in no file; NULL: none. */
+    int (*visit_made)(const b2_lm *lm, b2_weight_visitor *visitor, b2_err *err);
     void (*release)(b2_lm *lm);
     size_t (*scratch)(const b2_ctx *ctx, const b2_lm *lm, int64_t tokens, int64_t keys, int64_t logits);
     /* out [N, D] = embeddings of ids [N]; an id < 0 leaves its row. */

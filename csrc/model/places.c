@@ -6,7 +6,7 @@
 #include "model/stage.h"
 
 /* Tokens that are prefilled together: bounds the activations, changes no bit. Rows are never split. */
-enum { PREFILL_TOKENS = 512 };
+enum { PREFILL_TOKENS = 512, PREFILL_TOKENS_ON_DEVICE = 4096 };
 
 struct b2_seat_rows {
     b2_prompt prompt;
@@ -110,6 +110,7 @@ static void *own(b2_places *p, size_t count, size_t size, b2_err *err)
 
 void b2_places_close(b2_places *p)
 {
+    b2_wait(p->ctx);
     for (int i = 0; i < p->block_count; i++)
         b2_free(p->blocks[i]);
     b2_kv_cache_release(&p->cache);
@@ -149,7 +150,8 @@ static int reserve_scratch(b2_places *p, b2_err *err)
     size_t calls = lm->class_->scratch(p->ctx, lm, tokens, keys, logits);
     size_t encoding = lm->class_->encode ? lm->class_->encode_scratch(p->ctx, lm, tokens, p->size.longest_encoded) : 0;
     size_t x = b2_arena_cost((size_t)(tokens * lm->config.hidden_size), sizeof(float));
-    return b2_arena_reserve(p->ctx->scratch, x + (calls > encoding ? calls : encoding), err);
+    size_t outer = b2_outer_bytes(p->ctx, logits, lm->config.vocab_size);
+    return b2_ctx_reserve(p->ctx, x + outer + (calls > encoding ? calls : encoding), err);
 }
 
 static int prefill_step(b2_step *step, int64_t n, const int32_t *places, const b2_item *items, float *logits, b2_err *err);
@@ -168,11 +170,11 @@ static int open_caches(b2_places *p, b2_err *err)
                        "many", (long long)size->places, (long long)size->longest, (long long)size->rows_per_place,
                        (long long)size->steps);
     int64_t region = size->longest + size->rows_per_place * size->steps;
-    if (b2_kv_cache_create(&p->cache, lm->kv_layers, lm->kv_width, size->places * region, err) < 0)
+    if (b2_kv_cache_create(&p->cache, p->ctx->memory, lm->kv_layers, lm->kv_width, size->places * region, err) < 0)
         return -1;
     return size->longest_encoded == 0 ? 0
-                                      : b2_kv_cache_create(&p->cross, lm->kv_layers, lm->kv_width,
-                                                           size->places * size->longest_encoded, err);
+                                      : b2_kv_cache_create(&p->cross, p->ctx->memory, lm->kv_layers,
+                                                           lm->kv_width, size->places * size->longest_encoded, err);
 }
 
 int b2_places_open(b2_places *p, b2_ctx *ctx, const b2_blip2 *model, const b2_places_size *size, b2_err *err)
@@ -182,7 +184,8 @@ int b2_places_open(b2_places *p, b2_ctx *ctx, const b2_blip2 *model, const b2_pl
                      .model = model,
                      .size = *size};
     int64_t longest = b2_max64(size->longest, size->longest_encoded);
-    int64_t together = size->together < PREFILL_TOKENS ? size->together : PREFILL_TOKENS;
+    int64_t most = b2_on_host(ctx) ? PREFILL_TOKENS : PREFILL_TOKENS_ON_DEVICE;
+    int64_t together = size->together < most ? size->together : most;
     p->group_tokens = b2_max64(longest, together);
     return open_caches(p, err) < 0 || own_tables(p, err) < 0 ? -1 : reserve_scratch(p, err);
 }
@@ -246,11 +249,15 @@ static int embed(b2_places *p, b2_tensor x, int64_t n, const int32_t *places, b2
         return -1;
     for (int64_t g = 0; g < n; g++) {
         b2_tensor features = p->seats[places[g]].prompt.features;
-        int64_t taken = 0;
-        for (int64_t i = p->offsets[g]; i < p->offsets[g + 1]; i++)
-            if (p->ids[i] == -1 &&
-                b2_copy_rows(p->ctx, b2_rows(x, i, 1), NULL, b2_rows(features, taken++, 1), NULL, 1, err) < 0)
+        int64_t taken = 0, count;
+        for (int64_t i = p->offsets[g]; i < p->offsets[g + 1]; i += count > 0 ? count : 1) {
+            for (count = 0; i + count < p->offsets[g + 1] && p->ids[i + count] == -1;)
+                count++;
+            if (count > 0 &&
+                b2_upload_rows(p->ctx, b2_rows(x, i, count), b2_rows(features, taken, count), err) < 0)
                 return -1;
+            taken += count;
+        }
     }
     return 0;
 }
@@ -279,8 +286,8 @@ static int encode_group(b2_places *p, int64_t n, const int32_t *places, b2_err *
         }
     }
     p->offsets[n] = tokens;
-    size_t mark = b2_arena_mark(p->ctx->scratch);
-    float *x = b2_arena_take(p->ctx->scratch, (size_t)(tokens * lm->config.hidden_size), sizeof *x, err);
+    b2_ctx_mark mark = b2_ctx_marked(p->ctx);
+    float *x = b2_arena_take(p->ctx->activations, (size_t)(tokens * lm->config.hidden_size), sizeof *x, err);
     if (!x)
         return -1;
     b2_lm_batch batch = {
@@ -294,7 +301,7 @@ static int encode_group(b2_places *p, int64_t n, const int32_t *places, b2_err *
     };
     if (embed(p, batch.x, n, places, err) < 0 || lm->class_->encode(p->ctx, lm, &batch, err) < 0)
         return -1;
-    b2_arena_reset(p->ctx->scratch, mark);
+    b2_ctx_reset(p->ctx, mark);
     return 0;
 }
 
@@ -343,16 +350,22 @@ static void name_cross(const b2_places *p, b2_lm_batch *batch)
     batch->cross_mask_ld = p->size.longest_encoded;
 }
 
+static int check_logits(b2_ctx *ctx, b2_tensor logits, b2_err *err)
+{
+    return b2_note_finite(ctx, "language_model", B2_LOGITS, logits, err);
+}
+
 /* Prompts that sit at `places` [n] through the model. */
-static int read_group(b2_places *p, int64_t n, const int32_t *places, b2_tensor logits, b2_err *err)
+static int read_group(b2_places *p, int64_t n, const int32_t *places, b2_tensor outer, b2_err *err)
 {
     const b2_lm *lm = p->model->lm;
     if (p->size.longest_encoded > 0 && encode_group(p, n, places, err) < 0)
         return -1;
     int32_t tokens = lay_out_group(p, n, places);
-    size_t mark = b2_arena_mark(p->ctx->scratch);
-    float *x = b2_arena_take(p->ctx->scratch, (size_t)(tokens * lm->config.hidden_size), sizeof *x, err);
-    if (!x)
+    b2_ctx_mark mark = b2_ctx_marked(p->ctx);
+    b2_tensor logits;
+    float *x = b2_arena_take(p->ctx->activations, (size_t)(tokens * lm->config.hidden_size), sizeof *x, err);
+    if (!x || b2_room_for(p->ctx, &logits, outer, err) < 0)
         return -1;
     b2_lm_batch batch = {
         .x = b2_tensor_of(x, tokens, lm->config.hidden_size),
@@ -369,9 +382,11 @@ static int read_group(b2_places *p, int64_t n, const int32_t *places, b2_tensor 
         .logits = logits,
     };
     name_cross(p, &batch);
-    if (embed(p, batch.x, n, places, err) < 0 || lm->class_->forward(p->ctx, lm, &batch, err) < 0)
+    if (embed(p, batch.x, n, places, err) < 0 || lm->class_->forward(p->ctx, lm, &batch, err) < 0 ||
+        (!p->size.all_logits && logits.data && check_logits(p->ctx, logits, err) < 0) ||
+        b2_hand_over(p->ctx, outer, logits, err) < 0)
         return -1;
-    b2_arena_reset(p->ctx->scratch, mark);
+    b2_ctx_reset(p->ctx, mark);
     return 0;
 }
 
@@ -403,15 +418,6 @@ static int read_all(b2_places *p, int64_t n, const int32_t *places, b2_tensor lo
     return 0;
 }
 
-static int check_logits(b2_places *p, b2_tensor logits, b2_err *err)
-{
-    int64_t bad = -1;
-    if (b2_check_finite(p->ctx, &bad, logits, err) < 0)
-        return -1;
-    return bad < 0 ? 0 : b2_fail(err, B2_E_NUMERIC, "language_model head: NaN or Inf in the logits of row %lld",
-                                 (long long)bad);
-}
-
 int b2_places_prefill(b2_places *p, int64_t n, const b2_prompt *prompts, b2_tensor logits, b2_err *err)
 {
     for (int32_t i = 0; i < n; i++) {
@@ -433,7 +439,7 @@ static int prefill_step(b2_step *step, int64_t n, const int32_t *places, const b
     if (read_all(p, n, places, all, err) < 0)
         return -1;
     p->allocations_seen = b2_alloc_count();
-    return check_logits(p, all, err);
+    return 0;
 }
 
 /* ---- going on ---- */
@@ -503,47 +509,75 @@ static int lay_out_step(b2_places *p, int64_t n, const int32_t *row, const int32
     return 0;
 }
 
+/* One step of the model: what its operations are given, and nothing besides. */
+typedef struct step_call {
+    const b2_lm *lm;
+    const int32_t *ids; /* [n] */
+    b2_lm_batch batch;
+    b2_kv_cache cache, cross; /* what `batch` points to, for comparing */
+} step_call;
+
+static int run_step(b2_ctx *ctx, void *argument, b2_err *err)
+{
+    const step_call *call = argument;
+    const b2_lm *lm = call->lm;
+    b2_lm_batch batch = call->batch;
+    return lm->class_->embed(ctx, lm, batch.x, call->ids, err) < 0 || lm->class_->forward(ctx, lm, &batch, err) < 0
+               ? -1
+               : check_logits(ctx, batch.logits, err);
+}
+
+static void fill_call(b2_places *p, step_call *call, int64_t n, b2_tensor x, b2_tensor logits)
+{
+    memset(call, 0, sizeof *call); /* what lies between the fields is compared too */
+    b2_lm_batch *batch = &call->batch;
+    call->lm = p->model->lm;
+    call->ids = p->ids;
+    call->cache = p->cache;
+    call->cross = p->cross;
+    batch->x = x;
+    batch->rows = n;
+    batch->q_offsets = p->offsets;
+    batch->positions = p->positions;
+    batch->cache = &p->cache;
+    batch->cache_rows = p->cache_rows;
+    batch->prefix_starts = p->starts;
+    batch->prefix_lens = p->lens;
+    batch->suffix_slots = p->suffix_slots;
+    batch->suffix_ld = p->size.steps;
+    batch->suffix_lens = p->suffix_lens;
+    batch->key_mask = p->size.masked ? p->mask : NULL;
+    batch->key_mask_ld = p->size.longest + p->size.steps;
+    batch->logits = logits;
+    name_cross(p, batch);
+}
+
 static int advance_step(b2_step *step, int64_t n, const int32_t *row, const int32_t *parent, const int32_t *token,
                         float *logits, b2_err *err)
 {
     b2_places *p = (b2_places *)step;
-    const b2_lm *lm = p->model->lm;
+    b2_ctx *ctx = p->ctx;
+    b2_tensor outer = b2_tensor_of(logits, n, step->vocabulary), x, inner;
+    step_call call;
     if (lay_out_step(p, n, row, parent, err) < 0)
         return -1;
-    size_t mark = b2_arena_mark(p->ctx->scratch);
-    float *x = b2_arena_take(p->ctx->scratch, (size_t)(n * lm->config.hidden_size), sizeof *x, err);
-    if (!x)
+    memcpy(p->ids, token, (size_t)n * sizeof *token);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
+    if (b2_stage_take(ctx, &x, n, p->model->lm->config.hidden_size, err) < 0 || b2_room_for(ctx, &inner, outer, err) < 0)
         return -1;
-    b2_lm_batch batch = {
-        .x = b2_tensor_of(x, n, lm->config.hidden_size),
-        .rows = n,
-        .q_offsets = p->offsets,
-        .positions = p->positions,
-        .cache = &p->cache,
-        .cache_rows = p->cache_rows,
-        .prefix_starts = p->starts,
-        .prefix_lens = p->lens,
-        .suffix_slots = p->suffix_slots,
-        .suffix_ld = p->size.steps,
-        .suffix_lens = p->suffix_lens,
-        .key_mask = p->size.masked ? p->mask : NULL,
-        .key_mask_ld = p->size.longest + p->size.steps,
-        .logits = b2_tensor_of(logits, n, step->vocabulary),
-    };
-    name_cross(p, &batch);
-    b2_rows_are before = p->ctx->rows_are;
-    p->ctx->rows_are = B2_ROWS_APART;
-    int status = lm->class_->embed(p->ctx, lm, batch.x, token, err) < 0 ? -1
-                                                                       : lm->class_->forward(p->ctx, lm, &batch, err);
-    p->ctx->rows_are = before;
-    if (status < 0)
+    fill_call(p, &call, n, x, inner);
+    b2_rows_are before = ctx->rows_are;
+    ctx->rows_are = B2_ROWS_APART;
+    int status = b2_step_run(ctx, (b2_step_shape){&call, sizeof call}, run_step, &call, err);
+    ctx->rows_are = before;
+    if (status < 0 || b2_hand_over(ctx, outer, inner, err) < 0)
         return -1;
-    b2_arena_reset(p->ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     count_step(p, n, row);
     uint64_t allocations = b2_alloc_count();
     p->step_allocations += (int64_t)(allocations - p->allocations_seen);
     p->allocations_seen = allocations;
-    return check_logits(p, batch.logits, err);
+    return 0;
 }
 
 static void leave_step(b2_step *step, int32_t place)
@@ -591,7 +625,7 @@ int b2_places_keep(b2_prefix **kept, b2_places *p, int32_t place, const int32_t 
     if (seat->prompt.mask)
         return b2_fail(err, B2_E_VALUE, "prefix: a prompt with a mask can not be kept");
     int32_t *rows = b2_alloc((size_t)all, sizeof *rows, "rows of a prefix", err);
-    b2_prefix *prefix = rows ? b2_prefix_create(p->model, p->cache.layers, p->cache.width, all, err) : NULL;
+    b2_prefix *prefix = rows ? b2_prefix_create(p->model, p->ctx->memory, p->cache.layers, p->cache.width, all, err) : NULL;
     int status = -1;
     if (prefix) {
         list_rows(p, seat, rows, more, beams, row);
@@ -600,9 +634,11 @@ int b2_places_keep(b2_prefix **kept, b2_places *p, int32_t place, const int32_t 
         status = b2_prefix_copy(p->ctx, &prefix->cache, 0, &p->cache, rows, all, err);
     }
     b2_free(rows);
-    if (status < 0)
+    if (status < 0) {
+        b2_wait(p->ctx);
         b2_prefix_release(prefix);
-    else
+    } else {
         *kept = prefix;
+    }
     return status;
 }

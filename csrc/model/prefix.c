@@ -4,7 +4,7 @@
 
 #include "core/memory.h"
 
-b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_t length, b2_err *err)
+b2_prefix *b2_prefix_create(const void *model, b2_memory *memory, int layers, int64_t width, int64_t length, b2_err *err)
 {
     b2_prefix *prefix = b2_alloc_zeroed(1, sizeof *prefix, "prefix", err);
     if (!prefix)
@@ -13,7 +13,7 @@ b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_
     prefix->length = length;
     prefix->ids = b2_alloc((size_t)length, sizeof *prefix->ids, "prefix ids", err);
     prefix->rule_ids = b2_alloc((size_t)length, sizeof *prefix->rule_ids, "prefix ids", err);
-    if (prefix->ids && prefix->rule_ids && b2_kv_cache_create(&prefix->cache, layers, width, length, err) == 0)
+    if (prefix->ids && prefix->rule_ids && b2_kv_cache_create(&prefix->cache, memory, layers, width, length, err) == 0)
         return prefix;
     b2_prefix_release(prefix);
     return NULL;
@@ -47,7 +47,7 @@ int b2_prefix_copy(b2_ctx *ctx, const b2_kv_cache *to, int64_t first, const b2_k
 
 int b2_prefix_head(b2_prefix **head, b2_ctx *ctx, const b2_prefix *prefix, int64_t length, b2_err *err)
 {
-    b2_prefix *p = b2_prefix_create(prefix->model, prefix->cache.layers, prefix->cache.width, length, err);
+    b2_prefix *p = b2_prefix_create(prefix->model, ctx->memory, prefix->cache.layers, prefix->cache.width, length, err);
     if (!p)
         return -1;
     /* No masked pads: every token takes one position. */
@@ -55,6 +55,7 @@ int b2_prefix_head(b2_prefix **head, b2_ctx *ctx, const b2_prefix *prefix, int64
     memcpy(p->ids, prefix->ids, (size_t)length * sizeof *p->ids);
     memcpy(p->rule_ids, prefix->rule_ids, (size_t)length * sizeof *p->rule_ids);
     if (b2_prefix_copy(ctx, &p->cache, 0, &prefix->cache, NULL, length, err) < 0) {
+        b2_wait(ctx);
         b2_prefix_release(p);
         return -1;
     }

@@ -20,7 +20,7 @@ typedef struct b2_prefix {
 } b2_prefix;
 
 /* Nothing in it yet. */
-b2_prefix *b2_prefix_create(const void *model, int layers, int64_t width, int64_t length, b2_err *err);
+b2_prefix *b2_prefix_create(const void *model, b2_memory *memory, int layers, int64_t width, int64_t length, b2_err *err);
 /* NULL is nothing. */
 void b2_prefix_release(b2_prefix *prefix);
 

@@ -153,7 +153,7 @@ void b2_qformer_release(b2_qformer *qformer)
         b2_release_weights(&qformer->layers[i], text_table, COUNT(text_table));
     }
     b2_free(qformer->layers);
-    b2_free(qformer->start);
+    b2_memory_free(qformer->start_memory, qformer->start);
     qformer->layers = NULL;
     qformer->start = NULL;
 }
@@ -283,8 +283,8 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_qformer_config *c, con
         b2_stage_take(ctx, &w->h, rows, c->hidden_size, err) < 0 ||
         b2_stage_take(ctx, &w->inner, b2_max64(w->queries, w->text), c->intermediate_size, err) < 0)
         return -1;
-    w->k = b2_arena_take(ctx->scratch, keys, sizeof *w->k, err);
-    w->v = b2_arena_take(ctx->scratch, keys, sizeof *w->v, err);
+    w->k = b2_arena_take(ctx->activations, keys, sizeof *w->k, err);
+    w->v = b2_arena_take(ctx->activations, keys, sizeof *w->v, err);
     if (!w->k || !w->v)
         return -1;
     if (b2_stage_equal_rows(ctx, &w->over_queries, items, w->each, w->each, err) < 0 ||
@@ -485,19 +485,27 @@ int b2_qformer_prepare(b2_ctx *ctx, b2_qformer *m, b2_err *err)
     buffers w;
     if (c->num_hidden_layers == 0 || c->text_side == B2_TEXT_BESIDE)
         return 0;
-    float *start = b2_alloc((size_t)(c->num_query_tokens * c->hidden_size), sizeof *start, "Q-Former start", err);
-    int status = start ? b2_arena_reserve(ctx->scratch, b2_qformer_scratch(ctx, m, 1, in.queries, 1, 1, 0), err) : -1;
+    float *start = b2_memory_alloc(ctx->memory, (size_t)(c->num_query_tokens * c->hidden_size), sizeof *start,
+                                   "Q-Former start", err);
+    int status = start ? b2_ctx_reserve(ctx, b2_qformer_scratch(ctx, m, 1, in.queries, 1, 1, 0), err) : -1;
     if (status == 0 && (take_buffers(ctx, &w, c, &in, err) < 0 || embed(ctx, m, &w, &in, err) < 0 ||
                         self_attention(ctx, m, 0, &w, err) < 0 ||
                         b2_copy_rows(ctx, b2_tensor_of(start, w.queries, c->hidden_size), NULL, w.x, NULL, w.queries,
                                      err) < 0))
         status = -1;
-    b2_arena_reset(ctx->scratch, 0);
-    if (status == 0) {
+    b2_ctx_reset(ctx, (b2_ctx_mark){0});
+    int64_t bad = -1;
+    if (status == 0) /* this, because nobody reads the start who would hear of what was noted */
+        status = b2_check_finite(ctx, &bad, b2_tensor_of(start, c->num_query_tokens, c->hidden_size), err);
+    if (status == 0 && bad < 0) {
         m->start = start;
+        m->start_memory = ctx->memory;
         return 0;
     }
-    b2_free(start);
+    b2_wait(ctx);
+    b2_memory_free(ctx->memory, start);
+    if (status == 0)
+        return 0; /* whoever uses the Q-Former will hear of it */
     if (err->code != B2_E_NUMERIC)
         return -1;
     *err = (b2_err){0}; /* whoever uses the Q-Former will hear of it */
@@ -513,7 +521,7 @@ static int hand_out(b2_ctx *ctx, const buffers *w, b2_tensor out, int64_t first,
 int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_out *out, const b2_qformer_in *in,
                        b2_err *err)
 {
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     buffers w;
     if (take_buffers(ctx, &w, &m->config, in, err) < 0 || embed(ctx, m, &w, in, err) < 0)
         return -1;
@@ -527,6 +535,6 @@ int b2_qformer_forward(b2_ctx *ctx, const b2_qformer *m, const b2_qformer_out *o
     int status = hand_out(ctx, &w, out->queries, 0, err);
     if (status == 0)
         status = hand_out(ctx, &w, out->text, w.queries, err);
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return status;
 }

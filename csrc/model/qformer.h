@@ -64,6 +64,7 @@ typedef struct b2_qformer {
     b2_qformer_layer *layers;          /* [num_hidden_layers], owned */
     float *start;                      /* [Q, D], owned: the queries behind layer 0's self-attention, which without a text
                                         * are the same for every picture; NULL before b2_qformer_prepare */
+    b2_memory *start_memory;           /* where it lies */
 } b2_qformer;
 
 /* Texts, one an item. */

@@ -4,7 +4,7 @@
 
 int b2_stage_take(b2_ctx *ctx, b2_tensor *out, int64_t rows, int64_t cols, b2_err *err)
 {
-    float *data = b2_arena_take(ctx->scratch, (size_t)(rows * cols), sizeof *data, err);
+    float *data = b2_arena_take(ctx->activations, (size_t)(rows * cols), sizeof *data, err);
     *out = b2_tensor_of(data, rows, cols);
     return data ? 0 : -1;
 }
@@ -57,7 +57,7 @@ int b2_stage_attend(b2_ctx *ctx, const char *stage, int layer, const b2_attentio
 
 int b2_stage_tap(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err)
 {
-    return ctx->tap ? ctx->tap->fn(ctx->tap, stage, layer, hidden, err) : 0;
+    return ctx->tap ? ctx->tap->fn(ctx->tap, ctx, stage, layer, hidden, err) : 0;
 }
 
 int b2_stage_done(b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err)

@@ -2,14 +2,10 @@
 #ifndef B2_MODEL_STAGE_H
 #define B2_MODEL_STAGE_H
 
+#include "core/integers.h"
 #include "ops/ops.h"
 
-static inline int64_t b2_max64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
-
-/* out [rows, cols] from the context's arena. */
+/* out [rows, cols] from ctx->activations. */
 int b2_stage_take(b2_ctx *ctx, b2_tensor *out, int64_t rows, int64_t cols, b2_err *err);
 
 /* B items: item b's queries are rows [b*queries, (b+1)*queries), its keys rows [b*keys, (b+1)*keys). */

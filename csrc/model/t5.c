@@ -286,6 +286,12 @@ static int t5_visit(const b2_lm *lm, b2_weight_visitor *visitor, b2_err *err)
                : 0;
 }
 
+static int t5_visit_made(const b2_lm *lm, b2_weight_visitor *visitor, b2_err *err)
+{
+    const b2_weight *norm = &((const t5 *)lm)->head_norm;
+    return norm->data ? visitor->fn(visitor, norm, &norm->n, 1, err) : 0;
+}
+
 /* A stack whose binding failed half-way has layers without a count. */
 static void release_stack(t5_stack *stack, int count, const stack_tables *tables)
 {
@@ -487,9 +493,9 @@ static int run_encoder(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err
 
 static int t5_encode(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)
 {
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     int status = run_encoder(ctx, (const t5 *)lm, batch, err);
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return status;
 }
 
@@ -578,9 +584,9 @@ static int run_decoder(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, b2_err *err
 
 static int t5_forward(b2_ctx *ctx, const b2_lm *lm, b2_lm_batch *batch, b2_err *err)
 {
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     int status = run_decoder(ctx, (const t5 *)lm, batch, err);
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return status;
 }
 
@@ -588,6 +594,7 @@ const b2_lm_class b2_t5_class = {
     .size = sizeof(t5),
     .bind = t5_bind,
     .visit = t5_visit,
+    .visit_made = t5_visit_made,
     .release = t5_release,
     .scratch = t5_scratch,
     .embed = t5_embed,

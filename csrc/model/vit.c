@@ -171,7 +171,7 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_vit_config *c, int64_t
     if (b2_stage_take(ctx, &w->x, rows, c->hidden_size, err) < 0 ||
         b2_stage_take(ctx, &w->h, rows, c->hidden_size, err) < 0)
         return -1;
-    w->wide = b2_arena_take(ctx->scratch, (size_t)(rows * wide_columns(c)), sizeof *w->wide, err);
+    w->wide = b2_arena_take(ctx->activations, (size_t)(rows * wide_columns(c)), sizeof *w->wide, err);
     w->class_rows = b2_arena_take(ctx->scratch, (size_t)pictures, sizeof *w->class_rows, err);
     w->patch_rows = b2_arena_take(ctx->scratch, (size_t)rows, sizeof *w->patch_rows, err);
     if (!w->wide || !w->class_rows || !w->patch_rows)
@@ -216,6 +216,7 @@ static int self_attention(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *la
         return -1;
     b2_attention_args args = b2_stage_attention(&w->pictures, w->h, b2_cols(qkv, 0, width), b2_cols(qkv, width, width),
                                                 b2_cols(qkv, 2 * width, width), c->num_attention_heads);
+    args.operands = b2_operands_of(&layer->qkv_weight);
     if (b2_stage_attend(ctx, "vision", (int)(layer - vit->layers), &args, err) < 0)
         return -1;
     return b2_linear(ctx, w->x, w->h, &layer->projection_weight, &out, err);
@@ -239,7 +240,7 @@ static int feed_forward(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *laye
 int b2_vit_forward(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, b2_pictures pictures, b2_tensor positions,
                    b2_err *err)
 {
-    size_t mark = b2_arena_mark(ctx->scratch);
+    b2_ctx_mark mark = b2_ctx_marked(ctx);
     buffers w;
     if (take_buffers(ctx, &w, &vit->config, pictures.count, positions.rows, err) < 0 ||
         embed(ctx, vit, &w, pictures, positions, err) < 0 || b2_stage_done(ctx, "vision", 0, w.x, err) < 0)
@@ -250,7 +251,7 @@ int b2_vit_forward(b2_ctx *ctx, const b2_vit *vit, b2_tensor out, b2_pictures pi
             return -1;
     int status = b2_layer_norm(ctx, out, w.x, &vit->post_layernorm_weight, &vit->post_layernorm_bias,
                                vit->config.layer_norm_eps, err);
-    b2_arena_reset(ctx->scratch, mark);
+    b2_ctx_reset(ctx, mark);
     return status;
 }
 

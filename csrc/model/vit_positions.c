@@ -70,27 +70,34 @@ size_t b2_vit_positions_scratch(const b2_vit *vit, int64_t height, int64_t width
 {
     if (is_trained_grid(vit, height, width))
         return 0;
-    return b2_arena_cost((size_t)(b2_vit_tokens(&vit->config, height, width) * vit->config.hidden_size), sizeof(float));
+    int64_t dim = vit->config.hidden_size, grid = grid_of(vit);
+    return b2_arena_cost((size_t)(b2_vit_tokens(&vit->config, height, width) * dim), sizeof(float)) +
+           b2_arena_cost((size_t)((1 + grid * grid) * dim), sizeof(float)); /* the table, where it is not on the host */
 }
 
 int b2_vit_positions(b2_ctx *ctx, const b2_vit *vit, b2_tensor *positions, int64_t height, int64_t width, b2_err *err)
 {
-    const float *table = vit->position_embedding.data; /* [1 + grid*grid, D], F32 */
     int64_t dim = vit->config.hidden_size, grid = grid_of(vit);
     int64_t down = height / vit->config.patch_size, across = width / vit->config.patch_size;
-    if (is_trained_grid(vit, height, width)) {
-        *positions = b2_tensor_of((float *)table, 1 + grid * grid, dim);
+    b2_tensor own = b2_tensor_of((float *)vit->position_embedding.data, 1 + grid * grid, dim); /* F32 */
+    *positions = own;
+    if (is_trained_grid(vit, height, width))
         return 0;
-    }
-    if (b2_stage_take(ctx, positions, 1 + down * across, dim, err) < 0)
+    float *table = own.data, *made = b2_arena_take(ctx->scratch, (size_t)((1 + down * across) * dim), sizeof *made, err);
+    if (!made)
         return -1;
-    memcpy(positions->data, table, (size_t)dim * sizeof *table);
+    if (!b2_on_host(ctx)) {
+        table = b2_arena_take(ctx->scratch, (size_t)(own.rows * dim), sizeof *table, err);
+        if (!table || b2_download_rows(ctx, b2_tensor_of(table, own.rows, dim), own, err) < 0)
+            return -1;
+    }
+    memcpy(made, table, (size_t)dim * sizeof *table);
     for (int64_t i = 0; i < down; i++) {
         taps y = taps_of(i, down, grid);
         for (int64_t j = 0; j < across; j++) {
             taps x = taps_of(j, across, grid);
-            interpolate(positions->data + (1 + i * across + j) * dim, table + dim, grid, dim, &y, &x);
+            interpolate(made + (1 + i * across + j) * dim, table + dim, grid, dim, &y, &x);
         }
     }
-    return 0;
+    return b2_bring_in(ctx, positions, b2_tensor_of(made, 1 + down * across, dim), err);
 }

@@ -231,15 +231,15 @@ static const b2_st_file *file_of(const b2_binder *binder, const b2_st_tensor *te
     return &binder->checkpoint->files[find_file(binder->checkpoint, tensor->name, &same)];
 }
 
+const char *const b2_part_names[B2_PART_COUNT] = {"vision", "qformer", "language"};
+
 void b2_policies_name(char text[B2_POLICIES_TEXT], const b2_dtype_policy policies[B2_PART_COUNT])
 {
-    static const char *const parts[B2_PART_COUNT] = {"vision", "qformer", "language"};
-    static const char *const dtypes[B2_DTYPE_COUNT] = {"float32", "float16", "bfloat16", "int8", "int4"};
     size_t used = 0;
     for (int i = 0; i < B2_PART_COUNT; i++) {
         const b2_dtype_policy *p = &policies[i];
-        const char *name = p->hold == B2_HOLD_STORED ? "auto" : p->hold == B2_HOLD_HALF ? "half" : dtypes[p->dtype];
-        used += (size_t)snprintf(text + used, B2_POLICIES_TEXT - used, "%s%s=%s%s", i ? "," : "", parts[i], name,
+        const char *name = p->hold == B2_HOLD_STORED ? "auto" : p->hold == B2_HOLD_HALF ? "half" : b2_dtype_word(p->dtype);
+        used += (size_t)snprintf(text + used, B2_POLICIES_TEXT - used, "%s%s=%s%s", i ? "," : "", b2_part_names[i], name,
                                  p->pairs ? "-pairs" : "");
     }
 }
@@ -259,6 +259,14 @@ static b2_format format_of(const b2_dtype_policy *policy, b2_kind kind, b2_dtype
     return (b2_format){dtype, dtype == B2_BF16 && policy->pairs ? B2_PAIRS : B2_PANELS};
 }
 
+/* A matrix to the device. */
+static int send(b2_binder *binder, b2_weight *weight, const b2_weight *matrix, b2_dtype dtype, b2_err *err)
+{
+    if (dtype == B2_F16 && binder->widens)
+        dtype = B2_F32;
+    return b2_weight_stride(weight, matrix, dtype, binder->memory, binder->pool, binder->cancel, err);
+}
+
 static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, const b2_st_tensor *tensor,
                 const char *name, b2_err *err)
 {
@@ -271,6 +279,12 @@ static int hold(b2_binder *binder, b2_weight *weight, const b2_weight_row *row, 
             return -1;
     } else {
         b2_format format = format_of(&binder->policy, row->kind, stored.dtype);
+        if (binder->memory) {
+            if (send(binder, weight, &stored, format.dtype, err) < 0)
+                return -1;
+            b2_st_drop_pages(file_of(binder, tensor), tensor);
+            return 0;
+        }
         if (row->kind == B2_MATRIX_ITEM && format.dtype == B2_F32 && (uintptr_t)stored.data % sizeof(float) == 0) {
             *weight = stored;
             return 0; /* read where it lies */
@@ -311,10 +325,12 @@ static int place(b2_binder *binder, b2_weight *weight, const b2_weight_row *row,
     if (tensor->bytes != bytes || (uintptr_t)tensor->data % B2_PACKED_ALIGNMENT != 0)
         return b2_fail(err, B2_E_FORMAT, "%.200s: expected %zu bytes at a multiple of %d, the packed file holds %zu%s", name,
                        bytes, B2_PACKED_ALIGNMENT, tensor->bytes, tensor->bytes == bytes ? ", not aligned" : "");
+    w.name = name;
+    w.version = 1;
+    b2_weight_place(&w, tensor->data, columns);
+    if (binder->memory && !plain)
+        return send(binder, weight, &w, w.dtype, err);
     *weight = w;
-    weight->name = name;
-    weight->version = 1;
-    b2_weight_place(weight, tensor->data, columns);
     return 0;
 }
 

@@ -9,6 +9,7 @@
 #define B2_MODEL_WEIGHT_TABLE_H
 
 #include "core/error.h"
+#include "core/memory.h"
 #include "core/pool.h"
 #include "core/tensor.h"
 #include "io/safetensors.h"
@@ -69,6 +70,8 @@ typedef struct b2_weight_row {
 /* The parts of a model whose dtypes are chosen apart. */
 typedef enum b2_part { B2_PART_VISION = 0, B2_PART_QFORMER, B2_PART_LANGUAGE, B2_PART_COUNT } b2_part;
 
+extern const char *const b2_part_names[B2_PART_COUNT];
+
 typedef enum b2_hold {
     B2_HOLD_STORED = 0, /* in the dtype of the file */
     B2_HOLD_HALF,       /* in 16 bits: as stored, F32 narrowed to F16. What stays precise beside quantised parts */
@@ -92,6 +95,8 @@ typedef struct b2_binder {
     b2_pool *pool;
     b2_cancel *cancel;   /* may be NULL */
     const int64_t *dims; /* [B2_DIM_COUNT] */
+    b2_memory *memory;   /* of the device that matrices go to, as B2_STRIDED; NULL: they are packed for the processor */
+    int widens;          /* 1: there float16 becomes F32 (the Q-Former, as in transformers under float16) */
     int layer;           /* fills %d */
     char **names;        /* owned list of weight names, grows; handed to the model */
     int64_t name_count;

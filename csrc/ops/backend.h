@@ -29,7 +29,8 @@ typedef struct b2_device {
     const b2_ops *ops;
 } b2_device;
 
-typedef struct b2_backend {
+typedef struct b2_backend b2_backend;
+struct b2_backend {
     uint32_t version;  /* B2_BACKEND_VERSION */
     const char *name;  /* "cuda" */
     /* Devices that can be opened; B2_E_UNSUPPORTED with the reason where there is no driver or no device. */
@@ -41,7 +42,7 @@ typedef struct b2_backend {
     /* A queue for ctx->queue, or NULL. Releasing it waits for its work. */
     void *(*queue)(b2_device *device, b2_err *err);
     void (*release)(void *queue);
-} b2_backend;
+};
 
 typedef const b2_backend *(*b2_backend_entry)(void);
 

@@ -286,13 +286,60 @@ int b2_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *e
     return bytes == 0 ? 0 : ctx->ops->download(ctx, to, from, bytes, err);
 }
 
-int b2_download_rows(b2_ctx *ctx, float *to, b2_tensor from, b2_err *err)
+typedef int (*copy_fn)(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
+
+static int move_rows(b2_ctx *ctx, copy_fn copy, b2_tensor to, b2_tensor from, b2_err *err)
 {
-    int64_t together = from.ld == from.cols ? from.rows : 1;
+    int64_t together = to.ld == to.cols && from.ld == from.cols ? from.rows : 1;
+    if (check_shape("copy", "from", from, to.rows, to.cols, err) < 0)
+        return -1;
     for (int64_t i = 0; i < from.rows; i += together)
-        if (b2_download(ctx, to + i * from.cols, from.data + i * from.ld, (size_t)(together * from.cols) * sizeof *to, err) < 0)
+        if (copy(ctx, to.data + i * to.ld, from.data + i * from.ld, (size_t)(together * from.cols) * sizeof *to.data,
+                 err) < 0)
             return -1;
     return 0;
+}
+
+int b2_upload_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err)
+{
+    return move_rows(ctx, b2_upload, to, from, err);
+}
+
+int b2_download_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err)
+{
+    return move_rows(ctx, b2_download, to, from, err);
+}
+
+int b2_room_for(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err)
+{
+    *inner = outer;
+    if (b2_on_host(ctx) || !outer.data)
+        return 0;
+    float *data = b2_arena_take(ctx->activations, (size_t)(outer.rows * outer.cols), sizeof *data, err);
+    *inner = b2_tensor_of(data, outer.rows, outer.cols);
+    return data ? 0 : -1;
+}
+
+int b2_bring_in(b2_ctx *ctx, b2_tensor *in, b2_tensor outer, b2_err *err)
+{
+    if (b2_room_for(ctx, in, outer, err) < 0)
+        return -1;
+    return in->data == outer.data ? 0 : b2_upload_rows(ctx, *in, outer, err);
+}
+
+int b2_hand_over(b2_ctx *ctx, b2_tensor outer, b2_tensor inner, b2_err *err)
+{
+    return !outer.data || inner.data == outer.data ? 0 : b2_download_rows(ctx, outer, inner, err);
+}
+
+size_t b2_outer_bytes(const b2_ctx *ctx, int64_t rows, int64_t cols)
+{
+    return b2_on_host(ctx) ? 0 : b2_arena_cost((size_t)(rows * cols), sizeof(float));
+}
+
+void b2_wait(b2_ctx *ctx)
+{
+    ctx->ops->wait(ctx);
 }
 
 int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err)

@@ -54,7 +54,7 @@ typedef struct b2_ctx {
  * hidden_states: 0 is the embedding output, i + 1 the output of layer i. Language models report once more, as layer
  * L + 1, what follows their final norm. */
 struct b2_tap {
-    int (*fn)(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err);
+    int (*fn)(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err);
     /* NULL: nobody wants attention weights. Else called after each attention with its arguments (the stage has run it
      * already); who wants the weights computes them with b2_attention_weights. `stage` is "vision", "qformer",
      * "qformer_cross", "language_model", "encoder", "decoder" or "decoder_cross"; `layer` counts from 0. */
@@ -108,7 +108,15 @@ typedef struct b2_attention_args {
                                   * to the score of query i and key j: T5's relative position bias */
     int64_t distance_limit;      /* L */
     int64_t window;              /* 0: all; else query i sees only keys j > keys_b - T_b + i - window (sliding window) */
+    b2_dtype operands;           /* B2_F16 or B2_BF16: q, k, v and the softmax may be rounded to this before they are
+                                  * multiplied, as models stored so do upstream (sums are fp32); B2_F32: they may not */
 } b2_attention_args;
+
+/* What b2_attention_args.operands may be where queries, keys and values are made by this weight. */
+static inline b2_dtype b2_operands_of(const b2_weight *weight)
+{
+    return weight->dtype == B2_F32 || weight->dtype == B2_BF16 ? weight->dtype : B2_F16;
+}
 
 /* Pixels of pictures of one size, C-contiguous. A view: it owns nothing. */
 typedef struct b2_pictures {
@@ -182,6 +190,7 @@ struct b2_ops {
     int (*picture_scores)(b2_ctx *, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *);
     int (*upload)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
     int (*download)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
+    void (*wait)(b2_ctx *);
     int (*step)(b2_ctx *, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *);
     size_t (*scratch_bytes)(const b2_ctx *, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim);
 };
@@ -255,9 +264,11 @@ int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
 /* first_bad_row = index of the first row of x that holds a NaN or an Inf, or -1. */
 int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);
 
-/* A NaN or Inf in x [N, D], which `stage` has after `layer` layers, is B2_E_NUMERIC: at once, or of the next b2_download where
+/* A NaN or Inf in x [N, D], which `stage` has after `layer` layers (B2_LOGITS: what its head gives), is B2_E_NUMERIC: at once, or of the next b2_download where
  * the backend has a queue. `stage` is a constant. */
 int b2_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err);
+
+enum { B2_LOGITS = -1 };
 
 /* -1 with the error of b2_note_finite, for backends. */
 int b2_fail_finite(b2_err *err, const char *stage, int layer, int64_t row);
@@ -279,8 +290,22 @@ static inline int b2_on_host(const b2_ctx *ctx)
  * waited for all that was asked for before it. */
 int b2_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
 int b2_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
-/* to [rows, cols], contiguous, on the host. */
-int b2_download_rows(b2_ctx *ctx, float *to, b2_tensor from, b2_err *err);
+/* The same of whole tensors, of one shape. */
+int b2_upload_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err);
+int b2_download_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err);
+
+/* What comes from outside and goes there (arrays of NumPy, logits of a search) is on the host, or on the very device. On the
+ * CPU it is used where it lies.
+ * *in: what `outer` holds, in backend memory: from ctx->activations where that is not where it is. */
+int b2_bring_in(b2_ctx *ctx, b2_tensor *in, b2_tensor outer, b2_err *err);
+/* *inner: room for what `outer` is to hold, which b2_hand_over puts there. */
+int b2_room_for(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err);
+int b2_hand_over(b2_ctx *ctx, b2_tensor outer, b2_tensor inner, b2_err *err);
+/* What b2_bring_in and b2_room_for take from ctx->activations. */
+size_t b2_outer_bytes(const b2_ctx *ctx, int64_t rows, int64_t cols);
+
+/* Returns when nothing that was asked for is under way: before memory is freed that it may use. */
+void b2_wait(b2_ctx *ctx);
 
 /* Room for `bytes` in both arenas; nothing may be in use. */
 int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err);

@@ -4,6 +4,7 @@
 #define B2_OPS_WEIGHTS_H
 
 #include "core/error.h"
+#include "core/memory.h"
 #include "core/pool.h"
 #include "core/tensor.h"
 
@@ -39,6 +40,15 @@ void b2_weight_place(b2_weight *w, const void *block, int has_column_scales);
 
 /* dst = src as owned B2_ROWS in `dtype`. Vectors (norms, biases) are held so, in F32. */
 int b2_weight_copy(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_err *err);
+
+/* dst = src, a matrix on the host, as B2_STRIDED in `memory` (NULL: on the heap): in `dtype`; src in B2_QUADS stays as it is.
+ * Errors as of b2_weight_pack. */
+int b2_weight_stride(b2_weight *dst, const b2_weight *src, b2_dtype dtype, b2_memory *memory, b2_pool *pool,
+                     b2_cancel *cancel, b2_err *err);
+/* Rows on the host (a vector, a table) go to `memory`; what they were in is released. */
+int b2_weight_move(b2_weight *w, b2_memory *memory, b2_err *err);
+/* copy = a weight in the memory of a device, on the heap; to be released. */
+int b2_weight_fetch(b2_weight *copy, const b2_weight *w, b2_err *err);
 
 /* out [n, k] row-major in w->dtype (F32 where w is quantised), whatever w's layout: for saving. */
 int b2_weight_unpack(void *out, const b2_weight *w, b2_err *err);

@@ -1,6 +1,7 @@
 /* blip2c._core: the module object, its state and what it says of the machine. */
 #define B2_PY_MODULE_FILE
 #include "python/py_common.h"
+#include "python/py_device.h"
 #include "python/py_dtype.h"
 
 #include "core/memory.h"
@@ -56,7 +57,7 @@ static int module_exec(PyObject *module)
         return -1;
     if (b2py_add_kernels(module) < 0 || b2py_add_search(module) < 0 || b2py_add_rules(module) < 0 ||
         b2py_add_safetensors(module) < 0 || b2py_add_model(module) < 0 || b2py_add_dtype(module) < 0 ||
-        b2py_add_prefix(module) < 0 || b2py_add_index(module) < 0)
+        b2py_add_prefix(module) < 0 || b2py_add_devices(module) < 0 || b2py_add_index(module) < 0)
         return -1;
     return 0;
 }

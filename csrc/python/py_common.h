@@ -32,6 +32,7 @@ typedef struct b2py_state {
     b2_cpu cpu;
     b2_isa isa;
     const b2_ops *ops;
+    const struct b2_backend *backend; /* of CUDA, once it has been asked for (py_device.c) */
     struct b2py_call *calls; /* that run now and may be cancelled from other threads; guarded by the GIL */
 } b2py_state;
 
@@ -72,8 +73,7 @@ void b2py_call_resume(b2py_call *call);
  * ValueError. Non-contiguous, unaligned or byte-swapped arrays are copied into order. New reference. */
 PyArrayObject *b2py_array(PyObject *object, const char *name, int type, int ndim);
 
-/* The names that users know dtypes by: "float32", "float16", "bfloat16", "int8", "int4". 0, or -1 without an exception for another. */
-const char *b2py_dtype_name(b2_dtype dtype);
+/* The dtype with this b2_dtype_word: 0, or -1 without an exception for another. */
 int b2py_dtype_named(b2_dtype *dtype, const char *name);
 
 /* Parts of the module, each in its own file, added by module.c. */

@@ -86,7 +86,8 @@ static PyObject *prefix_head(PyObject *object, PyObject *argument)
         return Py_NewRef(object);
     b2_prefix *head = NULL;
     b2py_run r;
-    b2py_run_begin(&r, self->model, NULL);
+    if (b2py_run_begin(&r, self->model, NULL) < 0)
+        return NULL;
     int status = b2_prefix_head(&head, &r.ctx, self->prefix, length, &r.err);
     return b2py_run_end(&r, self->model, status) < 0 ? NULL : new_prefix(self->model, head);
 }
@@ -173,7 +174,8 @@ static PyObject *run_prefill(PyObject *self, const b2_blip2 *model, const b2_pro
 {
     b2_prefix *prefix = NULL;
     b2py_run r;
-    b2py_run_begin(&r, self, NULL);
+    if (b2py_run_begin(&r, self, NULL) < 0)
+        return NULL;
     int status = b2_session_prefix(&prefix, &r.ctx, model, prompt, rules, &r.err);
     return b2py_run_end(&r, self, status) < 0 ? NULL : new_prefix(self, prefix);
 }
@@ -216,39 +218,51 @@ static int show(watcher *w, const char *kind, const char *stage, int layer, PyOb
     return status;
 }
 
-static int watch_hidden(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err)
+/* A new float32 array; the GIL is given up before and after. NULL with B2_E_CALLBACK. */
+static PyObject *array_of(watcher *w, int ndim, npy_intp *shape, float **data, b2_err *err)
+{
+    b2py_call_hold(w->call);
+    PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
+    b2py_call_resume(w->call);
+    if (array)
+        *data = PyArray_DATA((PyArrayObject *)array);
+    else
+        b2_fail(err, B2_E_CALLBACK, "tap");
+    return array;
+}
+
+/* Shows an array that `status` says is filled. */
+static int show_or_drop(watcher *w, int status, const char *kind, const char *stage, int layer, PyObject *array,
+                        b2_err *err)
+{
+    b2py_call_hold(w->call);
+    if (status == 0)
+        return show(w, kind, stage, layer, array, err);
+    Py_DECREF(array);
+    b2py_call_resume(w->call);
+    return -1;
+}
+
+static int watch_hidden(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err)
 {
     watcher *w = (watcher *)tap;
     npy_intp shape[2] = {hidden.rows, hidden.cols};
-    b2py_call_hold(w->call);
-    PyObject *array = PyArray_SimpleNew(2, shape, NPY_FLOAT32);
-    float *to = array ? PyArray_DATA((PyArrayObject *)array) : NULL;
-    for (int64_t i = 0; to && i < hidden.rows; i++)
-        memcpy(to + i * hidden.cols, hidden.data + i * hidden.ld, (size_t)hidden.cols * sizeof *to);
-    return show(w, "hidden", stage, layer, array, err);
+    float *to;
+    PyObject *array = array_of(w, 2, shape, &to, err);
+    if (!array)
+        return -1;
+    int status = b2_download_rows(ctx, b2_tensor_of(to, hidden.rows, hidden.cols), hidden, err);
+    return show_or_drop(w, status, "hidden", stage, layer, array, err);
 }
 
 static int watch_attention(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, const b2_attention_args *args,
                            b2_err *err)
 {
     watcher *w = (watcher *)tap;
-    npy_intp count = 0;
-    for (int64_t b = 0; b < args->rows; b++) {
-        int64_t keys = (int64_t)args->prefix_lens[b] + (args->suffix_lens ? args->suffix_lens[b] : 0);
-        count += args->heads * (args->q_offsets[b + 1] - args->q_offsets[b]) * keys;
-    }
-    b2py_call_hold(w->call);
-    PyObject *array = PyArray_SimpleNew(1, &count, NPY_FLOAT32);
-    b2py_call_resume(w->call);
-    if (!array)
-        return b2_fail(err, B2_E_CALLBACK, "tap");
-    int status = b2_attention_weights(ctx, PyArray_DATA((PyArrayObject *)array), args, err);
-    b2py_call_hold(w->call);
-    if (status == 0)
-        return show(w, "attention", stage, layer, array, err);
-    Py_DECREF(array);
-    b2py_call_resume(w->call);
-    return -1;
+    npy_intp count = b2py_attention_size(args);
+    float *to;
+    PyObject *array = array_of(w, 1, &count, &to, err);
+    return array ? show_or_drop(w, b2py_attention_weights(ctx, to, args, err), "attention", stage, layer, array, err) : -1;
 }
 
 /* What generate() was handed, read and checked. Start from {0}. */
@@ -382,7 +396,8 @@ static PyObject *run_generate(PyObject *self, const b2_blip2 *model, request *q,
     watcher tap = {{watch_hidden, q->tap_weights ? watch_attention : NULL}, &r->call, q->tap};
     b2_generated out = {0};
     b2_session_stats stats = {0};
-    b2py_run_begin(r, self, q->tap != Py_None ? &tap.tap : NULL);
+    if (b2py_run_begin(r, self, q->tap != Py_None ? &tap.tap : NULL) < 0)
+        return NULL;
     int status = b2_session_generate(&r->ctx, model, &q->in, &asked, &q->opts, &out, &stats, &r->err);
     PyObject *result = b2py_run_end(r, self, status) == 0 ? b2py_generated_dict(&out) : NULL;
     b2_generated_release(&out);

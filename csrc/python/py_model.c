@@ -5,11 +5,14 @@
 
 #include "core/memory.h"
 #include "python/py_config.h"
+#include "python/py_device.h"
 #include "python/py_dtype.h"
 
 typedef struct model_object {
     PyObject_HEAD
     b2_blip2 model;
+    const b2_backend *backend; /* NULL: the processor */
+    b2_device *device;         /* owned; where the weights are */
     int loaded;
 } model_object;
 
@@ -27,24 +30,87 @@ static int refuse_second_load(const model_object *self)
     return self->loaded ? -1 : 0;
 }
 
-static int prepare(const b2py_state *state, b2_blip2 *model, b2_cancel *cancel, b2_err *err)
+/* Where a computation runs: a device with a queue of its own, or the processor (device NULL). */
+static int lane_open(b2py_lane *lane, b2_ctx *ctx, const b2py_state *state, const b2_backend *backend, b2_device *device,
+                     b2_err *err)
 {
-    b2_arena arena = {0};
-    b2_ctx ctx = {.ops = state->ops, .pool = state->pool, .scratch = &arena, .activations = &arena,
-                  .cancel = cancel};
-    int status = b2_blip2_prepare(&ctx, model, err);
-    b2_arena_release(&arena);
+    *lane = (b2py_lane){.backend = backend};
+    *ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &lane->arena, .activations = &lane->arena,
+                    .rows_are = B2_ROWS_TOGETHER};
+    if (!device)
+        return 0;
+    if (!(ctx->queue = lane->queue = backend->queue(device, err)))
+        return -1;
+    lane->device_arena.memory = device->memory;
+    ctx->ops = device->ops;
+    ctx->memory = device->memory;
+    ctx->activations = &lane->device_arena;
+    return 0;
+}
+
+/* The queue first: it waits for what uses the arenas. */
+static void lane_close(b2py_lane *lane)
+{
+    if (lane->queue)
+        lane->backend->release(lane->queue);
+    b2_arena_release(&lane->arena);
+    b2_arena_release(&lane->device_arena);
+}
+
+/* What load() asks for and fills. */
+typedef struct loading {
+    const b2_blip2_config *config;
+    const b2_dtype_policy *policies; /* [B2_PART_COUNT] */
+    int index;                       /* of the device; -1: none */
+    const b2_backend *backend;
+    b2_device *device;
+    b2_blip2 model;
+} loading;
+
+static int prepare(const b2py_state *state, loading *l, b2_cancel *cancel, b2_err *err)
+{
+    b2py_lane lane;
+    b2_ctx ctx;
+    int status = lane_open(&lane, &ctx, state, l->backend, l->device, err);
+    ctx.cancel = cancel;
+    ctx.rows_are = B2_ROWS_COUNTED;
+    if (status == 0)
+        status = b2_blip2_prepare(&ctx, &l->model, err);
+    lane_close(&lane);
     return status;
 }
 
-static int load(model_object *self, const b2_blip2_config *config, PyObject *path_list,
-                const b2_dtype_policy policies[B2_PART_COUNT])
+static void loading_undo(loading *l)
+{
+    b2_blip2_release(&l->model);
+    if (l->device)
+        l->backend->close(l->device);
+    l->device = NULL;
+}
+
+/* Without the GIL. */
+static int load_all(const b2py_state *state, loading *l, const char **paths, Py_ssize_t count, b2_cancel *cancel,
+                    b2_err *err)
+{
+    if (l->backend && !(l->device = l->backend->open(l->index, err)))
+        return -1;
+    int status = b2_blip2_load(&l->model, l->config, paths, count, l->policies, l->device ? l->device->memory : NULL,
+                               state->pool, cancel, err);
+    if (status == 0)
+        status = prepare(state, l, cancel, err);
+    if (status < 0)
+        loading_undo(l);
+    return status;
+}
+
+static int load(model_object *self, loading *l, PyObject *path_list)
 {
     b2py_state *state = state_of((PyObject *)self);
     b2_err err = {0};
     Py_ssize_t count = PySequence_Fast_GET_SIZE(path_list);
     const char **paths = b2_alloc((size_t)count, sizeof *paths, "paths", &err);
-    if (!paths) {
+    if (!paths || (l->index >= 0 && !(l->backend = b2py_backend(state, &err)))) {
+        b2_free(paths);
         b2py_raise(state, &err);
         return -1;
     }
@@ -55,20 +121,19 @@ static int load(model_object *self, const b2_blip2_config *config, PyObject *pat
             return -1;
         }
     }
-    b2_blip2 model;
     b2py_call call;
     b2_cancel *cancel = b2py_call_begin(&call);
-    int status = b2_blip2_load(&model, config, paths, count, policies, state->pool, cancel, &err);
-    if (status == 0 && (status = prepare(state, &model, cancel, &err)) < 0)
-        b2_blip2_release(&model);
+    int status = load_all(state, l, paths, count, cancel, &err);
     b2py_call_end(&call);
     b2_free(paths);
     if (status < 0) {
         b2py_raise(state, &err);
     } else if ((status = refuse_second_load(self)) < 0) { /* another thread's came first */
-        b2_blip2_release(&model);
+        loading_undo(l);
     } else {
-        self->model = model;
+        self->model = l->model;
+        self->backend = l->backend;
+        self->device = l->device;
         self->loaded = 1;
     }
     return status;
@@ -93,18 +158,20 @@ static PyObject *encode_paths(PyObject *paths)
 
 static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"paths", "config", "dtype", NULL};
+    static char *names[] = {"paths", "config", "dtype", "device", NULL};
     model_object *self = (model_object *)object;
     b2py_state *state = state_of(object);
     PyObject *paths, *config, *dtype = NULL;
+    const char *device = "cpu";
     b2_dtype_policy policies[B2_PART_COUNT] = {0};
     b2_blip2_config parsed = {0};
     if (refuse_second_load(self) < 0 ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|O", names, &paths, &config, &dtype) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "OO|Os", names, &paths, &config, &dtype, &device) ||
         (dtype && b2py_read_policies(state, dtype, policies) < 0) || b2py_read_config(state, config, &parsed) < 0)
         return -1;
-    PyObject *encoded = encode_paths(paths);
-    int status = encoded ? load(self, &parsed, encoded, policies) : -1;
+    loading l = {.config = &parsed, .policies = policies};
+    PyObject *encoded = b2py_read_device(&l.index, device) == 0 ? encode_paths(paths) : NULL;
+    int status = encoded ? load(self, &l, encoded) : -1;
     Py_XDECREF(encoded);
     return status;
 }
@@ -115,6 +182,8 @@ static void model_dealloc(PyObject *object)
     PyTypeObject *type = Py_TYPE(object);
     if (self->loaded)
         b2_blip2_release(&self->model);
+    if (self->device)
+        self->backend->close(self->device);
     type->tp_free(object);
     Py_DECREF(type);
 }
@@ -139,18 +208,30 @@ const b2_blip2 *b2py_language_model(PyObject *object)
 
 /* ---- running ---- */
 
-void b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
+static int run_begin(b2py_run *r, PyObject *self, b2_device *device, b2_tap *tap)
 {
     b2py_state *state = state_of(self);
     *r = (b2py_run){0};
-    r->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &r->arena, .activations = &r->arena,
-                       .tap = tap, .rows_are = B2_ROWS_TOGETHER};
-    r->ctx.cancel = b2py_call_begin_listed(&r->call, state);
+    b2_cancel *cancel = b2py_call_begin_listed(&r->call, state);
+    int status = lane_open(&r->lane, &r->ctx, state, ((model_object *)self)->backend, device, &r->err);
+    r->ctx.cancel = cancel;
+    r->ctx.tap = tap;
+    return status < 0 ? b2py_run_end(r, self, -1) : 0;
+}
+
+int b2py_run_begin(b2py_run *r, PyObject *self, b2_tap *tap)
+{
+    return run_begin(r, self, ((model_object *)self)->device, tap);
+}
+
+int b2py_run_begin_on_host(b2py_run *r, PyObject *self)
+{
+    return run_begin(r, self, NULL, NULL);
 }
 
 int b2py_run_end(b2py_run *r, PyObject *self, int status)
 {
-    b2_arena_release(&r->arena);
+    lane_close(&r->lane);
     b2py_call_end(&r->call);
     b2py_call_unlist(state_of(self), &r->call);
     if (status < 0)
@@ -281,6 +362,12 @@ static PyObject *model_unexpected(PyObject *self, void *Py_UNUSED(closure))
     return names;
 }
 
+static PyObject *model_device(PyObject *self, void *Py_UNUSED(closure))
+{
+    const b2_device *device = ((model_object *)self)->device;
+    return device ? PyUnicode_FromFormat("cuda:%d", device->index) : PyUnicode_FromString("cpu");
+}
+
 #define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef model_methods[] = {
@@ -322,6 +409,7 @@ static PyMethodDef model_methods[] = {
 
 static PyGetSetDef model_getset[] = {
     {"unexpected", model_unexpected, NULL, "Names in the files that this architecture does not have.", NULL},
+    {"device", model_device, NULL, "Where the weights are and what is computed with them: \"cpu\", \"cuda:0\" ...", NULL},
     {"dtype", b2py_model_dtype, NULL, "How most of the weights are held.", NULL},
     {"dtypes", b2py_model_dtypes, NULL, "The same for each part.", NULL},
     {"policies", b2py_model_policies, NULL, "What was asked for, or what the packed file was made for.", NULL},

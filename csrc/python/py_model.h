@@ -6,6 +6,7 @@
 #include "python/py_common.h"
 
 #include "model/session.h"
+#include "ops/backend.h"
 #include "python/py_watch.h"
 
 /* NULL with RuntimeError before __init__ has succeeded. */
@@ -13,15 +14,26 @@ const b2_blip2 *b2py_loaded_model(PyObject *self);
 /* The same where there is a language model; else NULL with UnsupportedError. */
 const b2_blip2 *b2py_language_model(PyObject *self);
 
-/* A context for one call: its own scratch, the module's threads. begin releases the GIL, end takes it back. */
+/* What a context stands on: scratch, and of a device its queue and scratch there. */
+typedef struct b2py_lane {
+    b2_arena arena, device_arena;
+    const b2_backend *backend;
+    void *queue;
+} b2py_lane;
+
+/* A context for one call on the model's device: its own scratch, the module's threads. begin releases the GIL, end takes it
+ * back. */
 typedef struct b2py_run {
     b2py_call call;
-    b2_arena arena;
+    b2py_lane lane;
     b2_ctx ctx;
     b2_err err;
 } b2py_run;
 
-void b2py_run_begin(b2py_run *run, PyObject *self, b2_tap *tap);
+/* 0; or -1 with the exception set and the GIL held: there is nothing to end then. */
+int b2py_run_begin(b2py_run *run, PyObject *self, b2_tap *tap);
+/* On the processor, whatever device the model is on: for what needs none of its weights. */
+int b2py_run_begin_on_host(b2py_run *run, PyObject *self);
 /* 0, or -1 with the exception set. */
 int b2py_run_end(b2py_run *run, PyObject *self, int status);
 

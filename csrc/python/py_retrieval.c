@@ -75,8 +75,9 @@ PyObject *b2py_model_read_texts(PyObject *self, PyObject *args, PyObject *kwargs
         status = text_result_make(&r, state_of(self), model, &text, count, w);
         if (status == 0) {
             b2py_run run;
-            b2py_run_begin(&run, self, b2py_recorder_tap(&r.recorder));
-            status = b2py_run_end(&run, self,
+            status = b2py_run_begin(&run, self, b2py_recorder_tap(&r.recorder));
+            if (status == 0)
+                status = b2py_run_end(&run, self,
                                   b2_blip2_read_texts(&run.ctx, model, &r.out, text.given, count, &run.err));
         }
     }
@@ -244,8 +245,8 @@ PyObject *b2py_model_run_qformer(PyObject *self, PyObject *args, PyObject *kwarg
         if (status == 0 && read_pass_image(&p, image, image_mask, c) == 0 &&
             read_pass_text(&p, text, text_mask, c) == 0 && pass_results(&p, state_of(self), c, w) == 0) {
             b2py_run run;
-            b2py_run_begin(&run, self, b2py_recorder_tap(&p.recorder));
-            if (b2py_run_end(&run, self, b2_blip2_run_qformer(&run.ctx, model, &p.out, &p.in, &run.err)) == 0)
+            if (b2py_run_begin(&run, self, b2py_recorder_tap(&p.recorder)) == 0 &&
+                b2py_run_end(&run, self, b2_blip2_run_qformer(&run.ctx, model, &p.out, &p.in, &run.err)) == 0)
                 result = pass_dict(&p);
         }
     }
@@ -263,11 +264,10 @@ static PyObject *match_all(PyObject *self, const b2_blip2 *model, PyArrayObject 
     PyObject *out = b2py_new_array(2, out_shape, &view);
     if (out) {
         b2py_run run;
-        b2py_run_begin(&run, self, NULL);
-        int status = b2_blip2_match(&run.ctx, model, view,
-                                    b2_tensor_of(PyArray_DATA(images), shape[0] * shape[1], shape[2]), shape[0],
-                                    text->given, PyArray_DATA(picture_of), &run.err);
-        if (b2py_run_end(&run, self, status) < 0)
+        b2_tensor given = b2_tensor_of(PyArray_DATA(images), shape[0] * shape[1], shape[2]);
+        if (b2py_run_begin(&run, self, NULL) < 0 ||
+            b2py_run_end(&run, self, b2_blip2_match(&run.ctx, model, view, given, shape[0], text->given,
+                                                    PyArray_DATA(picture_of), &run.err)) < 0)
             Py_CLEAR(out);
     }
     return out;
@@ -316,10 +316,10 @@ PyObject *b2py_model_similarity(PyObject *self, PyObject *args)
         b2_tensor view;
         if ((out = b2py_new_array(2, shape, &view))) {
             b2py_run run;
-            b2py_run_begin(&run, self, NULL);
-            int status = b2_similarity(&run.ctx, view, b2_tensor_of(PyArray_DATA(images), count * queries, width),
-                                       b2_tensor_of(PyArray_DATA(texts), shape[1], width), queries, &run.err);
-            if (b2py_run_end(&run, self, status) < 0)
+            b2_tensor pictures = b2_tensor_of(PyArray_DATA(images), count * queries, width);
+            b2_tensor words = b2_tensor_of(PyArray_DATA(texts), shape[1], width);
+            if (b2py_run_begin_on_host(&run, self) < 0 ||
+                b2py_run_end(&run, self, b2_similarity(&run.ctx, view, pictures, words, queries, &run.err)) < 0)
                 Py_CLEAR(out);
         }
     }

@@ -210,8 +210,9 @@ PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwa
         status = stages_make(&s, state_of(self), model, &in, &text, with_qformer, w);
     if (status == 0) {
         b2py_run r;
-        b2py_run_begin(&r, self, b2py_recorder_tap(&s.recorder));
-        status = b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, &s.out, in.pictures, text.given, &r.err));
+        status = b2py_run_begin(&r, self, b2py_recorder_tap(&s.recorder));
+        if (status == 0)
+            status = b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, &s.out, in.pictures, text.given, &r.err));
     }
     if (status == 0)
         result = stages_result(&s);
@@ -227,8 +228,8 @@ static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input
 {
     if (array) {
         b2py_run r;
-        b2py_run_begin(&r, self, NULL);
-        if (b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, out, in->pictures, text->given, &r.err)) < 0)
+        if (b2py_run_begin(&r, self, NULL) < 0 ||
+            b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, out, in->pictures, text->given, &r.err)) < 0)
             Py_CLEAR(array);
     }
     b2py_text_release(text);
@@ -357,9 +358,8 @@ static PyObject *run_forward(PyObject *self, const b2_blip2 *model, const b2_row
     PyObject *logits = NULL, *result = NULL;
     if (watch_language(&r, state_of(self), model->lm, in, w) == 0 && (logits = b2py_new_array(2, shape, &view))) {
         b2py_run run;
-        b2py_run_begin(&run, self, b2py_recorder_tap(&r));
-        int status = b2_session_forward(&run.ctx, model, in, view, &run.err);
-        if (b2py_run_end(&run, self, status) == 0)
+        if (b2py_run_begin(&run, self, b2py_recorder_tap(&r)) == 0 &&
+            b2py_run_end(&run, self, b2_session_forward(&run.ctx, model, in, view, &run.err)) == 0)
             result = Py_BuildValue("{s:O}", "logits", logits);
     }
     if (result && b2py_recorder_result(&r, result) < 0)
@@ -403,9 +403,9 @@ PyObject *b2py_model_project(PyObject *self, PyObject *object)
     PyObject *out = b2py_new_array(2, shape, &view);
     if (out) {
         b2py_run r;
-        b2py_run_begin(&r, self, NULL);
-        int status = b2_blip2_project(&r.ctx, model, view, b2_tensor_of(PyArray_DATA(x), rows, width), &r.err);
-        if (b2py_run_end(&r, self, status) < 0)
+        b2_tensor given = b2_tensor_of(PyArray_DATA(x), rows, width);
+        if (b2py_run_begin(&r, self, NULL) < 0 ||
+            b2py_run_end(&r, self, b2_blip2_project(&r.ctx, model, view, given, &r.err)) < 0)
             Py_CLEAR(out);
     }
     Py_DECREF(x);
@@ -431,8 +431,8 @@ PyObject *b2py_model_embed(PyObject *self, PyObject *object)
         out = b2py_new_array(2, shape, &view);
     if (out) {
         b2py_run r;
-        b2py_run_begin(&r, self, NULL);
-        if (b2py_run_end(&r, self, model->lm->class_->embed(&r.ctx, model->lm, view, id, &r.err)) < 0)
+        if (b2py_run_begin(&r, self, NULL) < 0 ||
+            b2py_run_end(&r, self, b2_blip2_embed(&r.ctx, model, view, id, &r.err)) < 0)
             Py_CLEAR(out);
     }
     Py_DECREF(ids);

@@ -217,7 +217,8 @@ static PyObject *run_stream(stream *s, const b2_stream_size *size, const b2_gene
     b2_session_stats stats = {0};
     b2py_run r;
     s->call = &r.call;
-    b2py_run_begin(&r, s->model, NULL);
+    if (b2py_run_begin(&r, s->model, NULL) < 0)
+        return NULL;
     int status = b2_session_stream(&r.ctx, s->weights, size, &s->source, &s->sink, opts, &stats, &r.err);
     if (b2py_run_end(&r, s->model, status) < 0)
         return NULL;

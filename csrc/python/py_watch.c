@@ -18,7 +18,7 @@ static float *next_floats(b2py_track *t, int layer, int64_t size, b2_err *err)
     return to;
 }
 
-static int record_hidden(b2_tap *tap, const char *stage, int layer, b2_tensor hidden, b2_err *err)
+static int record_hidden(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, b2_tensor hidden, b2_err *err)
 {
     b2py_recorder *r = (b2py_recorder *)tap;
     for (int i = 0; i < r->hidden_count; i++) {
@@ -26,15 +26,13 @@ static int record_hidden(b2_tap *tap, const char *stage, int layer, b2_tensor hi
         if (strcmp(t->stage, stage) != 0 || layer < t->first)
             continue;
         float *to = next_floats(t, layer, hidden.rows * hidden.cols, err);
-        if (!to)
+        if (!to || b2_download_rows(ctx, b2_tensor_of(to, hidden.rows, hidden.cols), hidden, err) < 0)
             return -1;
-        for (int64_t row = 0; row < hidden.rows; row++)
-            memcpy(to + row * hidden.cols, hidden.data + row * hidden.ld, (size_t)hidden.cols * sizeof *to);
     }
     return 0;
 }
 
-static int64_t weights_of(const b2_attention_args *args)
+int64_t b2py_attention_size(const b2_attention_args *args)
 {
     int64_t size = 0;
     for (int64_t b = 0; b < args->rows; b++) {
@@ -44,6 +42,21 @@ static int64_t weights_of(const b2_attention_args *args)
     return size;
 }
 
+int b2py_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *args, b2_err *err)
+{
+    size_t count = (size_t)b2py_attention_size(args);
+    if (b2_on_host(ctx))
+        return b2_attention_weights(ctx, weights, args, err);
+    float *there = b2_memory_alloc(ctx->memory, count, sizeof *there, "attention weights", err);
+    int status = there ? b2_attention_weights(ctx, there, args, err) : -1;
+    if (status == 0)
+        status = b2_download(ctx, weights, there, count * sizeof *there, err);
+    if (status < 0)
+        b2_wait(ctx);
+    b2_memory_free(ctx->memory, there);
+    return status;
+}
+
 static int record_attention(b2_tap *tap, b2_ctx *ctx, const char *stage, int layer, const b2_attention_args *args,
                             b2_err *err)
 {
@@ -51,8 +64,8 @@ static int record_attention(b2_tap *tap, b2_ctx *ctx, const char *stage, int lay
     for (int i = 0; i < r->attention_count; i++) {
         if (strcmp(r->attention[i].stage, stage) != 0)
             continue;
-        float *to = next_floats(&r->attention[i], layer, weights_of(args), err);
-        return to ? b2_attention_weights(ctx, to, args, err) : -1;
+        float *to = next_floats(&r->attention[i], layer, b2py_attention_size(args), err);
+        return to ? b2py_attention_weights(ctx, to, args, err) : -1;
     }
     return 0;
 }

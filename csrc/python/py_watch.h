@@ -47,6 +47,10 @@ b2_tap *b2py_recorder_tap(b2py_recorder *r);
 int b2py_recorder_result(const b2py_recorder *r, PyObject *result);
 void b2py_recorder_release(b2py_recorder *r);
 
+/* Of the rows of one call of attention: how many weights there are, and b2_attention_weights into memory of the host. */
+int64_t b2py_attention_size(const b2_attention_args *args);
+int b2py_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *args, b2_err *err);
+
 /* A float32 array and a view of it, its last axis the columns. */
 PyObject *b2py_new_array(int ndim, npy_intp *shape, b2_tensor *view);
 

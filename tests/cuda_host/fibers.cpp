@@ -219,7 +219,7 @@ void prepare(block_runner *r, fiber *f)
 {
     char *top = r->stacks + (size_t)(f->index + 1) * STACK_BYTES;
 #if defined(__x86_64__)
-    void **at = reinterpret_cast<void **>(top) - 2; /* as after a call: a return address below a multiple of 16 */
+    void **at = reinterpret_cast<void **>(top) - 1; /* as after a call: the return address lies below a multiple of 16 */
     *at = nullptr;
     *--at = reinterpret_cast<void *>(cuda_host_thread_main);
     for (int i = 0; i < 6; i++)

@@ -40,6 +40,7 @@ static b2_ops make_table(void)
     ops.picture_scores = b2_cuda_picture_scores;
     ops.upload = b2_cuda_upload;
     ops.download = b2_cuda_download;
+    ops.wait = b2_cuda_wait;
     ops.step = b2_cuda_step;
     ops.scratch_bytes = scratch_bytes;
     return ops;

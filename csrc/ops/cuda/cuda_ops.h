@@ -43,6 +43,7 @@ size_t b2_cuda_rows_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_wid
 int b2_cuda_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err);
 int b2_cuda_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
 int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
+void b2_cuda_wait(b2_ctx *ctx);
 /* step.cu */
 int b2_cuda_step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err);
 

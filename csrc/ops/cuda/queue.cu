@@ -233,7 +233,7 @@ int b2_cuda_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err
 {
     b2_cuda *q = b2_cuda_of(ctx);
     return b2_cuda_check(cudaSetDevice(q->device->index), "cuda", err) < 0 ||
-                   b2_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, q->stream), "upload", err) < 0 ||
+                   b2_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), "upload", err) < 0 ||
                    b2_cuda_check(cudaStreamSynchronize(q->stream), "upload", err) < 0
                ? -1
                : 0;
@@ -242,10 +242,13 @@ int b2_cuda_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err
 int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
 {
     b2_cuda *q = b2_cuda_of(ctx);
-    int bounces = bytes <= BOUNCE;
+    cudaPointerAttributes where;
+    /* Small ones to the host go through pinned memory; `to` may be on the device too. */
+    int bounces = bytes <= BOUNCE && cudaPointerGetAttributes(&where, to) == cudaSuccess &&
+                  where.type != cudaMemoryTypeDevice && where.type != cudaMemoryTypeManaged;
     void *first = bounces ? q->notes->bounce : to;
     if (b2_cuda_check(cudaSetDevice(q->device->index), "cuda", err) < 0 ||
-        b2_cuda_check(cudaMemcpyAsync(first, from, bytes, cudaMemcpyDeviceToHost, q->stream), "download", err) < 0 ||
+        b2_cuda_check(cudaMemcpyAsync(first, from, bytes, cudaMemcpyDefault, q->stream), "download", err) < 0 ||
         b2_cuda_check(cudaMemcpyAsync(q->notes->host, q->notes->device, sizeof NOTHING, cudaMemcpyDeviceToHost, q->stream),
                       "notes", err) < 0 ||
         b2_cuda_check(cudaStreamSynchronize(q->stream), "download", err) < 0)
@@ -253,6 +256,11 @@ int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_e
     if (bounces)
         memcpy(to, first, bytes);
     return read_notes(q, err);
+}
+
+void b2_cuda_wait(b2_ctx *ctx)
+{
+    cudaStreamSynchronize(b2_cuda_of(ctx)->stream); /* what has failed is said by the next call that can */
 }
 
 /* ---- life ---- */

@@ -1,0 +1,215 @@
+"""b2_cuda_linear against float64: every weight type, few rows and many, views, scales; what may not change a result."""
+
+import ctypes
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cuda_build import HOST, ROOT, host_library
+
+F32 = np.float32
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
+ACTIVATIONS = {
+    "none": lambda t: t,
+    "gelu": torch.nn.functional.gelu,
+    "relu": torch.relu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "quick_gelu": lambda t: t * torch.sigmoid(1.702 * t),
+    "silu": torch.nn.functional.silu,
+}
+H100 = {"multiprocessors": 132, "shared_per_block": 227 << 10}
+
+# Largest |found - float64| over the sum of absolute terms. Up to 16 rows nothing is rounded; with more, x is, to the
+# weight's 16 bits (float16 for whole numbers).
+EXACT = 1e-6
+ROUNDED = {"float32": EXACT, "float16": 2.0**-11, "bfloat16": 2.0**-8, "int8": 2.0**-11, "int4": 2.0**-11}
+
+
+POINTERS = ["out", "x", "w", "scales", "column_scales", "bias", "residual"]
+NUMBERS = ["rows", "n", "k", "out_ld", "x_ld", "x_offset", "w_bytes", "scale_bytes", "residual_ld", "dtype", "act",
+           "residual_is_out", "arena_bytes", "multiprocessors", "shared_per_block"]  # fmt: skip
+
+
+class LinearCall(ctypes.Structure):
+    """As in tests/cuda_host/linear_calls.cu."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS] + [(name, ctypes.c_int64) for name in NUMBERS]
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    files = ("linear", "few_rows", "few_floats", "tiles", "float_tiles", "cublas")
+    sources = [ROOT / "csrc" / "ops" / "cuda" / f"{name}.cu" for name in files]
+    sources += [ROOT / "csrc" / "core" / f"{name}.c" for name in ("arena", "error", "memory")]
+    loaded = ctypes.CDLL(str(host_library([*sources, HOST / "linear_calls.cu"])))
+    loaded.run_linear.restype = ctypes.c_char_p
+    loaded.linear_scratch.restype = ctypes.c_int64
+    loaded.linear_scratch.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def no_library_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BLIP2C_CUBLASLT", raising=False)
+
+
+@dataclass
+class Weight:
+    dtype: str
+    values: np.ndarray
+    """float64 [n, k], without column scales."""
+    data: np.ndarray
+    """As B2_STRIDED has it."""
+    scales: np.ndarray | None = None
+
+
+def padded(values: np.ndarray, fill: float = 0) -> np.ndarray:
+    n, k = values.shape
+    out = np.full((n, -(-k // 32) * 32), fill, values.dtype)
+    out[:, :k] = values
+    return out
+
+
+def make_weight(rng: np.random.Generator, dtype: str, n: int, k: int) -> Weight:
+    if dtype == "int8":
+        q = padded(rng.integers(-127, 128, (n, k)).astype(np.int8))
+        scales = rng.uniform(0.5, 2.0, n).astype(F32) * F32(0.01)
+        return Weight(dtype, q[:, :k] * scales[:, None].astype(np.float64), q, scales)
+    if dtype == "int4":
+        q = padded(rng.integers(0, 16, (n, k)).astype(np.uint8), 8)
+        groups = q.shape[1] // 32
+        scales = (rng.uniform(0.5, 2.0, (n, groups)) * 0.1 * rng.choice([-1, 1], (n, groups))).astype(np.float16)
+        values = (q.astype(np.float64) - 8) * np.repeat(scales.astype(np.float64), 32, 1)
+        return Weight(dtype, values[:, :k], q[:, ::2] | q[:, 1::2] << 4, scales)
+    w = torch.from_numpy(rng.standard_normal((n, k)).astype(F32) * F32(k**-0.5)).to(getattr(torch, dtype))
+    bits = w.view(torch.int32 if dtype == "float32" else torch.int16).numpy()
+    return Weight(dtype, w.double().numpy(), padded(bits))
+
+
+def representable(x: np.ndarray, dtype: str) -> np.ndarray:
+    """x as many rows see it: then nothing is rounded and a single missing term shows."""
+    if dtype == "float32":
+        return x
+    return torch.from_numpy(x).to(torch.bfloat16 if dtype == "bfloat16" else torch.float16).float().numpy()
+
+
+@dataclass
+class Case:
+    rows: int
+    n: int
+    k: int
+    dtype: str = "float16"
+    activation: str = "none"
+    bias: bool = True
+    residual: str = "apart"
+    """"none", "apart" or "out"."""
+    views: bool = False
+    """Rows further apart than they are long, x at an address that is no multiple of 16."""
+    column_scales: bool = False
+    seed: int = 0
+    device: dict[str, int] = field(default_factory=lambda: dict(H100))
+    arena: int = 8 << 20
+
+
+def arrays_of(case: Case) -> dict[str, Any]:
+    rng = np.random.default_rng(case.seed)
+    arrays: dict[str, Any] = {"w": make_weight(rng, case.dtype, case.n, case.k)}
+    arrays["x"] = representable(rng.standard_normal((case.rows, case.k)).astype(F32), case.dtype)
+    if case.column_scales:
+        arrays["column_scales"] = (2.0 ** rng.integers(-6, 7, case.k)).astype(F32)
+    arrays["bias"] = rng.standard_normal(case.n).astype(F32) if case.bias else None
+    arrays["residual"] = rng.standard_normal((case.rows, case.n)).astype(F32) if case.residual != "none" else None
+    return arrays
+
+
+def view(array: np.ndarray, wider: int) -> np.ndarray:
+    out = np.full((array.shape[0], array.shape[1] + wider), np.nan, F32)
+    out[:, : array.shape[1]] = array
+    return out
+
+
+def address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def run(library: ctypes.CDLL, case: Case, arrays: dict[str, Any]) -> tuple[np.ndarray, int, str]:
+    """out, bytes of scratch, the library that was used. RuntimeError with the message."""
+    w, wider = arrays["w"], 3 if case.views else 0
+    x, out = view(arrays["x"], wider), np.full((case.rows, case.n + wider), np.nan, F32)
+    bias, residual, columns = arrays["bias"], arrays["residual"], arrays.get("column_scales")
+    apart = view(residual, wider) if case.residual == "apart" else None
+    if case.residual == "out":
+        out[:, : case.n] = residual
+    call = LinearCall(
+        out=address(out), x=address(x), w=address(w.data), scales=address(w.scales), column_scales=address(columns),
+        bias=address(bias), residual=address(apart), rows=case.rows, n=case.n, k=case.k, out_ld=out.shape[1],
+        x_ld=x.shape[1], x_offset=1 if case.views else 0, w_bytes=w.data.nbytes,
+        scale_bytes=0 if w.scales is None else w.scales.nbytes, residual_ld=case.n + wider, dtype=DTYPES[case.dtype],
+        act=list(ACTIVATIONS).index(case.activation), residual_is_out=case.residual == "out", arena_bytes=case.arena,
+        **case.device,
+    )  # fmt: skip
+    peak, name = ctypes.c_int64(), ctypes.create_string_buffer(512)
+    error = library.run_linear(ctypes.byref(call), ctypes.byref(peak), name).decode()
+    if error:
+        raise RuntimeError(error)
+    assert np.isnan(out[:, case.n :]).all(), "it wrote beside the view"
+    return out[:, : case.n], peak.value, name.value.decode()
+
+
+def reference(case: Case, arrays: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """In float64: the value, and the sum of absolute terms."""
+    x, w = arrays["x"].astype(np.float64), arrays["w"].values
+    if case.column_scales:
+        x = x * arrays["column_scales"]
+    value, scale = x @ w.T, np.abs(x) @ np.abs(w.T)
+    if case.bias:
+        value, scale = value + arrays["bias"], scale + np.abs(arrays["bias"])
+    value, scale = ACTIVATIONS[case.activation](torch.from_numpy(value)).numpy(), 1.2 * scale
+    if case.residual != "none":
+        value, scale = value + arrays["residual"], scale + np.abs(arrays["residual"])
+    return value, scale
+
+
+def check(
+    library: ctypes.CDLL, case: Case, tolerance: float = EXACT, arrays: dict[str, Any] | None = None
+) -> np.ndarray:
+    arrays = arrays or arrays_of(case)
+    out, peak, _ = run(library, case, arrays)
+    value, scale = reference(case, arrays)
+    error = float((np.abs(out - value) / scale).max())
+    assert error <= tolerance, f"{case}: {error:.2e} of the sum of absolute terms"
+    assert peak <= case.arena
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(1, 1, 1), (1, 40, 96), (3, 17, 70), (8, 33, 300), (9, 16, 64), (16, 50, 129)]
+)
+def test_few_rows(library: ctypes.CDLL, dtype: str, rows: int, n: int, k: int) -> None:
+    check(library, Case(rows, n, k, dtype, column_scales=dtype.startswith("int")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "n", "k"), [(17, 1, 33), (40, 130, 96), (33, 129, 70), (70, 40, 200)])
+def test_many_rows(library: ctypes.CDLL, dtype: str, rows: int, n: int, k: int) -> None:
+    check(library, Case(rows, n, k, dtype, column_scales=dtype.startswith("int")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [5, 20])
+def test_views_and_a_residual_in_place(library: ctypes.CDLL, dtype: str, rows: int) -> None:
+    check(library, Case(rows, 21, 75, dtype, views=True))
+    check(library, Case(rows, 21, 75, dtype, residual="out", views=True))
+    check(library, Case(rows, 21, 75, dtype, residual="none", bias=False))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(library: ctypes.CDLL, activation: str) -> None:
+    for rows in (2, 18):
+        check(library, Case(rows, 19, 40, activation=activation))
+        check(library, Case(rows, 19, 40, "float32", activation=activation))
