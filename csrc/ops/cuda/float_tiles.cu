@@ -74,6 +74,7 @@ template <int SIDE> __global__ void __launch_bounds__(THREADS) float_tiles_kerne
 {
     enum { PER = SIDE / ACROSS };
     __shared__ float_stage<SIDE> stages[2];
+    __shared__ float mine[PER][THREADS]; /* of each thread: registers have no index, and the end of an element is long */
     int row = (int)blockIdx.x * SIDE, channel = (int)blockIdx.y * SIDE;
     float acc[PER][PER] = {};
     float_pieces<SIDE> next;
@@ -92,11 +93,16 @@ template <int SIDE> __global__ void __launch_bounds__(THREADS) float_tiles_kerne
     }
     int tx = (int)threadIdx.x % ACROSS, ty = (int)threadIdx.x / ACROSS;
 #pragma unroll
-    for (int i = 0; i < PER; i++)
+    for (int i = 0; i < PER; i++) {
 #pragma unroll
         for (int j = 0; j < PER; j++)
-            if (row + ty + ACROSS * i < p.rows && channel + tx + ACROSS * j < p.n)
-                b2_finish(p, row + ty + ACROSS * i, channel + tx + ACROSS * j, acc[i][j], 1.0f);
+            mine[j][threadIdx.x] = acc[i][j];
+        if (row + ty + ACROSS * i >= p.rows)
+            continue;
+#pragma unroll 1
+        for (int j = 0; j < PER && channel + tx + ACROSS * j < p.n; j++)
+            b2_finish(p, row + ty + ACROSS * i, channel + tx + ACROSS * j, mine[j][threadIdx.x], 1.0f);
+    }
 }
 
 int b2_products_float_tiles(b2_ctx *ctx, const b2_product *p, b2_err *err)
