@@ -54,13 +54,21 @@ static __device__ __forceinline__ void fetch(stage_of<TYPE, ROWS> *stage, const 
 #pragma unroll
     for (int half = 0; half < HALVES; half++) {
         int column = block * BLOCK + half * HALF_BLOCK;
-        for (int i = threadIdx.x; i < CHANNELS * PIECES; i += THREADS) {
+#pragma unroll
+        for (int step = 0; step < CHANNELS * PIECES; step += THREADS) {
+            int i = step + (int)threadIdx.x;
+            if (CHANNELS * PIECES < THREADS && i >= CHANNELS * PIECES)
+                break;
             bool there = channel + i / PIECES < a.p.n && column < a.p.ld;
             int64_t from = (channel + i / PIECES) * ld_bytes + column / HALF_BLOCK * channel_bytes(TYPE) + i % PIECES * 16;
             b2_copy16(&stage->w[half][i / PIECES][i % PIECES * 16], (const char *)a.p.w + (there ? from : 0),
                       there ? 16 : 0);
         }
-        for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
+#pragma unroll
+        for (int step = 0; step < ROWS * 4; step += THREADS) {
+            int i = step + (int)threadIdx.x;
+            if (ROWS * 4 < THREADS && i >= ROWS * 4)
+                break;
             bool there = row + i / 4 < a.p.rows && column < a.p.ld;
             const uint16_t *from = a.x.x + (there ? (row + i / 4) * (int64_t)a.p.ld + column + i % 4 * 8 : 0);
             b2_copy16(&stage->x[half][i / 4][i % 4 * 8], from, there ? 16 : 0);
