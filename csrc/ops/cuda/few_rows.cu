@@ -334,6 +334,12 @@ static __device__ __forceinline__ void end_chunk(float *sums, float &total, cons
         b2_finish(a.p, row, channel, total, TYPE == B2_I8 ? ((const float *)a.p.scales)[channel] : 1.0f);
 }
 
+/* Blocks that a multiprocessor's registers hold at once. */
+static __host__ __device__ constexpr int blocks_at_once(int type, int groups)
+{
+    return type == B2_I4 || groups == 2 ? 2 : 3;
+}
+
 /* Shared memory: ring [STAGES][2][THREADS] of 16 bytes, sums [2][WARPS][8 GROUPS][SUM_LD], inverse [MOST_PAIRS],
  * most [MOST_PAIRS], x [planes][rows][columns + padding]. */
 static constexpr size_t fixed_shared(int groups)
@@ -341,7 +347,8 @@ static constexpr size_t fixed_shared(int groups)
     return RING_BYTES + sizeof(float) * (2 * WARPS * GROUP_ROWS * SUM_LD * groups + 2 * MOST_PAIRS);
 }
 
-template <int TYPE, int GROUPS> __global__ void __launch_bounds__(THREADS, 2) few_rows_kernel(few_rows a)
+template <int TYPE, int GROUPS>
+__global__ void __launch_bounds__(THREADS, blocks_at_once(TYPE, GROUPS)) few_rows_kernel(few_rows a)
 {
     B2_DYNAMIC_SHARED(unsigned char, shared);
     enum { SUMS = WARPS * GROUP_ROWS * SUM_LD * GROUPS };
@@ -431,7 +438,7 @@ static int launch(b2_ctx *ctx, const few_rows *plan, b2_dtype dtype, int columns
     int groups = a.p.rows > GROUP_ROWS ? 2 : 1, split = a.parts ? a.chunks : 1;
     size_t bytes = shared_bytes(dtype, a.p.rows, columns);
     /* As many blocks as the card holds at once, with like work: bandwidth is shared out by blocks. */
-    int resident = b2_least(4, (int64_t)((cuda->shared_per_block + 1024) / (bytes + 1024)));
+    int resident = b2_least(blocks_at_once(dtype, groups), (int64_t)((cuda->shared_per_block + 1024) / (bytes + 1024)));
     a.tiles = b2_div_up(a.p.n, TILE);
     a.tiles_per_block = b2_div_up((int64_t)a.tiles * split, (int64_t)cuda->multiprocessors * (resident > 1 ? resident : 1));
     few_rows_fn kernel = kernel_of(dtype, groups);

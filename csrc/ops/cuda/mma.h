@@ -65,6 +65,11 @@ static inline uint32_t b2_half2_sub(uint32_t x, uint32_t y)
     return low | high << 16;
 }
 
+static inline uint32_t b2_and_or(uint32_t x, uint32_t mask, uint32_t bits)
+{
+    return (x & mask) | bits;
+}
+
 static inline uint32_t b2_half2_fma(uint32_t x, uint32_t y, uint32_t z)
 {
     uint32_t low = b2_f32_to_f16(fmaf(b2_host_half<0>(x, 0), b2_host_half<0>(y, 0), b2_host_half<0>(z, 0)));
@@ -141,6 +146,14 @@ static __device__ __forceinline__ uint32_t b2_half2_sub(uint32_t x, uint32_t y)
     return out;
 }
 
+/* x & mask | bits, in one instruction: left to itself the compiler makes two of it where both are constants. */
+static __device__ __forceinline__ uint32_t b2_and_or(uint32_t x, uint32_t mask, uint32_t bits)
+{
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(x), "r"(mask), "r"(bits));
+    return out;
+}
+
 /* x y + z of two float16 each */
 static __device__ __forceinline__ uint32_t b2_half2_fma(uint32_t x, uint32_t y, uint32_t z)
 {
@@ -179,10 +192,10 @@ static __device__ __forceinline__ void b2_widen_int8(uint32_t out[2], uint32_t f
 static __device__ __forceinline__ void b2_widen_int4(uint32_t out[4], uint32_t eight)
 {
     uint32_t upper = eight >> 8;
-    out[0] = b2_half2_sub((eight & 0x000f000fu) | 0x64006400u, 0x64086408u);
-    out[1] = b2_half2_fma((eight & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
-    out[2] = b2_half2_sub((upper & 0x000f000fu) | 0x64006400u, 0x64086408u);
-    out[3] = b2_half2_fma((upper & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);
+    out[0] = b2_half2_sub(b2_and_or(eight, 0x000f000fu, 0x64006400u), 0x64086408u);
+    out[1] = b2_half2_fma(b2_and_or(eight, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);
+    out[2] = b2_half2_sub(b2_and_or(upper, 0x000f000fu, 0x64006400u), 0x64086408u);
+    out[3] = b2_half2_fma(b2_and_or(upper, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);
 }
 
 /* The columns of x in the order in which b2_widen_int4 gives those of the weight: of eight, column i goes to place
