@@ -114,10 +114,23 @@ def packed_folder(folder: str, dtype: str) -> str | None:
 
 
 def quantize(folder: str, dtype: str) -> None:
-    """Writes the packed folder unless it is there."""
+    """Writes the packed folder, unless one of the same checkpoint and version is there."""
+    from blip2c import _core
+    from blip2c.checkpoint import PACKED_WEIGHTS
+
     out = packed_folder(folder, dtype)
-    if out and not Path(out, "config.json").is_file():
-        subprocess.run([sys.executable, "-m", "blip2c", "quantize", folder, out, "--dtype", dtype], check=True)
+    if out is None:
+        return
+    sources = sorted(path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".json"))
+    stamps = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sources]
+    made_of = "\n".join([f"packed {_core.PACKED_VERSION}", *stamps, ""])
+    note = Path(out, "made_of.txt")
+    if note.is_file() and note.read_text() == made_of and Path(out, PACKED_WEIGHTS).is_file():
+        return
+    for stale in (note, Path(out, PACKED_WEIGHTS)):
+        stale.unlink(missing_ok=True)
+    subprocess.run([sys.executable, "-m", "blip2c", "quantize", folder, out, "--dtype", dtype], check=True)
+    note.write_text(made_of)
 
 
 def language_rows(generate: Callable[[int, int], Any]) -> dict[str, float]:

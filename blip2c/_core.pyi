@@ -11,6 +11,11 @@ class CheckpointError(ValueError): ...
 class NumericError(ArithmeticError): ...
 class UnsupportedError(NotImplementedError): ...
 
+def cuda_devices() -> list[dict[str, Any]]: ...
+
+"""The CUDA devices: device, name, compute_capability, multiprocessors, memory and free in bytes. Raises
+UnsupportedError with the reason where there is no driver, no device, or no CUDA part in this installation."""
+
 def cpu_info() -> dict[str, Any]: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
@@ -36,12 +41,20 @@ class Model:
 
     paths: the safetensors files. config: see blip2c.config.core_config(). dtype: how the matrices are held, "auto" (as
     stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for "vision", "qformer",
-    "language" (one that is missing: "auto"). docs/DTYPES.md says what each computes.
+    "language" (one that is missing: "auto"). docs/DTYPES.md says what each computes. device: "cpu", "cuda" or
+    "cuda:1" ...; what goes in and comes out is on the host wherever the weights are.
     """
 
     def __init__(
-        self, paths: Sequence[str], config: Mapping[str, Any], dtype: str | dict[str, str] = "auto"
+        self,
+        paths: Sequence[str],
+        config: Mapping[str, Any],
+        dtype: str | dict[str, str] = "auto",
+        device: str = "cpu",
     ) -> None: ...
+    @property
+    def device(self) -> str: ...
+    """Where the weights are and what is computed with them: "cpu", "cuda:0" ..."""
     @property
     def unexpected(self) -> list[str]: ...
     """Names in the files that this architecture does not have."""

@@ -93,7 +93,8 @@ class Hooks:
         self._steps = self._processors(unconditional)
         record = call["return_dict_in_generate"] is True
         functions: dict[str, Any] = {}
-        if any(not isinstance(step, tuple) for step in self._steps):
+        self._processes = any(not isinstance(step, tuple) for step in self._steps)
+        if self._processes:
             functions["process"] = self._process
         if self._stops:
             functions["stop"] = self._stop
@@ -259,7 +260,8 @@ class Hooks:
     def _keep_logits(self, logits: Scores) -> None:
         """After each model call."""
         if self._keeps_logits:
-            self.logits.append(logits)
+            # A processor may write into what it is given.
+            self.logits.append(logits.copy() if self._processes else logits)
         if self.states is not None:
             self.states.end_step()
 

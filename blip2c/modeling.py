@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2c._core import UnsupportedError
 from blip2c.callables import Hooks
 from blip2c.forward import F32, Blip2WithLanguageModel, PackedTexts, Prompt, decoder_arguments
 from blip2c.generation import Call, resolve
@@ -190,6 +191,12 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         wanted = {name: call[f"output_{name}"] is True for name in ("hidden_states", "attentions")}
         if call["return_dict_in_generate"] is not True or not any(wanted.values()):
             return None
+        if call["use_cache"] is False:
+            name = next(name for name, is_wanted in wanted.items() if is_wanted)
+            raise UnsupportedError(
+                f"use_cache=False with output_{name}=True: every step would give those of all tokens; blip2c gives"
+                " those of its new token"
+            )
         core = call.core
         rows = core["num_beams"] if core["num_beams"] > 1 else core["num_return_sequences"]
         return Steps(self._core_config["text"], batch, rows, **wanted)

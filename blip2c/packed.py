@@ -89,18 +89,23 @@ def quantize(
 
     path_or_id: a folder or Hub id of a plain checkpoint. dtype: "int8", "int4" or a mapping of parts; some part must be
     quantised. options: as in from_pretrained (revision, local_files_only ...). The files of configuration, tokenizer
-    and processor are copied. Returns `out`. Raises ValueError for a dtype that quantises nothing, FileExistsError where
-    `out` holds plain weights, OSError where it cannot be written: nothing is left of the weights then.
+    and processor are copied. Returns `out`. Raises ValueError for a dtype that quantises nothing or an empty `out`,
+    FileExistsError where `out` holds weights, plain or packed, OSError where it cannot be written: nothing is left of
+    the weights then.
     """
     from blip2c.classes import model_class
     from blip2c.hub import pop_hub_options, resolve
 
     if not asks_to_quantise(read_dtype(dtype)):
         raise ValueError(f"dtype: expected int8 or int4 for some part, found {dtype!r}: there is nothing to quantise")
+    if not os.fspath(out):
+        raise ValueError("out: expected a folder, found an empty name")
     folder, target = resolve(path_or_id, **pop_hub_options(options)), Path(out)
     if (folder / PACKED_WEIGHTS).exists():
         raise ValueError(f"{folder}: is packed already; quantise the plain checkpoint")
     refuse_other_weights(target)
+    if (target / PACKED_WEIGHTS).exists():
+        raise FileExistsError(f"{target}: holds {PACKED_WEIGHTS} already; remove it, or name another folder")
     model_class(folder).from_pretrained(folder, dtype=dtype, cache=False, **options).save_pretrained(target)
     _copy_small_files(folder, target)
     return target

@@ -120,7 +120,7 @@ def test_saving_a_quantised_model_packs_it(plain: Path, packed: Path, tmp_path: 
         transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "a")
 
 
-def test_what_quantize_refuses(plain: Path, packed: Path, tmp_path: Path) -> None:
+def test_what_quantize_refuses(plain: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="nothing to quantise"):
         quantize(plain, tmp_path / "x", "float16")
     with pytest.raises(ValueError, match="is packed already"):
@@ -130,6 +130,14 @@ def test_what_quantize_refuses(plain: Path, packed: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="can be had from the plain checkpoint only"):
         load(packed, dtype="float16")
     assert load(packed, dtype="int4").is_quantized
+    before = (packed / PACKED_WEIGHTS).read_bytes()
+    with pytest.raises(FileExistsError, match=r"int4: holds model\.blip2c\.safetensors already"):
+        quantize(plain, packed, "int8")
+    assert (packed / PACKED_WEIGHTS).read_bytes() == before
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="out: expected a folder, found an empty name"):
+        quantize(plain, "")
+    assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         quantize(plain, tmp_path / "file" / "x")

@@ -25,6 +25,13 @@ static inline const char *b2_dtype_name(b2_dtype dtype)
     return names[dtype];
 }
 
+/* As users know them. */
+static inline const char *b2_dtype_word(b2_dtype dtype)
+{
+    static const char *const words[B2_DTYPE_COUNT] = {"float32", "float16", "bfloat16", "int8", "int4"};
+    return words[dtype];
+}
+
 static inline int b2_dtype_is_quantised(b2_dtype dtype)
 {
     return dtype == B2_I8 || dtype == B2_I4;

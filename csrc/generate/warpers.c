@@ -8,6 +8,7 @@
 #include <float.h>
 #include <math.h>
 
+#include "core/integers.h"
 #include "generate/scores.h"
 #include "generate/topk.h"
 
@@ -18,20 +19,15 @@ typedef struct warp_scratch {
     float *values;     /* [V] */
 } warp_scratch;
 
-static int64_t round_up(int64_t bytes)
-{
-    return (bytes + 63) / 64 * 64;
-}
-
 int64_t b2_warpers_scratch(int64_t vocabulary)
 {
-    return round_up(vocabulary * (int64_t)sizeof(b2_scored)) + round_up(vocabulary * (int64_t)sizeof(float));
+    return b2_round_up(vocabulary * (int64_t)sizeof(b2_scored), 64) + b2_round_up(vocabulary * (int64_t)sizeof(float), 64);
 }
 
 static warp_scratch divide(void *scratch, int64_t vocabulary)
 {
     warp_scratch s = {.sorted = scratch};
-    s.values = (float *)((char *)scratch + round_up(vocabulary * (int64_t)sizeof(b2_scored)));
+    s.values = (float *)((char *)scratch + b2_round_up(vocabulary * (int64_t)sizeof(b2_scored), 64));
     return s;
 }
 

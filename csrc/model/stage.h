@@ -2,12 +2,8 @@
 #ifndef B2_MODEL_STAGE_H
 #define B2_MODEL_STAGE_H
 
+#include "core/integers.h"
 #include "ops/ops.h"
-
-static inline int64_t b2_max64(int64_t a, int64_t b)
-{
-    return a > b ? a : b;
-}
 
 /* out [rows, cols] from ctx->activations. */
 int b2_stage_take(b2_ctx *ctx, b2_tensor *out, int64_t rows, int64_t cols, b2_err *err);

@@ -216,6 +216,7 @@ static int self_attention(b2_ctx *ctx, const b2_vit *vit, const b2_vit_layer *la
         return -1;
     b2_attention_args args = b2_stage_attention(&w->pictures, w->h, b2_cols(qkv, 0, width), b2_cols(qkv, width, width),
                                                 b2_cols(qkv, 2 * width, width), c->num_attention_heads);
+    args.operands = b2_operands_of(&layer->qkv_weight);
     if (b2_stage_attend(ctx, "vision", (int)(layer - vit->layers), &args, err) < 0)
         return -1;
     return b2_linear(ctx, w->x, w->h, &layer->projection_weight, &out, err);

@@ -231,15 +231,15 @@ static const b2_st_file *file_of(const b2_binder *binder, const b2_st_tensor *te
     return &binder->checkpoint->files[find_file(binder->checkpoint, tensor->name, &same)];
 }
 
+const char *const b2_part_names[B2_PART_COUNT] = {"vision", "qformer", "language"};
+
 void b2_policies_name(char text[B2_POLICIES_TEXT], const b2_dtype_policy policies[B2_PART_COUNT])
 {
-    static const char *const parts[B2_PART_COUNT] = {"vision", "qformer", "language"};
-    static const char *const dtypes[B2_DTYPE_COUNT] = {"float32", "float16", "bfloat16", "int8", "int4"};
     size_t used = 0;
     for (int i = 0; i < B2_PART_COUNT; i++) {
         const b2_dtype_policy *p = &policies[i];
-        const char *name = p->hold == B2_HOLD_STORED ? "auto" : p->hold == B2_HOLD_HALF ? "half" : dtypes[p->dtype];
-        used += (size_t)snprintf(text + used, B2_POLICIES_TEXT - used, "%s%s=%s%s", i ? "," : "", parts[i], name,
+        const char *name = p->hold == B2_HOLD_STORED ? "auto" : p->hold == B2_HOLD_HALF ? "half" : b2_dtype_word(p->dtype);
+        used += (size_t)snprintf(text + used, B2_POLICIES_TEXT - used, "%s%s=%s%s", i ? "," : "", b2_part_names[i], name,
                                  p->pairs ? "-pairs" : "");
     }
 }

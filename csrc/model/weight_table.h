@@ -70,6 +70,8 @@ typedef struct b2_weight_row {
 /* The parts of a model whose dtypes are chosen apart. */
 typedef enum b2_part { B2_PART_VISION = 0, B2_PART_QFORMER, B2_PART_LANGUAGE, B2_PART_COUNT } b2_part;
 
+extern const char *const b2_part_names[B2_PART_COUNT];
+
 typedef enum b2_hold {
     B2_HOLD_STORED = 0, /* in the dtype of the file */
     B2_HOLD_HALF,       /* in 16 bits: as stored, F32 narrowed to F16. What stays precise beside quantised parts */

@@ -108,7 +108,15 @@ typedef struct b2_attention_args {
                                   * to the score of query i and key j: T5's relative position bias */
     int64_t distance_limit;      /* L */
     int64_t window;              /* 0: all; else query i sees only keys j > keys_b - T_b + i - window (sliding window) */
+    b2_dtype operands;           /* B2_F16 or B2_BF16: q, k, v and the softmax may be rounded to this before they are
+                                  * multiplied, as models stored so do upstream (sums are fp32); B2_F32: they may not */
 } b2_attention_args;
+
+/* What b2_attention_args.operands may be where queries, keys and values are made by this weight. */
+static inline b2_dtype b2_operands_of(const b2_weight *weight)
+{
+    return weight->dtype == B2_F32 || weight->dtype == B2_BF16 ? weight->dtype : B2_F16;
+}
 
 /* Pixels of pictures of one size, C-contiguous. A view: it owns nothing. */
 typedef struct b2_pictures {

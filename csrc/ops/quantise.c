@@ -18,6 +18,7 @@
 #include <string.h>
 
 #include "core/cpu.h"
+#include "core/integers.h"
 #include "core/memory.h"
 #include "ops/half.h"
 #include "ops/weights.h"
@@ -46,11 +47,6 @@ typedef struct quantise_job {
     atomic_llong not_finite;
 } quantise_job;
 
-static int64_t min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
 static const char *row_at(const b2_weight *src, int64_t row, int64_t column)
 {
     return (const char *)src->data + (size_t)(row * src->k + column) * b2_dtype_size(src->dtype);
@@ -71,7 +67,7 @@ B2_CLONES static void column_tile(void *argument, int64_t index, int worker)
     quantise_job *job = argument;
     const b2_weight *src = job->src;
     (void)worker;
-    int64_t first = index * COLUMNS, count = min64(COLUMNS, src->k - first), bad = 0;
+    int64_t first = index * COLUMNS, count = b2_min64(COLUMNS, src->k - first), bad = 0;
     float x[COLUMNS];
     double squares[COLUMNS] = {0};
     for (int64_t i = 0; i < src->n; i++) {
@@ -96,7 +92,7 @@ B2_CLONES static void column_tile(void *argument, int64_t index, int worker)
 INLINE void load_strip(float *strip, const quantise_job *job, int64_t panel, int64_t column, int64_t count)
 {
     const b2_weight *src = job->src;
-    int64_t rows = min64(B2_PANEL, src->n - panel * B2_PANEL);
+    int64_t rows = b2_min64(B2_PANEL, src->n - panel * B2_PANEL);
     if (rows < B2_PANEL || count < STRIP)
         memset(strip, 0, (size_t)(B2_PANEL * STRIP) * sizeof *strip);
     for (int64_t r = 0; r < rows; r++) {
@@ -119,11 +115,18 @@ INLINE float clamp(float x, float low, float high)
     return x > high ? high : x;
 }
 
+/* Divides in any case: a division that may not happen keeps the compiler from making vectors. */
+INLINE float divide_or_zero(float a, float b, int divide)
+{
+    float quotient = a / (divide ? b : 1.0f);
+    return divide ? quotient : 0.0f;
+}
+
 INLINE void row_scales(float scales[B2_PANEL], float inverse[B2_PANEL], const quantise_job *job, int64_t panel)
 {
     float strip[B2_PANEL * STRIP], most[B2_PANEL] = {0};
     for (int64_t j = 0; j < job->src->k; j += STRIP) {
-        load_strip(strip, job, panel, j, min64(STRIP, job->src->k - j));
+        load_strip(strip, job, panel, j, b2_min64(STRIP, job->src->k - j));
         for (int r = 0; r < B2_PANEL; r++)
             for (int i = 0; i < STRIP; i++) {
                 float size = fabsf(strip[r * STRIP + i]);
@@ -143,13 +146,13 @@ B2_CLONES static void int8_panel(const quantise_job *job, int64_t panel)
     _Alignas(4) uint8_t q[B2_PANEL * STRIP];
     row_scales((float *)job->scales + panel * B2_PANEL, inverse, job, panel);
     for (int64_t j = 0; j < k; j += STRIP) {
-        load_strip(strip, job, panel, j, min64(STRIP, k - j));
+        load_strip(strip, job, panel, j, b2_min64(STRIP, k - j));
         for (int r = 0; r < B2_PANEL; r++)
             for (int i = 0; i < STRIP; i++) /* 127 / most may be a bit too large: hold |q| <= 127 */
                 q[r * STRIP + i] =
                     (uint8_t)(nearest(clamp(strip[r * STRIP + i] * inverse[r], -127.0f, 127.0f)) + 128);
         uint8_t *to = job->data + (panel * padded + j) * B2_PANEL;
-        for (int64_t quad = 0; quad < min64(STRIP, padded - j) / 4; quad++)
+        for (int64_t quad = 0; quad < b2_min64(STRIP, padded - j) / 4; quad++)
             for (int r = 0; r < B2_PANEL; r++)
                 memcpy(to + (quad * B2_PANEL + r) * 4, q + r * STRIP + quad * 4, 4);
     }
@@ -158,20 +161,25 @@ B2_CLONES static void int8_panel(const quantise_job *job, int64_t panel)
 /* Sixteen rows of one group side by side: x [32][16]. */
 typedef float group_values[GROUP][B2_PANEL];
 
-/* Of rounding x * inverse: sums[0] = sum of x * q, sums[1] = sum of q * q: the best scale for these q is their quotient,
- * and it lowers the squared error by sums[0]^2 / sums[1]. */
-INLINE void try_scale(float sums[2][B2_PANEL], group_values x, const float inverse[B2_PANEL])
+/* What comes of rounding x * inverse for every candidate: xq = sum of x * q, qq = sum of q * q. The best scale for these q is
+ * their quotient, and it lowers the squared error by xq^2 / qq. Candidates inside of channels: sums of one candidate
+ * alone would wait for each other. */
+typedef struct trials {
+    float inverse[CANDIDATES][B2_PANEL], xq[CANDIDATES][B2_PANEL], qq[CANDIDATES][B2_PANEL];
+} trials;
+
+INLINE void try_scales(trials *t, group_values x)
 {
-    float xq[B2_PANEL] = {0}, qq[B2_PANEL] = {0};
+    memset(t->xq, 0, sizeof t->xq);
+    memset(t->qq, 0, sizeof t->qq);
     for (int i = 0; i < GROUP; i++)
-        for (int r = 0; r < B2_PANEL; r++) {
-            float q = clamp(x[i][r] * inverse[r], -8.0f, 7.0f) + 12582912.0f;
-            q -= 12582912.0f;
-            xq[r] += x[i][r] * q;
-            qq[r] += q * q;
-        }
-    memcpy(sums[0], xq, sizeof xq);
-    memcpy(sums[1], qq, sizeof qq);
+        for (int c = 0; c < CANDIDATES; c++)
+            for (int r = 0; r < B2_PANEL; r++) {
+                float q = clamp(x[i][r] * t->inverse[c][r], -8.0f, 7.0f) + 12582912.0f;
+                q -= 12582912.0f;
+                t->xq[c][r] += x[i][r] * q;
+                t->qq[c][r] += q * q;
+            }
 }
 
 /* The element of each row that is largest by size, with its sign. */
@@ -189,20 +197,20 @@ INLINE void group_scales(uint16_t scales[B2_PANEL], group_values x)
     /* What the largest element is to become. */
     static const float targets[CANDIDATES] = {-8.0f, -7.5f, -7.0f, -8.5f, -9.0f, -9.5f, -6.5f,
                                               7.0f,  7.5f,  6.5f,  8.0f,  8.5f,  6.0f,  9.0f};
-    float extreme[B2_PANEL], inverse[B2_PANEL], best[B2_PANEL] = {0}, scale[B2_PANEL] = {0}, sums[2][B2_PANEL];
+    float extreme[B2_PANEL], best[B2_PANEL] = {0}, scale[B2_PANEL] = {0};
+    trials t;
     extremes(extreme, x);
-    for (int c = 0; c < CANDIDATES; c++) {
+    for (int c = 0; c < CANDIDATES; c++)
         for (int r = 0; r < B2_PANEL; r++)
-            inverse[r] = fabsf(extreme[r]) < NOTHING ? 0.0f : targets[c] / extreme[r];
-        try_scale(sums, x, inverse);
+            t.inverse[c][r] = divide_or_zero(targets[c], extreme[r], fabsf(extreme[r]) >= NOTHING);
+    try_scales(&t, x);
+    for (int c = 0; c < CANDIDATES; c++)
         for (int r = 0; r < B2_PANEL; r++) {
-            float gain = sums[1][r] > 0.0f ? sums[0][r] * sums[0][r] / sums[1][r] : 0.0f;
-            if (gain > best[r]) {
-                best[r] = gain;
-                scale[r] = sums[0][r] / sums[1][r];
-            }
+            float gain = divide_or_zero(t.xq[c][r] * t.xq[c][r], t.qq[c][r], t.qq[c][r] > 0.0f);
+            float quotient = divide_or_zero(t.xq[c][r], t.qq[c][r], t.qq[c][r] > 0.0f);
+            scale[r] = gain > best[r] ? quotient : scale[r];
+            best[r] = gain > best[r] ? gain : best[r];
         }
-    }
     for (int r = 0; r < B2_PANEL; r++)
         scales[r] = b2_f32_to_f16(clamp(scale[r], -65504.0f, 65504.0f));
 }
@@ -218,7 +226,7 @@ INLINE void int4_group(uint8_t *to, uint16_t scales[B2_PANEL], const float *stri
     group_scales(scales, x);
     for (int r = 0; r < B2_PANEL; r++) {
         float scale = b2_f16_to_f32(scales[r]);
-        inverse[r] = scale != 0.0f ? 1.0f / scale : 0.0f;
+        inverse[r] = divide_or_zero(1.0f, scale, scale != 0.0f);
     }
     for (int i = 0; i < GROUP; i++)
         for (int r = 0; r < B2_PANEL; r++)
@@ -234,8 +242,8 @@ B2_CLONES static void int4_panel(const quantise_job *job, int64_t panel)
     int64_t k = job->src->k, groups = (k + GROUP - 1) / GROUP;
     float strip[B2_PANEL * STRIP];
     for (int64_t j = 0; j < k; j += STRIP) {
-        load_strip(strip, job, panel, j, min64(STRIP, k - j));
-        for (int64_t g = j / GROUP; g < min64(groups, (j + STRIP) / GROUP); g++)
+        load_strip(strip, job, panel, j, b2_min64(STRIP, k - j));
+        for (int64_t g = j / GROUP; g < b2_min64(groups, (j + STRIP) / GROUP); g++)
             int4_group(job->data + (panel * groups + g) * (GROUP / 2) * B2_PANEL,
                        (uint16_t *)job->scales + (panel * groups + g) * B2_PANEL, strip + g * GROUP - j);
     }
@@ -245,7 +253,7 @@ static void panel_tile(void *argument, int64_t index, int worker)
 {
     quantise_job *job = argument;
     (void)worker;
-    int64_t end = min64(job->panels, (index + 1) * job->panels_per_tile);
+    int64_t end = b2_min64(job->panels, (index + 1) * job->panels_per_tile);
     for (int64_t p = index * job->panels_per_tile; p < end; p++) {
         if (job->dtype == B2_I8)
             int8_panel(job, p);
@@ -273,7 +281,7 @@ int b2_quantise(char *block, const b2_weight *dst, const b2_weight *src, b2_pool
     b2_weight_parts parts = b2_weight_parts_of(dst);
     quantise_job job = {.src = src, .dtype = dst->dtype, .data = (uint8_t *)block,
                         .scales = block + parts.scales, .column_scales = (float *)(void *)(block + parts.column_scales)};
-    job.panels = (src->n + B2_PANEL - 1) / B2_PANEL;
+    job.panels = b2_ceil_div(src->n, B2_PANEL);
     job.panels_per_tile = 1 + ELEMENTS_PER_TILE / (src->k * B2_PANEL + 1);
     if (!(job.inverse = b2_alloc((size_t)src->k, sizeof(float), "column scales", err)))
         return -1;

@@ -164,17 +164,10 @@ PyArrayObject *b2py_array(PyObject *object, const char *name, int type, int ndim
     return (PyArrayObject *)PyArray_FROM_OF(object, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_NOTSWAPPED);
 }
 
-static const char *const dtype_names[] = {"float32", "float16", "bfloat16", "int8", "int4"};
-
-const char *b2py_dtype_name(b2_dtype dtype)
-{
-    return dtype_names[dtype];
-}
-
 int b2py_dtype_named(b2_dtype *dtype, const char *name)
 {
     for (int i = 0; i < B2_DTYPE_COUNT; i++)
-        if (strcmp(name, dtype_names[i]) == 0) {
+        if (strcmp(name, b2_dtype_word((b2_dtype)i)) == 0) {
             *dtype = (b2_dtype)i;
             return 0;
         }

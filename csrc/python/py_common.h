@@ -73,8 +73,7 @@ void b2py_call_resume(b2py_call *call);
  * ValueError. Non-contiguous, unaligned or byte-swapped arrays are copied into order. New reference. */
 PyArrayObject *b2py_array(PyObject *object, const char *name, int type, int ndim);
 
-/* The names that users know dtypes by: "float32", "float16", "bfloat16", "int8", "int4". 0, or -1 without an exception for another. */
-const char *b2py_dtype_name(b2_dtype dtype);
+/* The dtype with this b2_dtype_word: 0, or -1 without an exception for another. */
 int b2py_dtype_named(b2_dtype *dtype, const char *name);
 
 /* Parts of the module, each in its own file, added by module.c. */

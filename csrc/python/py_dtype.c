@@ -4,8 +4,6 @@
 
 #include "io/packed.h"
 
-static const char *const part_names[B2_PART_COUNT] = {"vision", "qformer", "language"};
-
 static int read_name(const b2py_state *state, PyObject *object, const char *what, b2_dtype_policy *policy)
 {
     if (!PyUnicode_Check(object)) {
@@ -32,7 +30,7 @@ static int read_name(const b2py_state *state, PyObject *object, const char *what
 static int part_named(PyObject *key)
 {
     for (int i = 0; i < B2_PART_COUNT; i++)
-        if (PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, part_names[i]) == 0)
+        if (PyUnicode_Check(key) && PyUnicode_CompareWithASCIIString(key, b2_part_names[i]) == 0)
             return i;
     PyErr_Format(PyExc_ValueError, "dtype: expected the parts \"vision\", \"qformer\" and \"language\", found %R", key);
     return -1;
@@ -47,7 +45,7 @@ static int read_parts(const b2py_state *state, PyObject *dict, b2_dtype_policy p
         int part = part_named(key);
         if (part < 0)
             return -1;
-        snprintf(what, sizeof what, "dtype[\"%s\"]", part_names[part]);
+        snprintf(what, sizeof what, "dtype[\"%s\"]", b2_part_names[part]);
         if (read_name(state, value, what, &policies[part]) < 0)
             return -1;
     }

@@ -66,7 +66,7 @@ static int format_named(b2_format *format, const char *name, int pairs)
         return -1;
     }
     if (pairs && format->dtype != B2_BF16) {
-        PyErr_Format(PyExc_ValueError, "pairs: expected dtype bfloat16, found %s", b2py_dtype_name(format->dtype));
+        PyErr_Format(PyExc_ValueError, "pairs: expected dtype bfloat16, found %s", b2_dtype_word(format->dtype));
         return -1;
     }
     format->layout = b2_dtype_is_quantised(format->dtype) ? B2_QUADS : pairs ? B2_PAIRS : B2_PANELS;
@@ -144,14 +144,14 @@ static PyObject *weight_parts(PyObject *module, PyObject *capsule)
     if (!w)
         return NULL;
     if (!b2_dtype_is_quantised(w->dtype)) {
-        PyErr_Format(PyExc_ValueError, "expected a weight of int8 or int4, found %s", b2py_dtype_name(w->dtype));
+        PyErr_Format(PyExc_ValueError, "expected a weight of int8 or int4, found %s", b2_dtype_word(w->dtype));
         return NULL;
     }
     npy_intp rows = (npy_intp)((w->n + B2_PANEL - 1) / B2_PANEL * B2_PANEL);
     npy_intp bytes = rows * (npy_intp)((w->k + 31) / 32 * 32) / (w->dtype == B2_I4 ? 2 : 1);
     npy_intp scales = rows * (npy_intp)((w->k + w->group - 1) / w->group);
     int type = w->dtype == B2_I4 ? NPY_FLOAT16 : NPY_FLOAT32;
-    return Py_BuildValue("sLNNN", b2py_dtype_name(w->dtype), (long long)w->group,
+    return Py_BuildValue("sLNNN", b2_dtype_word(w->dtype), (long long)w->group,
                          array_copy(NPY_UINT8, w->data, bytes, 1),
                          array_copy(type, w->scales, scales, type == NPY_FLOAT16 ? 2 : 4),
                          array_copy(NPY_FLOAT32, w->column_scales, w->column_scales ? (npy_intp)w->k : 0, 4));

@@ -180,7 +180,7 @@ PyObject *b2py_model_save_packed(PyObject *self, PyObject *args)
 PyObject *b2py_model_dtype(PyObject *self, void *Py_UNUSED(closure))
 {
     const b2_blip2 *model = b2py_loaded_model(self);
-    return model ? PyUnicode_FromString(b2py_dtype_name(model->dtype)) : NULL;
+    return model ? PyUnicode_FromString(b2_dtype_word(model->dtype)) : NULL;
 }
 
 PyObject *b2py_model_dtypes(PyObject *self, void *Py_UNUSED(closure))
@@ -197,7 +197,7 @@ PyObject *b2py_model_dtypes(PyObject *self, void *Py_UNUSED(closure))
                  {"language", model->lm != NULL, model->dtypes[B2_PART_LANGUAGE]}};
     PyObject *result = PyDict_New();
     for (size_t i = 0; result && i < sizeof parts / sizeof *parts; i++) {
-        PyObject *name = parts[i].present ? PyUnicode_FromString(b2py_dtype_name(parts[i].dtype)) : NULL;
+        PyObject *name = parts[i].present ? PyUnicode_FromString(b2_dtype_word(parts[i].dtype)) : NULL;
         if (parts[i].present && (!name || PyDict_SetItemString(result, parts[i].name, name) < 0))
             Py_CLEAR(result);
         Py_XDECREF(name);

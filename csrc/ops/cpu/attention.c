@@ -56,11 +56,6 @@ typedef struct head_work {
     int64_t kv_head;
 } head_work;
 
-static int64_t round_up(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b * b;
-}
-
 static size_t part(size_t *total, size_t count, size_t size)
 {
     size_t at = *total;
@@ -75,7 +70,7 @@ static size_t lay_out(workspace *space, char *base, int64_t max_keys, int head_d
     size_t k_rows = part(&total, keys, sizeof(float *)), v_rows = part(&total, keys, sizeof(float *));
     size_t visible = part(&total, keys + 1, sizeof(int32_t)), places = part(&total, keys, sizeof(int32_t));
     size_t packed_keys = part(&total, keys * width, sizeof(float));
-    size_t values = part(&total, keys * (size_t)round_up(head_dim, B2_TILE_COLUMNS_MAX), sizeof(float));
+    size_t values = part(&total, keys * (size_t)b2_round_up(head_dim, B2_TILE_COLUMNS_MAX), sizeof(float));
     size_t queries = part(&total, rows * width, sizeof(float));
     size_t scores = part(&total, rows * keys, sizeof(float));
     size_t weights = part(&total, rows * keys, sizeof(float));
@@ -127,13 +122,13 @@ static void pack_head(const attention_job *job, const head_work *work, workspace
     int width = job->args->head_dim;
     int64_t offset = work->kv_head * width;
     for (int64_t j = space->kept / B2_PANEL * B2_PANEL; j < work->seen; j += B2_PANEL) {
-        int64_t count = min64(B2_PANEL, work->seen - j);
+        int64_t count = b2_min64(B2_PANEL, work->seen - j);
         if (next)
             ask_for(space->k_rows + j, count, offset + width, width);
         job->kernels->pack_keys(space->keys + j * width, space->k_rows + j, count, offset, width);
     }
     for (int64_t j = space->kept; j < work->seen; j += B2_PANEL) {
-        int64_t count = min64(B2_PANEL, work->seen - j);
+        int64_t count = b2_min64(B2_PANEL, work->seen - j);
         if (next)
             ask_for(space->v_rows + j, count, offset + width, width);
         job->kernels->pack_values(space->values + j * B2_PANEL, space->v_rows + j, count, job->max_keys, offset, width);
@@ -214,7 +209,7 @@ static void mix(const attention_job *job, const workspace *space, float *out, in
                 kernels->tile(c, space->scores + r * job->max_keys + shared, v0 + shared * B2_PANEL,
                               v1 + shared * B2_PANEL, 1, seen[r] - shared, 0);
             if (seen[r] > 0)
-                kernels->divide_row(out + r * out_ld + d, c, min64(columns, width - d), sums[r]);
+                kernels->divide_row(out + r * out_ld + d, c, b2_min64(columns, width - d), sums[r]);
             else
                 for (int i = 0; i < columns && d + i < width; i++)
                     out[r * out_ld + d + i] = 0.0f;
@@ -277,7 +272,7 @@ static void attention_tile(void *argument, int64_t index, int worker)
     workspace space;
     lay_out(&space, block, job->max_keys, a->head_dim, job->kernels->tile_rows);
     int64_t chunk = index % job->chunks, first = index / job->chunks * job->units_per_tile;
-    int64_t end = min64(job->units, first + job->units_per_tile);
+    int64_t end = b2_min64(job->units, first + job->units_per_tile);
     for (int64_t unit = first; unit < end; unit++) {
         int64_t row = unit / a->kv_heads * job->siblings, kv_head = unit % a->kv_heads;
         int next = unit + 1 < end && kv_head + 1 < a->kv_heads;
@@ -313,7 +308,7 @@ static int64_t count_siblings(const b2_attention_args *a)
 
 static int64_t padded_keys(int64_t keys)
 {
-    return round_up(keys < 1 ? 1 : keys, B2_TILE_COLUMNS_MAX);
+    return b2_round_up(keys < 1 ? 1 : keys, B2_TILE_COLUMNS_MAX);
 }
 
 int b2_cpu_attention(b2_ctx *ctx, const b2_attention_args *args, b2_err *err)

@@ -5,20 +5,11 @@
 #include <stdatomic.h>
 
 #include "core/pool.h"
+#include "core/integers.h"
 #include "ops/cpu/kernels.h"
 #include "ops/cpu/quad_tiles.h"
 #include "ops/cpu/quads.h"
 #include "ops/ops.h"
-
-static inline int64_t min64(int64_t a, int64_t b)
-{
-    return a < b ? a : b;
-}
-
-static inline int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
 
 /* ctx->ops points at the first member of one of these. */
 typedef struct b2_cpu_backend {

@@ -82,7 +82,7 @@ static void pack_tile(void *argument, int64_t index, int worker)
 /* Packs x for the present group; a single row is used where it lies. */
 static int pack_x(b2_ctx *ctx, linear_job *job, float *buffer, b2_err *err)
 {
-    job->blocks = ceil_div(job->x.rows, job->kernels->tile_rows);
+    job->blocks = b2_ceil_div(job->x.rows, job->kernels->tile_rows);
     if (job->x.rows == 1 && !job->pairs) {
         job->packed = (const char *)job->x.data;
         return 0;
@@ -120,12 +120,12 @@ static void stream_tile(void *argument, int64_t index, int worker)
     linear_job *job = argument;
     (void)worker;
     int rows = (int)job->x.rows, at_once = job->panels_at_once;
-    int64_t end = min64(job->panels, (index + 1) * job->panels_per_chunk);
+    int64_t end = b2_min64(job->panels, (index + 1) * job->panels_per_chunk);
     float c[B2_TILE_ROWS_MAX * 4 * B2_PANEL]; /* [rows][width * 16] */
     for (int64_t p = index * job->panels_per_chunk; p < end;) {
         int width = end - p >= at_once ? at_once : 1;
         job->kernels->stream(c, (const float *)(const void *)job->packed, job->w, panel_at(job->w, p), rows, width);
-        finish_part(job, 0, p * B2_PANEL, rows, min64(width * B2_PANEL, job->w->n - p * B2_PANEL), c,
+        finish_part(job, 0, p * B2_PANEL, rows, b2_min64(width * B2_PANEL, job->w->n - p * B2_PANEL), c,
                     (int64_t)width * B2_PANEL);
         p += width;
     }
@@ -140,10 +140,10 @@ static int run_stream(b2_ctx *ctx, linear_job *job, b2_err *err)
     job->panels_at_once = at_once;
     double panel_flops = 2.0 * (double)(job->w->k * B2_PANEL) * (double)job->x.rows;
     double panel_ns = panel_bytes * NS_PER_BYTE + panel_flops * NS_PER_FLOP;
-    int64_t units = ceil_div(job->panels, at_once);
+    int64_t units = b2_ceil_div(job->panels, at_once);
     int64_t tiles = b2_cpu_tile_count(ctx, units, panel_ns * at_once, 10e3);
-    job->panels_per_chunk = ceil_div(units, tiles) * at_once;
-    return b2_cpu_run(ctx, ceil_div(job->panels, job->panels_per_chunk), stream_tile, job,
+    job->panels_per_chunk = b2_ceil_div(units, tiles) * at_once;
+    return b2_cpu_run(ctx, b2_ceil_div(job->panels, job->panels_per_chunk), stream_tile, job,
                       panel_ns * (double)job->panels, err);
 }
 
@@ -158,7 +158,7 @@ static size_t widened_floats(void)
 
 static size_t chunk_scratch(const b2_cpu_kernels *kernels)
 {
-    int64_t blocks = ceil_div(CHUNK_ROWS, kernels->tile_rows);
+    int64_t blocks = b2_ceil_div(CHUNK_ROWS, kernels->tile_rows);
     size_t tiles = (size_t)(blocks * kernels->tile_rows) * CHUNK_PANELS * B2_PANEL;
     return (widened_floats() + tiles) * sizeof(float);
 }
@@ -194,7 +194,7 @@ static void enter_panels(const linear_job *job, const chunk *chunk, b2_panels *b
         for (int i = 0; i <= two; i++) {
             int64_t first = (panel + i) * B2_PANEL;
             job->kernels->widen_rows(b->at[i], (const char *)w->data + (size_t)(first * w->k) * b2_dtype_size(w->dtype),
-                                     w->dtype, w->k, min64(B2_PANEL, w->n - first), k0, kc);
+                                     w->dtype, w->k, b2_min64(B2_PANEL, w->n - first), k0, kc);
         }
         job->kernels->tile(tile, a, b->at[0], two ? b->at[1] : b->at[0], rows, kc, k0 == 0);
         return;
@@ -229,7 +229,7 @@ static void run_block_of_k(const linear_job *job, const chunk *chunk, int64_t k0
     float *tile = chunk->tiles;
     for (int64_t p = chunk->panel; p < chunk->panel_end; p += step) {
         b2_panels b;
-        int64_t cols = min64(min64(columns, (chunk->panel_end - p) * B2_PANEL), job->w->n - p * B2_PANEL);
+        int64_t cols = b2_min64(b2_min64(columns, (chunk->panel_end - p) * B2_PANEL), job->w->n - p * B2_PANEL);
         for (int64_t i = chunk->block; i < chunk->block_end; i++) {
             int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
             const char *packed = packed_at(job, first, rows, k0);
@@ -253,28 +253,28 @@ static void chunk_tile(void *argument, int64_t index, int worker)
     float *scratch = b2_slot_claim(&job->slots, worker);
     int64_t row_chunk = index % job->row_chunks, panel = index / job->row_chunks * job->panels_per_chunk;
     chunk chunk = {.block = row_chunk * job->blocks_per_chunk,
-                   .block_end = min64(job->blocks, (row_chunk + 1) * job->blocks_per_chunk),
+                   .block_end = b2_min64(job->blocks, (row_chunk + 1) * job->blocks_per_chunk),
                    .panel = panel,
-                   .panel_end = min64(job->panels, panel + job->panels_per_chunk),
+                   .panel_end = b2_min64(job->panels, panel + job->panels_per_chunk),
                    .widened = scratch,
                    .tiles = scratch + widened_floats()};
     for (int64_t k0 = 0; k0 < job->w->k; k0 += job->kc)
-        run_block_of_k(job, &chunk, k0, min64(job->kc, job->w->k - k0));
+        run_block_of_k(job, &chunk, k0, b2_min64(job->kc, job->w->k - k0));
     b2_slot_release(&job->slots, scratch);
 }
 
 static int run_chunks(b2_ctx *ctx, linear_job *job, b2_err *err)
 {
-    int64_t most_blocks = ceil_div(CHUNK_ROWS, job->kernels->tile_rows);
-    job->row_chunks = ceil_div(job->blocks, most_blocks);
-    job->blocks_per_chunk = ceil_div(job->blocks, job->row_chunks);
+    int64_t most_blocks = b2_ceil_div(CHUNK_ROWS, job->kernels->tile_rows);
+    job->row_chunks = b2_ceil_div(job->blocks, most_blocks);
+    job->blocks_per_chunk = b2_ceil_div(job->blocks, job->row_chunks);
     int step = job->kernels->tile_panels;
     double flops = 2.0 * (double)job->x.rows * (double)(job->w->k * B2_PANEL);
     double panel_ns = flops * NS_PER_FLOP + (double)(job->w->k * B2_PANEL) * 0.1;
-    int64_t units = ceil_div(job->panels, step);
+    int64_t units = b2_ceil_div(job->panels, step);
     int64_t tiles = b2_cpu_tile_count(ctx, units, panel_ns * step, 50e3);
-    job->panels_per_chunk = min64(CHUNK_PANELS, ceil_div(units, tiles) * step);
-    return b2_cpu_run(ctx, job->row_chunks * ceil_div(job->panels, job->panels_per_chunk), chunk_tile, job,
+    job->panels_per_chunk = b2_min64(CHUNK_PANELS, b2_ceil_div(units, tiles) * step);
+    return b2_cpu_run(ctx, job->row_chunks * b2_ceil_div(job->panels, job->panels_per_chunk), chunk_tile, job,
                       panel_ns * (double)job->panels, err);
 }
 
@@ -286,7 +286,7 @@ static void blas_tile(void *argument, int64_t index, int worker)
     const b2_weight *w = job->w;
     int64_t items = job->x.rows / job->item_rows;
     int64_t row = index % items * job->item_rows, column = index / items * BLAS_COLUMNS;
-    int64_t cols = min64(BLAS_COLUMNS, w->n - column);
+    int64_t cols = b2_min64(BLAS_COLUMNS, w->n - column);
     int through_scratch = job->epilogue.residual != NULL; /* which may be `out`: do not write over it */
     float *c = through_scratch ? b2_slot_claim(&job->slots, worker) : job->out.data + row * job->out.ld + column;
     int64_t c_ld = through_scratch ? cols : job->out.ld;
@@ -306,7 +306,7 @@ static int run_blas(b2_ctx *ctx, linear_job *job, b2_err *err)
 {
     if (job->epilogue.residual && b2_slots_take(&job->slots, ctx, blas_scratch(job->item_rows), err) < 0)
         return -1;
-    int64_t tiles = job->x.rows / job->item_rows * ceil_div(job->w->n, BLAS_COLUMNS);
+    int64_t tiles = job->x.rows / job->item_rows * b2_ceil_div(job->w->n, BLAS_COLUMNS);
     double cost = 2.0 * (double)job->x.rows * (double)job->w->k * (double)job->w->n * NS_PER_FLOP;
     return b2_cpu_run(ctx, tiles, blas_tile, job, cost, err);
 }
@@ -322,7 +322,7 @@ static int are_few(const b2_ctx *ctx, int64_t rows)
 static int run_own(b2_ctx *ctx, linear_job *job, const b2_linear_opts *opts, b2_err *err)
 {
     b2_tensor x = job->x, out = job->out;
-    int64_t group = min64(GROUP_ROWS, x.rows);
+    int64_t group = b2_min64(GROUP_ROWS, x.rows);
     if (job->w->layout == B2_PAIRS && !are_few(ctx, x.rows))
         job->pairs = b2_cpu_pairs_of(ctx);
     job->kc = job->pairs ? PAIR_KC : KC;
@@ -333,7 +333,7 @@ static int run_own(b2_ctx *ctx, linear_job *job, const b2_linear_opts *opts, b2_
     if (!streams && b2_slots_take(&job->slots, ctx, chunk_scratch(job->kernels), err) < 0)
         return -1;
     for (int64_t row = 0; row < x.rows; row += group) {
-        int64_t rows = min64(group, x.rows - row);
+        int64_t rows = b2_min64(group, x.rows - row);
         job->x = b2_rows(x, row, rows);
         job->out = b2_rows(out, row, rows);
         if (opts->residual.data)
@@ -351,7 +351,7 @@ int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, c
         return b2_fail(err, B2_E_VALUE, "linear: weight %s is empty: [%lld, %lld]", w->name ? w->name : "",
                        (long long)w->n, (long long)w->k);
     linear_job job = {.kernels = b2_cpu_kernels_of(ctx), .out = out, .x = x, .w = w, .item_rows = opts->item_rows};
-    job.panels = ceil_div(w->n, B2_PANEL);
+    job.panels = b2_ceil_div(w->n, B2_PANEL);
     job.epilogue = (b2_epilogue){.bias = opts->bias && opts->bias->data ? opts->bias->data : NULL,
                                  .residual = opts->residual.data,
                                  .residual_ld = opts->residual.ld,
@@ -370,7 +370,7 @@ int b2_cpu_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, c
 size_t b2_cpu_linear_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width)
 {
     size_t threads = (size_t)b2_cpu_planned_threads(ctx);
-    size_t own = b2_arena_cost((size_t)(min64(GROUP_ROWS, max_rows) * max_width), sizeof(float)) +
+    size_t own = b2_arena_cost((size_t)(b2_min64(GROUP_ROWS, max_rows) * max_width), sizeof(float)) +
                  threads * b2_arena_cost(chunk_scratch(b2_cpu_kernels_of(ctx)), 1);
     size_t blas = threads * b2_arena_cost(blas_scratch(max_rows), 1);
     size_t quads = b2_cpu_quads_few_scratch(max_rows, max_width);

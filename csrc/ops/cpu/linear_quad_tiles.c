@@ -28,6 +28,7 @@ typedef struct tiles_job {
     int64_t group_units;          /* of one rounding of x */
     int64_t blocks, blocks_per_chunk, row_chunks;
     int64_t panels, panels_per_chunk;
+    int64_t threads;
     b2_slots slots;
 } tiles_job;
 
@@ -37,11 +38,16 @@ static int64_t block_start(const tiles_job *job, int64_t block)
     return block * job->x.rows / job->blocks;
 }
 
+static int are_few_blocks(const tiles_job *job)
+{
+    return job->blocks_per_chunk <= FEW_BLOCKS;
+}
+
 /* The block of `rows` rows that starts at row `first`, from `unit` on, where a group begins. */
 static b2_quad_block block_at(const tiles_job *job, int64_t first, int64_t rows, int64_t unit)
 {
     int64_t bytes = B2_QUAD_UNIT * job->tiles->value_bytes;
-    int64_t group = first * ceil_div(job->units, job->group_units) + unit / job->group_units * rows;
+    int64_t group = first * b2_ceil_div(job->units, job->group_units) + unit / job->group_units * rows;
     return (b2_quad_block){job->rounded.values + (first * job->units + unit * rows) * bytes, job->rounded.scales + group,
                            job->rounded.offsets + group};
 }
@@ -72,20 +78,14 @@ static size_t unpacked_bytes(const b2_quad_tiles *tiles)
 
 static size_t chunk_scratch(const b2_quad_tiles *tiles)
 {
-    int64_t rows = ceil_div(CHUNK_ROWS, tiles->tile_rows) * tiles->tile_rows;
+    int64_t rows = b2_ceil_div(CHUNK_ROWS, tiles->tile_rows) * tiles->tile_rows;
     return unpacked_bytes(tiles) +
            (size_t)(CHUNK_PANELS / tiles->tile_panels * rows * B2_QUAD_TILE_COLUMNS) * sizeof(float);
 }
 
-/* Bytes of `units` units of a panel as stored. */
-static int64_t stored_bytes(const tiles_job *job, int64_t units)
-{
-    return units * B2_QUAD_UNIT * B2_PANEL / (job->w->dtype == B2_I4 ? 2 : 1);
-}
-
 static const char *stored_at(const tiles_job *job, int64_t panel, int64_t unit)
 {
-    return (const char *)job->w->data + stored_bytes(job, panel * job->units + unit);
+    return (const char *)job->w->data + (panel * job->units + unit) * b2_quad_unit_bytes(job->w->dtype);
 }
 
 /* Whether the last panel of the chunk is not alone. */
@@ -115,7 +115,7 @@ static b2_quad_operand enter_panels(const tiles_job *job, const chunk *chunk, in
 
 static void finish_tile(const tiles_job *job, float *tile, int64_t row, int64_t rows, int64_t panel, int two)
 {
-    int64_t column = panel * B2_PANEL, cols = min64(two ? 2 * B2_PANEL : B2_PANEL, job->w->n - column);
+    int64_t column = panel * B2_PANEL, cols = b2_min64(two ? 2 * B2_PANEL : B2_PANEL, job->w->n - column);
     b2_epilogue e = job->epilogue;
     e.scales = job->w->dtype == B2_I8 ? (const float *)job->w->scales + column : NULL;
     e.bias = e.bias ? e.bias + column : NULL;
@@ -124,40 +124,90 @@ static void finish_tile(const tiles_job *job, float *tile, int64_t row, int64_t 
                          &e);
 }
 
-/* Units per block of k: as even as can be, and whole groups. Few row blocks are done with a panel so soon that reading it in
- * one go counts for more. */
+/* Units per block of k: as even as can be, and whole groups. */
 static int64_t block_units(const tiles_job *job)
 {
     int unpacks = job->w->dtype == B2_I4 || job->tiles->unpack_i8;
-    if (!unpacks && job->blocks_per_chunk <= FEW_BLOCKS)
-        return job->units + job->units % job->group_units;
     int64_t most = (unpacks ? KC_UNPACKED : KC) / B2_QUAD_UNIT;
-    int64_t even = ceil_div(job->units, ceil_div(job->units, most));
-    return ceil_div(even, job->group_units) * job->group_units;
+    int64_t even = b2_ceil_div(job->units, b2_ceil_div(job->units, most));
+    return b2_ceil_div(even, job->group_units) * job->group_units;
 }
 
-/* Asks for a part of what is read next, each time a row block is done: all of it is in the cache when it is needed. */
-static void ask_ahead(const char *next, int64_t bytes, int64_t part, int64_t parts)
+/* What is read after some units of a panel, or NULL. */
+typedef struct upcoming {
+    int64_t panel, unit, units;
+} upcoming;
+
+/* Piece `i` of what comes next: half of a panel's units. */
+static const char *piece_of(const tiles_job *job, const upcoming *next, int64_t i)
 {
-    for (int64_t at = bytes * part / parts / 64 * 64; at < bytes * (part + 1) / parts; at += 64)
-        __builtin_prefetch(next + at, 0, 2);
+    int64_t panel = next->panel + i / 2;
+    if (i >= 2 * job->tiles->tile_panels || panel >= job->panels)
+        return NULL;
+    return stored_at(job, panel, next->unit) + i % 2 * next->units * b2_quad_unit_bytes(job->w->dtype) / 2;
 }
 
-static float *run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int64_t u0, int64_t units, float *tile)
+/* The first row blocks ask for a piece each; where they are fewer than pieces, the rest is asked for in one go. */
+static void ask_for_rest(const tiles_job *job, const upcoming *next, int64_t i)
+{
+    const char *piece;
+    for (; (piece = piece_of(job, next, i)); i++)
+        for (int64_t at = 0; at < next->units * b2_quad_unit_bytes(job->w->dtype) / 2; at += 64)
+            __builtin_prefetch(piece + at, 0, 2);
+}
+
+static float *run_panels(const tiles_job *job, const chunk *chunk, int64_t panel, int64_t u0, int64_t units,
+                         const upcoming *next, float *tile)
 {
     b2_quad_operand operand = enter_panels(job, chunk, panel, u0, units);
-    int64_t next = panel + job->tiles->tile_panels, bytes = stored_bytes(job, units);
     for (int64_t i = chunk->block; i < chunk->block_end; i++) {
         int64_t first = block_start(job, i), rows = block_start(job, i + 1) - first;
         b2_quad_block x = block_at(job, first, rows, u0);
-        for (int p = 0; p < job->tiles->tile_panels && next + p < chunk->panel_end; p++)
-            ask_ahead(stored_at(job, next + p, u0), bytes, i - chunk->block, chunk->block_end - chunk->block);
-        job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units, u0 == 0);
+        const char *piece = piece_of(job, next, i - chunk->block);
+        job->tiles->tile(tile, &x, &operand, job->w->dtype, (int)rows, units, u0 == 0, piece);
         if (u0 + units == job->units)
             finish_tile(job, tile, first, rows, panel, are_two(job, chunk, panel));
         tile += job->tiles->tile_rows * B2_QUAD_TILE_COLUMNS;
     }
+    ask_for_rest(job, next, chunk->block_end - chunk->block);
     return tile;
+}
+
+/* The panels that the chunk begins with which this thread will probably take next. */
+static int64_t panel_after(const tiles_job *job, const chunk *chunk)
+{
+    return chunk->panel + job->threads * job->panels_per_chunk;
+}
+
+/* Few row blocks: panel after panel as they lie in memory. The sums of a panel stay in L1. */
+static void run_by_panel(const tiles_job *job, const chunk *chunk, int64_t step)
+{
+    for (int64_t p = chunk->panel; p < chunk->panel_end; p += job->tiles->tile_panels)
+        for (int64_t u0 = 0; u0 < job->units; u0 += step) {
+            int64_t after = p + job->tiles->tile_panels < chunk->panel_end ? p + job->tiles->tile_panels
+                                                                           : panel_after(job, chunk);
+            int last = u0 + step >= job->units;
+            upcoming next = {last ? after : p, last ? 0 : u0 + step, b2_min64(step, job->units - (last ? 0 : u0 + step))};
+            run_panels(job, chunk, p, u0, b2_min64(step, job->units - u0), &next, chunk->tiles);
+        }
+}
+
+/* Many: a stretch of k after another, so that x of all row blocks stays in L2. */
+static void run_by_units(const tiles_job *job, const chunk *chunk, int64_t step)
+{
+    for (int64_t u0 = 0; u0 < job->units; u0 += step) {
+        float *tile = chunk->tiles;
+        for (int64_t p = chunk->panel; p < chunk->panel_end; p += job->tiles->tile_panels) {
+            upcoming next = {p + job->tiles->tile_panels, u0, b2_min64(step, job->units - u0)};
+            if (next.panel >= chunk->panel_end) {
+                int last = u0 + step >= job->units;
+                next.panel = last ? panel_after(job, chunk) : chunk->panel;
+                next.unit = last ? 0 : u0 + step;
+                next.units = b2_min64(step, job->units - next.unit);
+            }
+            tile = run_panels(job, chunk, p, u0, b2_min64(step, job->units - u0), &next, tile);
+        }
+    }
 }
 
 static void chunk_tile(void *argument, int64_t index, int worker)
@@ -166,17 +216,12 @@ static void chunk_tile(void *argument, int64_t index, int worker)
     char *scratch = b2_slot_claim(&job->slots, worker);
     int64_t row_chunk = index % job->row_chunks, panel = index / job->row_chunks * job->panels_per_chunk;
     chunk chunk = {.block = row_chunk * job->blocks_per_chunk,
-                   .block_end = min64(job->blocks, (row_chunk + 1) * job->blocks_per_chunk),
+                   .block_end = b2_min64(job->blocks, (row_chunk + 1) * job->blocks_per_chunk),
                    .panel = panel,
-                   .panel_end = min64(job->panels, panel + job->panels_per_chunk),
+                   .panel_end = b2_min64(job->panels, panel + job->panels_per_chunk),
                    .unpacked = scratch,
                    .tiles = (float *)(void *)(scratch + unpacked_bytes(job->tiles))};
-    int64_t step = block_units(job);
-    for (int64_t u0 = 0; u0 < job->units; u0 += step) {
-        float *tile = chunk.tiles;
-        for (int64_t p = chunk.panel; p < chunk.panel_end; p += job->tiles->tile_panels)
-            tile = run_panels(job, &chunk, p, u0, min64(step, job->units - u0), tile);
-    }
+    (are_few_blocks(job) ? run_by_panel : run_by_units)(job, &chunk, block_units(job));
     b2_slot_release(&job->slots, scratch);
 }
 
@@ -185,16 +230,19 @@ static int run_group(b2_ctx *ctx, tiles_job *job, b2_err *err)
     /* Rough costs for choosing tiles, never for results. */
     const double ns_per_op = 1.0 / 300, ns_per_rounding = 0.3;
     int step = job->tiles->tile_panels;
-    job->blocks = ceil_div(job->x.rows, job->tiles->tile_rows);
+    job->blocks = b2_ceil_div(job->x.rows, job->tiles->tile_rows);
     if (b2_cpu_run(ctx, job->blocks, round_tile, job, (double)(job->x.rows * job->x.cols) * ns_per_rounding, err) < 0)
         return -1;
-    job->row_chunks = ceil_div(job->blocks, ceil_div(CHUNK_ROWS, job->tiles->tile_rows));
-    job->blocks_per_chunk = ceil_div(job->blocks, job->row_chunks);
+    job->row_chunks = b2_ceil_div(job->blocks, b2_ceil_div(CHUNK_ROWS, job->tiles->tile_rows));
+    job->blocks_per_chunk = b2_ceil_div(job->blocks, job->row_chunks);
     double panel_ns = 2.0 * (double)job->x.rows * (double)(job->w->k * B2_PANEL) * ns_per_op;
-    int64_t units = ceil_div(job->panels, step);
+    int64_t units = b2_ceil_div(job->panels, step);
     int64_t tiles = b2_cpu_tile_count(ctx, units, panel_ns * step, 50e3);
-    job->panels_per_chunk = min64(CHUNK_PANELS, ceil_div(units, tiles) * step);
-    return b2_cpu_run(ctx, job->row_chunks * ceil_div(job->panels, job->panels_per_chunk), chunk_tile, job,
+    job->panels_per_chunk = b2_ceil_div(units, tiles) * step;
+    if (!are_few_blocks(job)) /* whose sums are kept for one pair of panels only */
+        job->panels_per_chunk = b2_min64(CHUNK_PANELS, job->panels_per_chunk);
+    job->threads = b2_pool_threads(ctx->pool);
+    return b2_cpu_run(ctx, job->row_chunks * b2_ceil_div(job->panels, job->panels_per_chunk), chunk_tile, job,
                       panel_ns * (double)job->panels, err);
 }
 
@@ -202,7 +250,7 @@ static int run_group(b2_ctx *ctx, tiles_job *job, b2_err *err)
 
 static int take_scratch(b2_ctx *ctx, tiles_job *job, int64_t rows, b2_err *err)
 {
-    size_t units = (size_t)(rows * job->units), groups = (size_t)(rows * ceil_div(job->units, job->group_units));
+    size_t units = (size_t)(rows * job->units), groups = (size_t)(rows * b2_ceil_div(job->units, job->group_units));
     job->rounded.values = b2_arena_take(ctx->scratch, units, (size_t)(B2_QUAD_UNIT * job->tiles->value_bytes), err);
     job->rounded.scales = b2_arena_take(ctx->scratch, groups, sizeof(float), err);
     job->rounded.offsets = b2_arena_take(ctx->scratch, groups, sizeof(int32_t), err);
@@ -214,7 +262,7 @@ static int take_scratch(b2_ctx *ctx, tiles_job *job, int64_t rows, b2_err *err)
 size_t b2_cpu_quads_many_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width)
 {
     const b2_quad_tiles *tiles = b2_cpu_quad_tiles_of(ctx);
-    size_t units = (size_t)(min64(GROUP_ROWS, max_rows) * ceil_div(max_width, B2_QUAD_UNIT));
+    size_t units = (size_t)(b2_min64(GROUP_ROWS, max_rows) * b2_ceil_div(max_width, B2_QUAD_UNIT));
     return b2_arena_cost(units, (size_t)(B2_QUAD_UNIT * tiles->value_bytes)) + b2_arena_cost(units, sizeof(float)) +
            b2_arena_cost(units, sizeof(int32_t)) +
            (size_t)b2_cpu_planned_threads(ctx) * b2_arena_cost(chunk_scratch(tiles), 1);
@@ -224,8 +272,8 @@ static int run_all(b2_ctx *ctx, tiles_job *job, b2_err *err)
 {
     b2_tensor x = job->x, out = job->out;
     const float *residual = job->epilogue.residual;
-    int64_t count = ceil_div(x.rows, GROUP_ROWS);
-    if (take_scratch(ctx, job, ceil_div(x.rows, count), err) < 0)
+    int64_t count = b2_ceil_div(x.rows, GROUP_ROWS);
+    if (take_scratch(ctx, job, b2_ceil_div(x.rows, count), err) < 0)
         return -1;
     for (int64_t i = 0; i < count; i++) {
         int64_t row = i * x.rows / count, rows = (i + 1) * x.rows / count - row;
@@ -243,9 +291,9 @@ int b2_cpu_quads_many(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *
 {
     tiles_job job = {.kernels = b2_cpu_kernels_of(ctx), .tiles = b2_cpu_quad_tiles_of(ctx), .out = out, .x = x, .w = w,
                      .epilogue = *epilogue};
-    job.units = ceil_div(w->k, B2_QUAD_UNIT);
+    job.units = b2_ceil_div(w->k, B2_QUAD_UNIT);
     job.group_units = b2_quad_group(w->dtype) / B2_QUAD_UNIT;
-    job.panels = ceil_div(w->n, B2_PANEL);
+    job.panels = b2_ceil_div(w->n, B2_PANEL);
     size_t mark = b2_arena_mark(ctx->scratch);
     int status = run_all(ctx, &job, err);
     b2_arena_reset(ctx->scratch, mark);

@@ -39,7 +39,7 @@ static void sum_groups(quads_job *job)
     int64_t rows = job->x.rows, zero = job->w->dtype == B2_I8 ? 128 : 8;
     const b2_quad_panels *p = &job->panels;
     for (int64_t g = 0; g < p->groups; g++) {
-        int64_t end = min64(p->blocks, (g + 1) * p->group_blocks);
+        int64_t end = b2_min64(p->blocks, (g + 1) * p->group_blocks);
         for (int64_t r = 0; r < rows; r++) {
             int64_t sum = 0;
             for (int64_t b = g * p->group_blocks; b < end; b++)
@@ -80,7 +80,7 @@ static int quantise(b2_ctx *ctx, quads_job *job, b2_err *err)
 
 size_t b2_cpu_quads_few_scratch(int64_t max_rows, int64_t max_width)
 {
-    size_t rows = (size_t)min64(max_rows, B2_QUAD_FEW_ROWS), blocks = (size_t)ceil_div(max_width, B2_QUAD_BLOCK);
+    size_t rows = (size_t)b2_min64(max_rows, B2_QUAD_FEW_ROWS), blocks = (size_t)b2_ceil_div(max_width, B2_QUAD_BLOCK);
     return b2_arena_cost(rows * blocks, B2_QUAD_BLOCK / 4 * QUAD_BYTES) + b2_arena_cost(rows * blocks, sizeof(int32_t)) +
            b2_arena_cost(rows, sizeof(float)) + b2_arena_cost(rows * blocks, sizeof(double));
 }
@@ -103,7 +103,7 @@ static void finish_panels(const quads_job *job, const float *c, int64_t panel, i
     e.bias = e.bias ? e.bias + column : NULL;
     e.residual = e.residual ? e.residual + column : NULL;
     job->kernels->finish(job->out.data + column, job->out.ld, c, (int64_t)width * B2_PANEL, job->x.rows,
-                         min64((int64_t)width * B2_PANEL, job->w->n - column), &e);
+                         b2_min64((int64_t)width * B2_PANEL, job->w->n - column), &e);
 }
 
 static void stream_tile(void *argument, int64_t index, int worker)
@@ -111,7 +111,7 @@ static void stream_tile(void *argument, int64_t index, int worker)
     quads_job *job = argument;
     (void)worker;
     float c[B2_QUAD_FEW_ROWS * 2 * B2_PANEL]; /* [rows][width * 16] */
-    int64_t end = min64(job->panel_count, (index + 1) * job->panels_per_tile);
+    int64_t end = b2_min64(job->panel_count, (index + 1) * job->panels_per_tile);
     for (int64_t p = index * job->panels_per_tile; p < end;) {
         int width = end - p >= job->at_once ? job->at_once : 1;
         b2_quad_panels w = job->panels;
@@ -127,16 +127,16 @@ static int stream(b2_ctx *ctx, quads_job *job, b2_err *err)
 {
     job->at_once = job->quads->stream_panels(job->w->dtype, (int)job->x.rows);
     double panel_ns = (double)panel_bytes(job) * (1.0 / 16 + (double)job->x.rows / 64);
-    int64_t units = ceil_div(job->panel_count, job->at_once);
+    int64_t units = b2_ceil_div(job->panel_count, job->at_once);
     int64_t tiles = b2_cpu_tile_count(ctx, units, panel_ns * job->at_once, 5e3);
-    job->panels_per_tile = ceil_div(units, tiles) * job->at_once;
-    return b2_cpu_run(ctx, ceil_div(job->panel_count, job->panels_per_tile), stream_tile, job,
+    job->panels_per_tile = b2_ceil_div(units, tiles) * job->at_once;
+    return b2_cpu_run(ctx, b2_ceil_div(job->panel_count, job->panels_per_tile), stream_tile, job,
                       panel_ns * (double)job->panel_count, err);
 }
 
 static int few(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, const b2_epilogue *epilogue, b2_err *err)
 {
-    int64_t blocks = ceil_div(w->k, B2_QUAD_BLOCK), group_blocks = ceil_div(w->group, B2_QUAD_BLOCK);
+    int64_t blocks = b2_ceil_div(w->k, B2_QUAD_BLOCK), group_blocks = b2_ceil_div(w->group, B2_QUAD_BLOCK);
     quads_job job = {.kernels = b2_cpu_kernels_of(ctx),
                      .quads = b2_cpu_quads_of(ctx),
                      .out = out,
@@ -148,8 +148,8 @@ static int few(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, cons
                                 .dtype = w->dtype,
                                 .blocks = blocks,
                                 .group_blocks = group_blocks,
-                                .groups = ceil_div(blocks, group_blocks)},
-                     .panel_count = ceil_div(w->n, B2_PANEL)};
+                                .groups = b2_ceil_div(blocks, group_blocks)},
+                     .panel_count = b2_ceil_div(w->n, B2_PANEL)};
     size_t mark = b2_arena_mark(ctx->scratch);
     int status = quantise(ctx, &job, err) < 0 || stream(ctx, &job, err) < 0 ? -1 : 0;
     b2_arena_reset(ctx->scratch, mark);
@@ -163,9 +163,9 @@ int b2_cpu_quads_few(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w
         return b2_fail(err, B2_E_UNSUPPORTED, "%s: %lld input channels, a quantised weight may have %d",
                        w->name ? w->name : "weight", (long long)w->k, (int)MOST_K);
     /* Parts of like size: 16 rows as 8 and 8 read the weights as often as 15 and 1, and compute less at a time. */
-    int64_t parts = ceil_div(x.rows, B2_QUAD_FEW_ROWS), at_once = ceil_div(x.rows, parts);
+    int64_t parts = b2_ceil_div(x.rows, B2_QUAD_FEW_ROWS), at_once = b2_ceil_div(x.rows, parts);
     for (int64_t row = 0; row < x.rows; row += at_once) {
-        int64_t rows = min64(at_once, x.rows - row);
+        int64_t rows = b2_min64(at_once, x.rows - row);
         b2_epilogue part = *epilogue;
         if (part.residual)
             part.residual += row * part.residual_ld;

@@ -21,6 +21,12 @@ enum {
     B2_QUAD_TILE_COLUMNS = 2 * B2_PANEL
 };
 
+/* Bytes of a unit of a panel as stored. */
+static inline int64_t b2_quad_unit_bytes(b2_dtype dtype)
+{
+    return B2_QUAD_UNIT * B2_PANEL / (dtype == B2_I4 ? 2 : 1);
+}
+
 static inline int b2_quad_group(b2_dtype dtype)
 {
     return dtype == B2_I8 ? 64 : 32;
@@ -51,9 +57,10 @@ typedef struct b2_quad_tiles {
     void (*unpack_i8)(char *dst, const uint8_t *panel, int64_t units);
     void (*unpack_i4)(char *dst, const uint8_t *panel, int64_t units);
     /* c [rows][32] (+)= the sums over `units` units from the beginning of a group, without int8's scale: starts from zero
-     * if `first`, else goes on from c. */
+     * if `first`, else goes on from c. Meanwhile it asks for half of so many units as stored from `next` (NULL: nothing): a
+     * little with every group, since many lines at once would fill the queue to memory and stop the products. */
     void (*tile)(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
-                 int first);
+                 int first, const char *next);
     /* As fma_peak (kernels.h), of int8 products; returns operations, two for each product. */
     double (*peak)(int64_t rounds, float *sink);
 } b2_quad_tiles;

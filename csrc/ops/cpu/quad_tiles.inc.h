@@ -9,11 +9,24 @@
 #define VALUE_BYTES 2
 #include "ops/cpu/quad_rows.inc.h"
 
+/* Half of `units` stored units from `next`. */
+B2_INLINE void ask_ahead(const char *next, b2_dtype dtype, int64_t units)
+{
+    for (int64_t at = 0; next && at < units * b2_quad_unit_bytes(dtype) / 2; at += 64)
+        __builtin_prefetch(next + at, 0, 3);
+}
+
 #if defined(B2_SIMD_AVX512)
 enum { TILE_ROWS = 8, TILE_PANELS = 2 };
 typedef __m512i vi;
 B2_INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
+B2_INLINE void i_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
 B2_INLINE vi i_zero(void) { return _mm512_setzero_si512(); }
+B2_INLINE vi i_shift(vi a, const int bits) { return _mm512_srli_epi16(a, bits); }
+B2_INLINE vi i_centre(vi a, int mask, int zero)
+{
+    return _mm512_sub_epi16(_mm512_and_si512(a, _mm512_set1_epi16((short)mask)), _mm512_set1_epi16((short)zero));
+}
 B2_INLINE vi i_pair(const char *p)
 {
     int32_t pair;
@@ -62,7 +75,7 @@ B2_INLINE void tile_group(float *c, const char *x, const float *scales, const ch
 }
 
 B2_INLINE void tile_rows(float *c, const b2_quad_block *x, const b2_quad_operand *o, b2_dtype dtype, int64_t units,
-                         const int rows)
+                         const char *next, const int rows)
 {
     int64_t step = b2_quad_group(dtype) / B2_QUAD_UNIT;
     for (int64_t u = 0; u < units; u += step) {
@@ -70,25 +83,26 @@ B2_INLINE void tile_rows(float *c, const b2_quad_block *x, const b2_quad_operand
         const uint16_t *half[2] = {NULL, NULL};
         for (int i = 0; i < 2 && dtype == B2_I4; i++)
             half[i] = (const uint16_t *)o->scales[i] + u * B2_PANEL;
+        ask_ahead(next ? next + u * b2_quad_unit_bytes(dtype) / 2 : NULL, dtype, step);
         tile_group(c, x->values + u * B2_QUAD_UNIT * 2 * rows, x->scales + u / step * rows, w, half,
                    (u + step <= units ? step : units - u) * B2_QUAD_UNIT, rows);
     }
 }
 
 static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
-                 int first)
+                 int first, const char *next)
 {
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
     switch (rows) { /* the bounds become constants */
-    case 1: tile_rows(c, x, w, dtype, units, 1); break;
-    case 2: tile_rows(c, x, w, dtype, units, 2); break;
-    case 3: tile_rows(c, x, w, dtype, units, 3); break;
-    case 4: tile_rows(c, x, w, dtype, units, 4); break;
-    case 5: tile_rows(c, x, w, dtype, units, 5); break;
-    case 6: tile_rows(c, x, w, dtype, units, 6); break;
-    case 7: tile_rows(c, x, w, dtype, units, 7); break;
-    default: tile_rows(c, x, w, dtype, units, 8); break;
+    case 1: tile_rows(c, x, w, dtype, units, next, 1); break;
+    case 2: tile_rows(c, x, w, dtype, units, next, 2); break;
+    case 3: tile_rows(c, x, w, dtype, units, next, 3); break;
+    case 4: tile_rows(c, x, w, dtype, units, next, 4); break;
+    case 5: tile_rows(c, x, w, dtype, units, next, 5); break;
+    case 6: tile_rows(c, x, w, dtype, units, next, 6); break;
+    case 7: tile_rows(c, x, w, dtype, units, next, 7); break;
+    default: tile_rows(c, x, w, dtype, units, next, 8); break;
     }
 }
 
@@ -110,6 +124,15 @@ static double peak(int64_t rounds, float *sink)
 /* Sixteen registers are just enough for 6 x 16 sums, and GCC does not find the way: written out. Sums in ymm0 to ymm11,
  * weights in ymm12 and ymm13, x in ymm14, a product in ymm15. One block of assembly does one group. */
 enum { TILE_ROWS = 6, TILE_PANELS = 1, STEP_UNROLL = 8, UNIT_BYTES = B2_QUAD_UNIT * B2_PANEL * 2 };
+enum { VECTOR_BYTES = 32 };
+typedef __m256i vi;
+B2_INLINE vi i_load(const void *p) { return _mm256_loadu_si256(p); }
+B2_INLINE void i_store(void *p, vi a) { _mm256_storeu_si256(p, a); }
+B2_INLINE vi i_shift(vi a, const int bits) { return _mm256_srli_epi16(a, bits); }
+B2_INLINE vi i_centre(vi a, int mask, int zero)
+{
+    return _mm256_sub_epi16(_mm256_and_si256(a, _mm256_set1_epi16((short)mask)), _mm256_set1_epi16((short)zero));
+}
 
 /* DO(rows, row, its two sums) for each row. */
 #define ROWS_1(DO, R) DO(R, 0, 0, 1)
@@ -181,19 +204,20 @@ DEFINE_TILE(5)
 DEFINE_TILE(6)
 
 static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
-                 int first)
+                 int first, const char *next)
 {
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
-    void (*const i8[])(float *, const char *, const float *, const char *, int64_t) = {
+    static void (*const i8[])(float *, const char *, const float *, const char *, int64_t) = {
         tile_i8_1, tile_i8_2, tile_i8_3, tile_i8_4, tile_i8_5, tile_i8_6};
-    void (*const i4[])(float *, const char *, const float *, const char *, int64_t, const uint16_t *) = {
+    static void (*const i4[])(float *, const char *, const float *, const char *, int64_t, const uint16_t *) = {
         tile_i4_1, tile_i4_2, tile_i4_3, tile_i4_4, tile_i4_5, tile_i4_6};
     int64_t step = b2_quad_group(dtype) / B2_QUAD_UNIT;
     for (int64_t u = 0; u < units; u += step) {
         const char *values = x->values + u * B2_QUAD_UNIT * 2 * rows, *weights = w->values[0] + u * UNIT_BYTES;
         const float *scales = x->scales + u / step * rows;
         int64_t count = (u + step <= units ? step : units - u) * B2_QUAD_UNIT / (2 * STEP_UNROLL);
+        ask_ahead(next ? next + u * b2_quad_unit_bytes(dtype) / 2 : NULL, dtype, step);
         if (dtype == B2_I8)
             i8[rows - 1](c, values, scales, weights, count);
         else
@@ -218,11 +242,12 @@ static double peak(int64_t rounds, float *sink)
 enum { TILE_ROWS = 4, TILE_PANELS = 1 };
 
 static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
-                 int first)
+                 int first, const char *next)
 {
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
     int64_t group = b2_quad_group(dtype);
+    ask_ahead(next, dtype, units);
     for (int64_t k = 0; k < units * B2_QUAD_UNIT; k += group)
         for (int r = 0; r < rows; r++) {
             int32_t sum[B2_PANEL] = {0};
@@ -258,33 +283,53 @@ static double peak(int64_t rounds, float *sink)
 
 /* Sixteen bits of a panel are two channels of one row, and half of a quad: its even channels go into one pair, its odd ones
  * into the next (x is stored in the same order). */
+#if defined(B2_SIMD_AVX512) || defined(B2_SIMD_AVX2)
 static void unpack_i8(char *dst, const uint8_t *panel, int64_t units)
 {
-    int16_t *restrict to = (int16_t *)(void *)dst;
-    for (int64_t quad = 0; quad < units * 8; quad++, panel += 64, to += 64) {
-        uint16_t both[32];
-        memcpy(both, panel, sizeof both);
-        for (int i = 0; i < 32; i++) {
-            to[i] = (int16_t)((both[i] & 255) - 128);
-            to[32 + i] = (int16_t)((both[i] >> 8) - 128);
+    for (int64_t quad = 0; quad < units * 8; quad++, panel += 64, dst += 128)
+        B2_UNROLL
+        for (int at = 0; at < 64; at += VECTOR_BYTES) {
+            vi both = i_load(panel + at);
+            i_store(dst + at, i_centre(both, 255, 128));
+            i_store(dst + 64 + at, i_centre(i_shift(both, 8), 255, 128));
         }
-    }
 }
 
 static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)
 {
-    int16_t *restrict to = (int16_t *)(void *)dst;
-    for (int64_t quads = 0; quads < units * 4; quads++, panel += 64, to += 128) {
-        uint16_t both[32];
-        memcpy(both, panel, sizeof both);
-        for (int i = 0; i < 32; i++) {
-            to[i] = (int16_t)((both[i] & 15) - 8);
-            to[32 + i] = (int16_t)((both[i] >> 8 & 15) - 8);
-            to[64 + i] = (int16_t)((both[i] >> 4 & 15) - 8);
-            to[96 + i] = (int16_t)((both[i] >> 12) - 8);
+    for (int64_t quads = 0; quads < units * 4; quads++, panel += 64, dst += 256)
+        B2_UNROLL
+        for (int at = 0; at < 64; at += VECTOR_BYTES) {
+            vi four = i_load(panel + at);
+            i_store(dst + at, i_centre(four, 15, 8));
+            i_store(dst + 64 + at, i_centre(i_shift(four, 8), 15, 8));
+            i_store(dst + 128 + at, i_centre(i_shift(four, 4), 15, 8));
+            i_store(dst + 192 + at, i_centre(i_shift(four, 12), 15, 8));
         }
-    }
 }
+#else
+static void unpack_i8(char *dst, const uint8_t *panel, int64_t units)
+{
+    int16_t *to = (int16_t *)(void *)dst;
+    for (int64_t quad = 0; quad < units * 8; quad++, panel += 64, to += 64)
+        for (int i = 0; i < 32; i++) {
+            to[i] = (int16_t)(panel[2 * i] - 128);
+            to[32 + i] = (int16_t)(panel[2 * i + 1] - 128);
+        }
+}
+
+static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)
+{
+    int16_t *to = (int16_t *)(void *)dst;
+    for (int64_t quads = 0; quads < units * 4; quads++, panel += 64, to += 128)
+        for (int i = 0; i < 32; i++) {
+            to[i] = (int16_t)((panel[2 * i] & 15) - 8);
+            to[32 + i] = (int16_t)((panel[2 * i + 1] & 15) - 8);
+            to[64 + i] = (int16_t)((panel[2 * i] >> 4) - 8);
+            to[96 + i] = (int16_t)((panel[2 * i + 1] >> 4) - 8);
+        }
+}
+#endif
 
 const b2_quad_tiles B2_QUAD_TILES = {
     .tile_rows = TILE_ROWS,

@@ -61,10 +61,14 @@ enum { TILE_ROWS = 7 };
     "vfmadd231ps %%zmm" #i0 ", %%zmm" #x ", %%zmm" #f0 "\n\t"                                                       \
     "vfmadd231ps %%zmm" #i1 ", %%zmm" #x ", %%zmm" #f1 "\n\t"
 
-/* Integer sums of a group as fp32; STEPS lists its steps of four channels. */
-#define SUMS(R, STEPS)                                                                                              \
+/* Integer sums of a group as fp32; STEPS lists its steps of four channels, every EACH-th asks for a line of what is read
+ * next. */
+#define SUMS(R, STEPS, EACH)                                                                                        \
     ROWS_##R(BEGIN, R)                                                                                              \
     ".irp s," STEPS "\n\t"                                                                                          \
+    ".if \\s %% " #EACH " == 0\n\t"                                                                                 \
+    "prefetcht1 \\s * 64 / " #EACH "(%[next])\n\t"                                                                  \
+    ".endif\n\t"                                                                                                    \
     "vmovdqu64 64*\\s(%[w0]), %%zmm28\n\t"                                                                          \
     "vmovdqu64 64*\\s(%[w1]), %%zmm29\n\t"                                                                          \
     ROWS_##R(MULTIPLY, R)                                                                                           \
@@ -77,38 +81,42 @@ enum { TILE_ROWS = 7 };
     "add $512*" #units ", %[w0]\n\t"                                                                                \
     "add $512*" #units ", %[w1]\n\t"                                                                                \
     "add $4*" #R ", %[scales]\n\t"                                                                                  \
-    "add $4*" #R ", %[offsets]\n\t"
+    "add $4*" #R ", %[offsets]\n\t"                                                                                 \
+    "add %[ahead], %[next]\n\t"
 
 #define DEFINE_TILE(R)                                                                                              \
     static void tile_i8_##R(float *c, const b2_quad_block *b, const b2_quad_operand *w, int64_t units,              \
-                            int64_t first)                                                                          \
+                            int64_t first, const char *next)                                                        \
     {                                                                                                               \
         const char *x = b->values, *w0 = w->values[0], *w1 = w->values[1];                                          \
         const float *scales = b->scales;                                                                            \
         const int32_t *offsets = b->offsets;                                                                        \
-        int64_t whole = units / 2, half = units % 2;                                                                \
-        __asm__ volatile(START(R)                                                                          \
+        int64_t whole = units / 2, half = units % 2, ahead = next ? 512 : 0;                                        \
+        next = next ? next : x;                                                                                     \
+        __asm__ volatile(START(R)                                                                                   \
                          "test %[whole], %[whole]\n\t"                                                              \
                          "jz 2f\n"                                                                                  \
-                         "1:\n\t" SUMS(R, SIXTEEN) ROWS_##R(ADD, R) ADVANCE(R, 2)                                   \
+                         "1:\n\t" SUMS(R, SIXTEEN, 2) ROWS_##R(ADD, R) ADVANCE(R, 2)                                \
                          "dec %[whole]\n\t"                                                                         \
                          "jnz 1b\n"                                                                                 \
                          "2:\n\t"                                                                                   \
                          "test %[half], %[half]\n\t"                                                                \
-                         "jz 3f\n\t" SUMS(R, EIGHT) ROWS_##R(ADD, R) "3:\n\t" ROWS_##R(STORE, R)                    \
+                         "jz 3f\n\t" SUMS(R, EIGHT, 2) ROWS_##R(ADD, R) "3:\n\t" ROWS_##R(STORE, R)                 \
                          : [x] "+r"(x), [scales] "+r"(scales), [offsets] "+r"(offsets), [w0] "+r"(w0),              \
-                           [w1] "+r"(w1), [whole] "+r"(whole)                                                       \
-                         : [c] "r"(c), [half] "r"(half), [first] "r"(first)                                                             \
+                           [w1] "+r"(w1), [whole] "+r"(whole), [next] "+r"(next)                                    \
+                         : [c] "r"(c), [half] "r"(half), [first] "r"(first), [ahead] "r"(ahead)                     \
                          : CLOBBERED);                                                                              \
     }                                                                                                               \
     static void tile_i4_##R(float *c, const b2_quad_block *b, const b2_quad_operand *w, int64_t units,              \
-                            int64_t first)                                                                          \
+                            int64_t first, const char *next)                                                        \
     {                                                                                                               \
         const char *x = b->values, *w0 = w->values[0], *w1 = w->values[1];                                          \
         const char *s0 = w->scales[0], *s1 = w->scales[1];                                                          \
         const float *scales = b->scales;                                                                            \
         const int32_t *offsets = b->offsets;                                                                        \
-        __asm__ volatile(START(R) "1:\n\t" SUMS(R, EIGHT)                                                  \
+        int64_t ahead = next ? 128 : 0;                                                                             \
+        next = next ? next : x;                                                                                     \
+        __asm__ volatile(START(R) "1:\n\t" SUMS(R, EIGHT, 4)                                                        \
                          "vcvtph2ps (%[s0]), %%zmm28\n\t"                                                           \
                          "vcvtph2ps (%[s1]), %%zmm29\n\t" ROWS_##R(SCALE, R) ROWS_##R(ADD, R) ADVANCE(R, 1)         \
                          "add $32, %[s0]\n\t"                                                                       \
@@ -116,8 +124,8 @@ enum { TILE_ROWS = 7 };
                          "dec %[units]\n\t"                                                                         \
                          "jnz 1b\n\t" ROWS_##R(STORE, R)                                                            \
                          : [x] "+r"(x), [scales] "+r"(scales), [offsets] "+r"(offsets), [w0] "+r"(w0),              \
-                           [w1] "+r"(w1), [s0] "+r"(s0), [s1] "+r"(s1), [units] "+r"(units)                         \
-                         : [c] "r"(c), [first] "r"(first)                                                                               \
+                           [w1] "+r"(w1), [s0] "+r"(s0), [s1] "+r"(s1), [units] "+r"(units), [next] "+r"(next)      \
+                         : [c] "r"(c), [first] "r"(first), [ahead] "r"(ahead)                                       \
                          : CLOBBERED);                                                                              \
     }
 
@@ -134,14 +142,14 @@ DEFINE_TILE(5)
 DEFINE_TILE(6)
 DEFINE_TILE(7)
 
-typedef void (*tile_fn)(float *, const b2_quad_block *, const b2_quad_operand *, int64_t, int64_t);
+typedef void (*tile_fn)(float *, const b2_quad_block *, const b2_quad_operand *, int64_t, int64_t, const char *);
 
 static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_dtype dtype, int rows, int64_t units,
-                 int first)
+                 int first, const char *next)
 {
     static const tile_fn i8[TILE_ROWS] = {tile_i8_1, tile_i8_2, tile_i8_3, tile_i8_4, tile_i8_5, tile_i8_6, tile_i8_7};
     static const tile_fn i4[TILE_ROWS] = {tile_i4_1, tile_i4_2, tile_i4_3, tile_i4_4, tile_i4_5, tile_i4_6, tile_i4_7};
-    (dtype == B2_I8 ? i8 : i4)[rows - 1](c, x, w, units, first);
+    (dtype == B2_I8 ? i8 : i4)[rows - 1](c, x, w, units, first, next);
 }
 
 static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)

@@ -35,7 +35,7 @@ typedef struct search_job {
 
 static int64_t rows_of_group(const search_job *job, int64_t first)
 {
-    return min64(job->group, job->texts.rows - first);
+    return b2_min64(job->group, job->texts.rows - first);
 }
 
 /* best [16] folded to its largest. Written lane by lane, so that it becomes maxima of whole vectors. */
@@ -98,7 +98,7 @@ static void search_tile(void *argument, int64_t index, int worker)
     const search_job *job = argument;
     (void)worker;
     int64_t begin = index * job->pictures_per_tile;
-    int64_t end = min64(job->records->pictures, begin + job->pictures_per_tile);
+    int64_t end = b2_min64(job->records->pictures, begin + job->pictures_per_tile);
     for (int64_t first = 0; first < job->texts.rows; first += job->group) {
         int64_t rows = rows_of_group(job, first);
         int most = job->records->dtype == B2_I8 ? job->quads->stream_panels(B2_I8, (int)rows)
