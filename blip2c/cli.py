@@ -19,6 +19,7 @@ from typing import Any
 from blip2c import _core, cli_retrieval
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+RETRIEVAL = "sample-retrieval"  # the model of commands that compare, where none is named
 
 
 def _positive(text: str) -> int:
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     match.add_argument("picture", metavar="PICTURE")
     match.add_argument("texts", nargs="+", metavar="TEXT")
-    _model_options(match)
+    _model_options(match, RETRIEVAL)
     _batch_option(match)
 
     what = "write vectors of pictures, one for each query of the Q-Former, to a file of NumPy's"
@@ -107,9 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(
+    parser: argparse.ArgumentParser, default: str | None = None, means: str = "the small sample inside the package"
+) -> None:
+    """default: the model where none is named (None: load()'s own); means: what help calls it."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="folder or Hub id (default: the small sample inside the package)")
+    group.add_argument("--model", default=default, help=f"folder or Hub id (default: {default or means})")
     group.add_argument("--revision", help="branch, tag or commit on the Hub")
     group.add_argument("--local-files-only", action="store_true", help="never go to the Hub")
     group.add_argument(
@@ -277,12 +281,11 @@ def _ask(args: argparse.Namespace) -> int:
 
 def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any]:
     """What `blip2c info` says of this machine and of a checkpoint, whose weights are not read for it."""
-    from blip2c.api import sample_path
     from blip2c.cache import cache_folder, entries
     from blip2c.checkpoint import resolve_files
     from blip2c.classes import model_class
     from blip2c.devices import describe_devices
-    from blip2c.hub import resolve
+    from blip2c.hub import resolve, sample_path
     from blip2c.packed import describe_packed
 
     kept = cache_folder()

@@ -700,6 +700,7 @@ def _llama_core(config: Any) -> dict[str, Any]:
         "sliding_window": window,
         "slides": slides,
         "inv_freq": found.frequencies.tolist(),
+        **({} if found.positions is None else {"max_position_embeddings": found.positions}),
         "rope_scaling": found.scaling,
         "tie_word_embeddings": _flag("text_config.tie_word_embeddings", config.tie_word_embeddings),
     }
