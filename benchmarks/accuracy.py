@@ -122,7 +122,7 @@ def planted_table(dtypes: list[str]) -> None:
 
 
 def logits_of(folder: Path, dtype: str, positions: int) -> Logits:
-    """[positions, V]: one picture, then random tokens, read at once."""
+    """[positions, V]: one picture, then random tokens, read at once. An encoder-decoder decodes those tokens."""
     model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=parse_dtype(dtype), cache=False)
     core, config = model._core, model._core_config
     rng, side = np.random.default_rng(0), config["vision"]["image_size"]
@@ -130,8 +130,15 @@ def logits_of(folder: Path, dtype: str, positions: int) -> Logits:
     text = rng.integers(4, config["text"]["vocab_size"] - 1, positions).astype(np.int32)
     ids = np.concatenate([np.full(config["num_query_tokens"], -1, np.int32), text])
     features = core.encode(pixels)
-    logits: Logits = core.forward(features, ids, np.array([0, len(ids)], np.int64))["logits"]
-    return logits[config["num_query_tokens"] :]
+    queries, logits = config["num_query_tokens"], None
+    if config["text"]["model_type"] == "t5":
+        logits = core.forward(
+            features, ids[: queries + 16], np.array([0, queries + 16], np.int64),
+            decoder_ids=text, decoder_offsets=np.array([0, positions], np.int64),
+        )["logits"]  # fmt: skip
+        return np.asarray(logits, np.float32)
+    logits = core.forward(features, ids, np.array([0, len(ids)], np.int64))["logits"]
+    return np.asarray(logits, np.float32)[queries:]
 
 
 def checkpoint_table(folder: Path, others: list[str], positions: int, kept: Path | None) -> None:
