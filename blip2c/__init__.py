@@ -22,7 +22,7 @@ from blip2c._core import (
 
 if TYPE_CHECKING:
     from blip2c import kernels
-    from blip2c.api import Captioner, load, sample_path
+    from blip2c.api import Captioner, load
     from blip2c.attention_maps import AttentionMaps
     from blip2c.batch import BatchFeature
     from blip2c.captions import Caption, Captions
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         T5Config,
     )
     from blip2c.generation import GenerationConfig
+    from blip2c.hub import sample_path
     from blip2c.image_processing import BlipImageProcessor
     from blip2c.images import PictureError, load_image
     from blip2c.index import Hit, Hits, Index
@@ -96,7 +97,7 @@ _LAZY = {
     "load_image": "images",
     "pipeline": "pipelines",
     "quantize": "packed",
-    "sample_path": "api",
+    "sample_path": "hub",
 }
 
 __all__ = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,33 +31,26 @@ from blip2c.states import Chat, State
 if TYPE_CHECKING:
     from blip2c.attention_maps import AttentionMaps
 
-__all__ = ["Caption", "Captioner", "Captions", "load", "sample_path"]
+__all__ = ["Caption", "Captioner", "Captions", "load"]
 
 QUESTION = "Question: {} Answer:"
 DEFAULT_BATCH = 8
 CAPTION_TOKENS, ANSWER_TOKENS = 30, 20
 NO_TEXT_SIDE = (
     "this checkpoint writes texts, and can not read them without a picture: load a retrieval checkpoint"
-    " (Salesforce/blip2-itm-vit-g or its like)"
+    " (Salesforce/blip2-itm-vit-g or its like, or the small sample-retrieval)"
 )
-
-
-def sample_path() -> Path:
-    """The folder of the small checkpoint inside the package, in the Hub's format (FileNotFoundError without it)."""
-    folder = Path(__file__).resolve().parent / "sample"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: this installation carries no sample checkpoint; name one: load(path_or_id)")
-    return folder
 
 
 def load(path_or_id: str | os.PathLike[str] | None = None, **options: Any) -> Any:
     """A model with its processor, ready to use. Without path_or_id: the small checkpoint inside the package.
 
-    A Captioner; or a blip2c.Matcher where the checkpoint compares pictures and texts (blip2-itm-vit-g and its like).
+    A Captioner; or a blip2c.Matcher where the checkpoint compares pictures and texts (blip2-itm-vit-g and its like;
+    "sample-retrieval" is a small one inside the package).
 
     options: as in `Blip2ForConditionalGeneration.from_pretrained` (dtype, revision, cache_dir, local_files_only ...).
     """
-    from blip2c.hub import pop_hub_options, resolve
+    from blip2c.hub import pop_hub_options, resolve, sample_path
 
     hub = pop_hub_options(options)
     folder = sample_path() if path_or_id is None else resolve(path_or_id, **hub)

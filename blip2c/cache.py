@@ -135,25 +135,31 @@ def _chosen_folder(files: Sequence[str], dtype: Dtype, cache: Any) -> Path | Non
     return cache_folder()
 
 
-def open_model(files: Sequence[str], core: Mapping[str, Any], dtype: Dtype, cache: Any = None) -> _core.Model:
-    """The model of plain weights: from its packed form in the cache, else packed now and perhaps left there."""
+def open_model(
+    files: Sequence[str], core: Mapping[str, Any], dtype: Dtype, cache: Any = None, device: str = "cpu"
+) -> _core.Model:
+    """The model of plain weights: from its packed form in the cache, else packed now and perhaps left there.
+
+    On another device than the processor the cache is read, but nothing is left in it.
+    """
     folder = _chosen_folder(files, dtype, cache)
     if folder is None:
-        return _core.Model(files, core, dtype)
+        return _core.Model(files, core, dtype, device)
     source = _source_of(files, core, dtype)
     path = folder / f"packed-{sha256(source.encode(errors='surrogateescape')).hexdigest()[:32]}{SUFFIX}"
-    model = _open_entry(path, source, core, dtype)
+    model = _open_entry(path, source, core, dtype, device)
     if model is None:
-        model = _core.Model(files, core, dtype)
-        _keep(model, path, source, core)
+        model = _core.Model(files, core, dtype, device)
+        if device == "cpu":
+            _keep(model, path, source, core)
     return model
 
 
-def _open_entry(path: Path, source: str, core: Mapping[str, Any], dtype: Dtype) -> _core.Model | None:
+def _open_entry(path: Path, source: str, core: Mapping[str, Any], dtype: Dtype, device: str) -> _core.Model | None:
     try:
         if _core.SafetensorsFile(path).metadata().get(SOURCE_KEY) != source:
             raise ValueError("it was made from other files")
-        return _core.Model([str(path)], core, dtype)
+        return _core.Model([str(path)], core, dtype, device)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, OSError) as error:

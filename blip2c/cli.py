@@ -19,6 +19,7 @@ from typing import Any
 from blip2c import _core, cli_retrieval
 
 FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+RETRIEVAL = "sample-retrieval"  # the model of commands that compare, where none is named
 
 
 def _positive(text: str) -> int:
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     match.add_argument("picture", metavar="PICTURE")
     match.add_argument("texts", nargs="+", metavar="TEXT")
-    _model_options(match)
+    _model_options(match, RETRIEVAL)
     _batch_option(match)
 
     what = "write vectors of pictures, one for each query of the Q-Former, to a file of NumPy's"
@@ -107,9 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser) -> None:
+def _model_options(
+    parser: argparse.ArgumentParser, default: str | None = None, means: str = "the small sample inside the package"
+) -> None:
+    """default: the model where none is named (None: load()'s own); means: what help calls it."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="folder or Hub id (default: the small sample inside the package)")
+    group.add_argument("--model", default=default, help=f"folder or Hub id (default: {default or means})")
     group.add_argument("--revision", help="branch, tag or commit on the Hub")
     group.add_argument("--local-files-only", action="store_true", help="never go to the Hub")
     group.add_argument(
@@ -119,6 +123,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         help="how weights are held: auto (as stored, the default), float32, float16, bfloat16, int8, int4, or by part:"
         ' "vision=int8,language=int4"',
     )
+    group.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1 ...; see blip2c info")
     group.add_argument("--no-cache", action="store_true", help="keep no packed weights for the next load, use none")
     group.add_argument("--threads", type=_positive, metavar="N", help="threads to compute with")
     group.add_argument("--json", action="store_true", help="a JSON object a line")
@@ -204,6 +209,7 @@ def _load(args: argparse.Namespace) -> Any:
     return load(
         args.model,
         dtype=args.dtype,
+        device=args.device,
         cache=False if args.no_cache else None,
         revision=args.revision,
         local_files_only=args.local_files_only,
@@ -275,11 +281,11 @@ def _ask(args: argparse.Namespace) -> int:
 
 def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any]:
     """What `blip2c info` says of this machine and of a checkpoint, whose weights are not read for it."""
-    from blip2c.api import sample_path
     from blip2c.cache import cache_folder, entries
     from blip2c.checkpoint import resolve_files
     from blip2c.classes import model_class
-    from blip2c.hub import resolve
+    from blip2c.devices import describe_devices
+    from blip2c.hub import resolve, sample_path
     from blip2c.packed import describe_packed
 
     kept = cache_folder()
@@ -307,6 +313,7 @@ def describe(model: str | None, local_files_only: bool = False) -> dict[str, Any
         "blip2c": _version(),
         "threads": _core.get_num_threads(),
         "cpu": _core.cpu_info(),
+        "cuda": describe_devices(),
         "cache": {"folder": None if kept is None else str(kept), "bytes": sum(entry.size for entry in entries())},
         "model": {
             "folder": str(folder),
@@ -327,6 +334,10 @@ def _info(args: argparse.Namespace) -> int:
     vision, qformer = model["vision"], model["qformer"]
     print(f"blip2c {facts['blip2c']}, {facts['threads']} threads")
     print("cpu:      " + ", ".join(f"{key} {value}" for key, value in facts["cpu"].items()))
+    for device in facts["cuda"]["devices"]:
+        print("cuda:     " + ", ".join(f"{key} {value}" for key, value in device.items()))
+    if not facts["cuda"]["devices"]:
+        print(f"cuda:     none: {facts['cuda']['why_not']}")
     cache = facts["cache"]
     print(f"cache:    {cache['folder']}, {cache['bytes'] / 1e6:.1f} MB" if cache["folder"] else "cache:    off")
     print(f"model:    {model['folder']}")

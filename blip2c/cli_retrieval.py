@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_parsers(commands: Any) -> None:
     """The parsers of these commands."""
-    from blip2c.cli import _model_options, _positive
+    from blip2c.cli import RETRIEVAL, _model_options, _positive
 
     index = commands.add_parser(
         "index",
@@ -25,7 +25,7 @@ def add_parsers(commands: Any) -> None:
         "--index", metavar="INDEX", help="the index's folder (default: blip2c.index in the first folder)"
     )
     index.add_argument("--vectors", choices=["float16", "int8"], help="how vectors are held (default float16)")
-    _model_options(index)
+    _model_options(index, RETRIEVAL)
     index.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
 
     search = commands.add_parser(
@@ -42,7 +42,7 @@ def add_parsers(commands: Any) -> None:
         help="read the N nearest again together with the words (the paper: 128)",
     )
     search.add_argument("--html", metavar="OUT", help="write a page that shows the pictures")
-    _model_options(search)
+    _model_options(search, means="the one the index was made with")
     search.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
 
     evaluate = commands.add_parser(
@@ -53,7 +53,7 @@ def add_parsers(commands: Any) -> None:
         parser = kinds.add_parser(name, help=what, description=what)
         parser.add_argument("data", metavar="DATA.json", help="Karpathy's splits, or a list of image and caption")
         parser.add_argument("--split", default="test", help='default "test"')
-        _eval_options(parser)
+        _eval_options(parser, RETRIEVAL if name == "retrieval" else None)
         if name == "captions":
             parser.add_argument("--prompt", help="a beginning for the captions to go on from")
             _search_options(parser, 30)
@@ -67,12 +67,12 @@ def add_parsers(commands: Any) -> None:
     _search_options(vqa, 10)
 
 
-def _eval_options(parser: argparse.ArgumentParser) -> None:
+def _eval_options(parser: argparse.ArgumentParser, model: str | None = None) -> None:
     from blip2c.cli import _model_options, _positive
 
     parser.add_argument("--images", default=".", metavar="FOLDER", help="what the pictures' names are relative to")
     parser.add_argument("--limit", type=_positive, metavar="N", help="the first N entries only")
-    _model_options(parser)
+    _model_options(parser, model)
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default 8")
 
 

@@ -1,4 +1,4 @@
-"""Folders and Hub ids: where a checkpoint lies on this machine, after downloading what of it is needed.
+"""Folders, Hub ids and the package's own: where a checkpoint lies on this machine, after downloading what is needed.
 
 Only json, txt and safetensors files are ever fetched: nothing that would have to be unpickled. With local_files_only,
 or HF_HUB_OFFLINE set, no socket is opened.
@@ -26,6 +26,9 @@ WEIGHT_FILES = [
 ]
 HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token", "force_download", "subfolder")
 
+# The small checkpoints inside the package: what they are called, and their folders.
+SAMPLES = {"sample": "sample", "sample-retrieval": "sample_retrieval"}
+
 _REPO_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
 
 
@@ -44,6 +47,20 @@ def pop_hub_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in HUB_OPTIONS if name in options}
 
 
+def sample_path(name: str = "sample") -> Path:
+    """The folder of a small checkpoint inside the package, in the Hub's format.
+
+    name: "sample", which writes captions and answers, or "sample-retrieval", which compares pictures and texts.
+    Raises ValueError for another name, FileNotFoundError where the installation carries none.
+    """
+    if name not in SAMPLES:
+        raise ValueError(f"no small checkpoint is called {name!r}: there are {', '.join(SAMPLES)}")
+    folder = Path(__file__).resolve().parent / SAMPLES[name]
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: this installation carries no sample checkpoint; name one: load(path_or_id)")
+    return folder
+
+
 def resolve(
     path_or_id: str | os.PathLike[str],
     *,
@@ -55,7 +72,7 @@ def resolve(
     force_download: bool = False,
     subfolder: str = "",
 ) -> Path:
-    """The folder of a checkpoint: `path_or_id` itself if it is a folder, else a Hub id's snapshot.
+    """The folder of a checkpoint: `path_or_id` itself if it is a folder, one of SAMPLES, else a Hub id's snapshot.
 
     weights: fetch the safetensors files too. Raises FileNotFoundError, PermissionError or OSError saying what was
     looked for and why it is not there.
@@ -64,6 +81,8 @@ def resolve(
     path = Path(name).expanduser()
     if name and path.is_dir():  # an empty name would be the working directory
         return path / subfolder if subfolder else path
+    if name in SAMPLES:
+        return sample_path(name)
     if name and path.exists():
         raise NotADirectoryError(f"{name}: is a file; expected a checkpoint's folder or a Hub id")
     if not _REPO_ID.match(name) or name.startswith((".", "/", "~")) or ".." in name:

@@ -44,7 +44,8 @@ def to_numpy(value: Any) -> NDArray[Any]:
         tensor = value.detach().cpu()
         return np.asarray(tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy())
     if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
-        return np.from_dlpack(value)
+        on_host = value.__dlpack_device__()[0] == 1  # kDLCPU
+        return np.from_dlpack(value) if on_host else np.from_dlpack(value, device="cpu", copy=True)
     return np.asarray(value)
 
 

@@ -51,10 +51,11 @@ def _rebuild(entries: dict[str, Any], names: list[str]) -> ModelOutput:
 
 
 class Like:
-    """Gives results back as what came in: tensors for a tensor, arrays for anything else."""
+    """Gives results back as what came in: tensors where it was for a tensor, arrays for anything else."""
 
     def __init__(self, value: Any, dtype: str) -> None:
         self.torch = sys.modules["torch"] if is_torch(value) else None
+        self.device = value.device if self.torch is not None else "cpu"
         self.dtype = dtype
 
     @classmethod
@@ -68,13 +69,13 @@ class Like:
         """float32 array; or a tensor of the model's dtype (float32 where `keep`)."""
         if self.torch is None:
             return array
-        tensor = self.torch.from_numpy(np.ascontiguousarray(array))
+        tensor = self.torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return tensor if keep or self.dtype == "float32" else tensor.to(getattr(self.torch, self.dtype))
 
     def number(self, value: np.float32) -> Any:
         """A float32 scalar, of NumPy's or a tensor without axes."""
-        return value if self.torch is None else self.torch.tensor(value, dtype=self.torch.float32)
+        return value if self.torch is None else self.torch.tensor(value, dtype=self.torch.float32, device=self.device)
 
     def ids(self, array: NDArray[np.int64]) -> Any:
         """int64 array or tensor."""
-        return array if self.torch is None else self.torch.from_numpy(array)
+        return array if self.torch is None else self.torch.from_numpy(array).to(self.device)

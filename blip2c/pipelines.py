@@ -16,9 +16,9 @@ from typing import Any
 from blip2c._core import UnsupportedError
 from blip2c.api import Captioner, check_batch_size, load
 from blip2c.captions import Captions
+from blip2c.devices import read_device
 from blip2c.images import is_picture
 from blip2c.modeling import Blip2ForConditionalGeneration
-from blip2c.pretrained import check_device
 from blip2c.processing import Blip2Processor
 from blip2c.states import State
 
@@ -227,8 +227,9 @@ def pipeline(
 
     model: a folder or Hub id (None: the sample inside the package), what blip2c.load() gave, or a
     Blip2ForConditionalGeneration with its processor. batch_size, prompt, max_new_tokens, generate_kwargs: for calls
-    that do not say. model_kwargs: for from_pretrained. Raises KeyError for another task, UnsupportedError for a device
-    that is not the CPU or another framework than "pt".
+    that do not say. model_kwargs: for from_pretrained. device, device_map: where the model goes (-1, transformers'
+    number of the CPU, None, "cuda" ...). Raises KeyError for another task, UnsupportedError for a device that is not
+    there or another framework than "pt".
     """
     if task not in _TASKS:
         raise KeyError(f"Unknown task {task}, available tasks are {sorted(_TASKS)}")
@@ -237,10 +238,14 @@ def pipeline(
         raise TypeError(f"{task} has no argument prompt")
     if framework not in (None, "pt"):
         raise UnsupportedError(f"framework={framework!r}: results are plain lists and strings; pass None or 'pt'")
-    if device != -1:  # transformers' number of the CPU
-        check_device(device)
-    check_device(device_map)
-    captioner = _captioner(model, processor, dict(model_kwargs or {}), dtype or torch_dtype, revision, token)
+    place = device_map if device is None else "cpu" if device == -1 else device  # -1: transformers' number of the CPU
+    options = dict(model_kwargs or {})
+    path = model is None or isinstance(model, str | os.PathLike)
+    if place is not None and path:
+        options["device"] = read_device(place)
+    captioner = _captioner(model, processor, options, dtype or torch_dtype, revision, token)
+    if place is not None and not path:
+        captioner.model.to(read_device(place))
     defaults = {"prompt": prompt, "max_new_tokens": max_new_tokens, "generate_kwargs": generate_kwargs}
     return _TASKS[task](captioner, batch_size, **defaults)
 

@@ -26,6 +26,7 @@ from blip2c.batch import dtype_name, is_torch_dtype
 from blip2c.cache import open_model
 from blip2c.checkpoint import PACKED_WEIGHTS, read_json, resolve_files
 from blip2c.config import Blip2Config, core_config
+from blip2c.devices import read_device
 from blip2c.dtypes import QUANTISED, Dtype, read_dtype, warn_of_missing_instructions
 from blip2c.generation import METADATA, NAMES, GenerationConfig
 from blip2c.packed import check_packed, refuse_other_weights, write_packed
@@ -76,15 +77,6 @@ def generation_options(text_config: Any) -> dict[str, Any]:
     return {name: text_config.get(name) for name in NAMES if name not in METADATA}
 
 
-def check_device(device: Any) -> None:
-    """Accepts what means the CPU ("cpu", "auto", {"": "cpu"}, torch.device("cpu")); else UnsupportedError."""
-    places = set(device.values()) if isinstance(device, Mapping) else {device}
-    for place in places:
-        name = str(place).split(":")[0]
-        if name not in ("None", "cpu", "auto", "balanced", "balanced_low_0", "sequential"):
-            raise UnsupportedError(f"device {place!r}: this version of blip2c computes on the CPU only")
-
-
 class Blip2PreTrainedModel:
     """What every model here is: immutable weights in the C part, its config, and the calls scripts make on a module.
 
@@ -98,17 +90,25 @@ class Blip2PreTrainedModel:
     # Beginnings of names that a file may hold and this class does without, as it says of itself.
     _leaves_out: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, config: Blip2Config, files: list[str], *, dtype: Dtype = "auto", cache: Any = None) -> None:
-        """config: checked here. files: safetensors paths. dtype: see blip2c.dtypes. cache: see blip2c.cache."""
+    def __init__(
+        self, config: Blip2Config, files: list[str], *, dtype: Dtype = "auto", cache: Any = None, device: Any = None
+    ) -> None:
+        """config: checked here. files: safetensors paths. dtype: see blip2c.dtypes. cache: see blip2c.cache.
+        device: see blip2c.devices.
+        """
         self.config = config
         self._core_config = self._core_of(config)
         self._files = [str(file) for file in files]
-        warn_of_missing_instructions(dtype, stacklevel=3)
+        self._cache = cache
+        place = read_device(device)
+        if place == "cpu":
+            warn_of_missing_instructions(dtype, stacklevel=3)
         if [Path(file).name for file in self._files] == [PACKED_WEIGHTS]:
             check_packed(self._files[0], self._core_config)
-            self._core = _core.Model(self._files, self._core_config, dtype)
+            self._core = _core.Model(self._files, self._core_config, dtype, place)
         else:
-            self._core = open_model(self._files, self._core_config, dtype, cache)
+            self._core = open_model(self._files, self._core_config, dtype, cache, place)
+        self._held_as = dtype  # what the C part was last asked to hold the files' weights as
         # Keeps a folder of converted weights, where the files no longer hold the values (see `to`).
         self._converted: tempfile.TemporaryDirectory[str] | None = None
         # What it goes by. The C part holds matrices that were stored in half precision so, whatever is asked for.
@@ -155,7 +155,8 @@ class Blip2PreTrainedModel:
         "int4" (names, NumPy or torch dtypes), or a mapping from "vision", "qformer", "language" to those. Arithmetic is
         float32, but for bfloat16 by name and quantised weights; see docs/DTYPES.md. cache: whether a quantised model is
         kept packed for the next load; see blip2c.cache. revision, cache_dir, local_files_only, token,
-        force_download, subfolder: as in huggingface_hub. device, device_map: what means the CPU.
+        force_download, subfolder: as in huggingface_hub. device, device_map: "cpu" or "cuda", "cuda:1" ...: where the
+        weights go and what computes (see blip2c.devices and docs/CUDA.md); device_map names one place for all.
 
         Raises FileNotFoundError or OSError where there is no checkpoint, CheckpointError where it is damaged or
         disagrees with its config, UnsupportedError (naming it) for an architecture or option that is not computed here.
@@ -164,8 +165,7 @@ class Blip2PreTrainedModel:
 
         hub = pop_hub_options(options)
         refuse_options("from_pretrained", options, LOADING_OPTIONS)
-        check_device(device)
-        check_device(device_map)
+        place = read_device(device_map if device is None else device)
         requested = read_dtype(torch_dtype if dtype is None else dtype)
         folder = resolve(pretrained_model_name_or_path, **hub)
         if config is None:
@@ -175,7 +175,7 @@ class Blip2PreTrainedModel:
                 raise TypeError(f"config must be a {cls.config_class.__name__}, found {type(config).__name__}")
             config = cls.config_class.from_dict(config.to_dict())
         cls._core_of(config)  # refuse what can not be computed before looking for its weights
-        model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested, cache=cache)
+        model = cls(config, [str(file) for file in resolve_files(folder)], dtype=requested, cache=cache, device=place)
         model.name_or_path = str(pretrained_model_name_or_path)
         file = folder / "generation_config.json"
         if cls._speaks and file.is_file():
@@ -252,12 +252,14 @@ class Blip2PreTrainedModel:
 
     @property
     def device(self) -> Any:
-        """The CPU: a torch.device where torch is loaded, else "cpu"."""
+        """Where the weights are and what computes: a torch.device where torch is loaded, else "cpu", "cuda:0" ..."""
         torch = sys.modules.get("torch")
-        return "cpu" if torch is None else torch.device("cpu")
+        return self._core.device if torch is None else torch.device(self._core.device)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """In place, as in torch: (device), (dtype), (device, dtype), keywords. Returns self.
+
+        To another device the weights go from their files; the earlier ones are given back once nobody uses them.
 
         A conversion to a narrower dtype rounds the weights for good: `.half().float()` gives float32 matrices of
         float16 values, as in torch. Load again for the values of the file. Raises ValueError for a dtype where the
@@ -276,10 +278,24 @@ class Blip2PreTrainedModel:
                 dtype = argument
             elif argument is not None:
                 device = argument
-        check_device(device)
+        place = None if device is None else read_device(device)
         if dtype is not None:
             self._convert(dtype_name(dtype))
+        if place is not None:
+            self._move(place)
         return self
+
+    def _move(self, place: str) -> None:
+        with self._lock:
+            if place != self._core.device:
+                packed = [Path(file).name for file in self._files] == [PACKED_WEIGHTS]
+                cache = False if packed or self._converted is not None else self._cache
+                files = self._files if self._converted is None else [str(self._file_in(self._converted))]
+                self._core = open_model(files, self._core_config, self._held_as, cache, place)
+
+    @staticmethod
+    def _file_in(folder: tempfile.TemporaryDirectory[str]) -> Path:
+        return Path(folder.name) / "model.safetensors"
 
     def _convert(self, dtype: str) -> None:
         if self.is_quantized:
@@ -293,21 +309,24 @@ class Blip2PreTrainedModel:
             # bfloat16 was asked for by name (pairs), arithmetic is in it too.
             if dtype == "float32" and "-pairs" in self._core.policies:
                 self._core, self._converted = self._from_current("auto")
+                self._held_as = "auto"
             elif dtype != "float32" and (dtype != self._core.dtype or mixed):
-                warn_of_missing_instructions(dtype, stacklevel=4)
+                if self._core.device == "cpu":
+                    warn_of_missing_instructions(dtype, stacklevel=4)
                 if self._rounded:
                     self._core, self._converted = self._from_current(dtype)
                 else:
-                    self._core = _core.Model(self._files, self._core_config, dtype)
+                    self._core = _core.Model(self._files, self._core_config, dtype, self._core.device)
                 self._rounded = True
+                self._held_as = dtype
             self._dtype = dtype
 
     def _from_current(self, dtype: str) -> tuple[_core.Model, tempfile.TemporaryDirectory[str]]:
         """A model of the weights as they are now, which an earlier conversion rounded away from the files."""
         folder = tempfile.TemporaryDirectory(prefix="blip2c-")
-        path = Path(folder.name) / "model.safetensors"
+        path = self._file_in(folder)
         self._write_weights(path)
-        return _core.Model([str(path)], self._core_config, dtype), folder
+        return _core.Model([str(path)], self._core_config, dtype, self._core.device), folder
 
     def half(self) -> Self:
         """to(float16)."""
@@ -322,12 +341,12 @@ class Blip2PreTrainedModel:
         return self.to(dtype="float32")
 
     def cpu(self) -> Self:
-        """It is there already."""
-        return self
+        """to("cpu")."""
+        return self.to("cpu")
 
     def cuda(self, device: Any = None) -> Self:
-        """Raises UnsupportedError."""
-        return self.to("cuda")
+        """to("cuda"), or to the CUDA device of that number or name."""
+        return self.to("cuda" if device is None else device)
 
     def eval(self) -> Self:
         """It always is."""

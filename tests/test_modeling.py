@@ -220,7 +220,7 @@ def test_what_scripts_call_on_a_model(model: Any, reference: Any) -> None:
     assert model.get_memory_footprint() > 0
     assert model.generation_config.eos_token_id == model.language_model.generation_config.eos_token_id == 2
     assert "Blip2ForConditionalGeneration" in repr(model)
-    for refused in (model.train, model.cuda, lambda: model.to("cuda"), lambda: model.to("cuda:0")):
+    for refused in (model.train, lambda: model.to("mps"), lambda: model.to("xpu:0")):
         with pytest.raises(UnsupportedError):
             refused()
 
@@ -238,7 +238,7 @@ def test_loading_options_that_change_nothing(folder: Path, options: dict[str, An
 @pytest.mark.parametrize(
     "options",
     [{"load_in_8bit": True}, {"load_in_4bit": True}, {"quantization_config": object()}, {"use_safetensors": False},
-     {"device_map": "cuda"}, {"device_map": {"": 0}}, {"device": "cuda:1"}, {"variant": "fp16"},
+     {"device_map": "mps"}, {"device_map": {"a": 0, "b": 1}}, {"device": "xpu:1"}, {"variant": "fp16"},
      {"attn_implementation": "flash_attention_2"}, {"max_memory": {0: "1GB"}}],
     ids=str,
 )  # fmt: skip

@@ -85,7 +85,7 @@ def test_wrong_arguments(model: Any, captions: Any, answers: Any, tmp_path: Path
         (lambda: blip2c.pipeline(model=3), TypeError, "model: expected a path, .*found int"),
         (lambda: blip2c.pipeline(model=model.model), TypeError, "processor: expected"),
         (lambda: blip2c.pipeline(model=model, dtype="int8"), TypeError, "dtype: for loading a model"),
-        (lambda: blip2c.pipeline(model=model, device="cuda"), UnsupportedError, "cuda"),
+        (lambda: blip2c.pipeline(model=model, device="mps"), UnsupportedError, "mps"),
         (lambda: blip2c.pipeline(model=model, framework="tf"), UnsupportedError, "framework='tf'"),
         (lambda: blip2c.pipeline(model=model, top=3), TypeError, "pipeline has no argument top"),
         (lambda: blip2c.pipeline("vqa", model=model, prompt="a"), TypeError, "no argument prompt"),

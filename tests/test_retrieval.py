@@ -344,7 +344,7 @@ def test_command_line(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     with np.load(out) as held:
         assert held["names"].tolist() == names
         np.testing.assert_array_equal(held["embeddings"], friendly.embed(names))
-    assert cli.main(["match", names[0], "a cat"]) == 2
+    assert cli.main(["match", names[0], "a cat", "--model", "sample"]) == 2
     assert "retrieval checkpoint" in capsys.readouterr().err
     assert cli.main(["info", str(plain)]) == 0
     assert "projections to 12" in capsys.readouterr().out

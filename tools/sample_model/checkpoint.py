@@ -1,4 +1,4 @@
-"""The sample model's sizes, its tokenizer, and its folder in the Hub's format."""
+"""The sample models' sizes, their tokenizer, and their folders in the Hub's format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import Blip2Config, Blip2ForConditionalGeneration, GenerationConfig, OPTConfig
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    GenerationConfig,
+    OPTConfig,
+    PreTrainedModel,
+)
 
 import scenes
 
@@ -128,6 +135,40 @@ def make_model(vocabulary: int) -> Blip2ForConditionalGeneration:
     return model
 
 
+PROJECTION = 128
+#: How long a text may be that the retrieval model reads: four times the longest caption.
+POSITIONS = 64
+
+
+@torch.no_grad()
+def make_retrieval_model(sample: Blip2ForConditionalGeneration) -> Blip2ForImageTextRetrieval:
+    """The twin that compares pictures with texts, started from what the sample model has learned.
+
+    Vision encoder, queries and the queries' side of the Q-Former are the sample's. The texts' feed-forward layers
+    start as copies of the queries' and the word embeddings as the language model's, which are narrower: the rest is
+    noise. The heads start fresh.
+    """
+    config = Blip2Config(**sample.config.to_dict() | {"image_text_hidden_size": PROJECTION, "architectures": None})
+    qformer = config.qformer_config
+    qformer.use_qformer_text_input, qformer.pad_token_id, qformer.max_position_embeddings = True, PAD, POSITIONS
+    model = Blip2ForImageTextRetrieval(config)
+    shared = {k: v for k, v in sample.state_dict().items() if not k.startswith("language_")}
+    fresh = model.load_state_dict(shared, strict=False)
+    if fresh.unexpected_keys:
+        raise ValueError(f"the twin has no place for {fresh.unexpected_keys}")
+    for layer in model.qformer.encoder.layer:
+        layer.intermediate.load_state_dict(layer.intermediate_query.state_dict())
+        layer.output.load_state_dict(layer.output_query.state_dict())
+    words = model.embeddings.word_embeddings.weight
+    known = sample.get_input_embeddings().weight
+    torch.nn.init.normal_(words, std=0.1)
+    words[:, : known.shape[1]] += 0.3 * known / known.std()
+    torch.nn.init.normal_(model.embeddings.position_embeddings.weight, std=0.1)
+    for head in (model.vision_projection, model.text_projection, model.itm_head):
+        torch.nn.init.trunc_normal_(head.weight, std=0.05)
+    return model
+
+
 # ---------------------------------------------------------------------------
 # the folder
 
@@ -177,15 +218,17 @@ def _processor_files() -> dict[str, dict]:
     return {"preprocessor_config.json": image, "processor_config.json": processor}
 
 
-def _write_folder(model: Blip2ForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
+def _write_folder(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = model.config.to_dict() | {
-        "architectures": ["Blip2ForConditionalGeneration"],
+        "_name_or_path": "",
+        "architectures": [type(model).__name__],
         "dtype": "float16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    generation = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
-    generation.save_pretrained(folder)
+    if isinstance(model, Blip2ForConditionalGeneration):
+        generation = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+        generation.save_pretrained(folder)
     for name, content in (_tokenizer_files() | _processor_files()).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tied = "language_model.lm_head.weight"
@@ -193,7 +236,7 @@ def _write_folder(model: Blip2ForConditionalGeneration, tokenizer: Tokenizer, fo
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def save(model: Blip2ForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the whole folder; each file is replaced in one step, the weights last."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:

@@ -15,7 +15,9 @@ Some *combinations* are held out: a hash of its name puts 10 % of the unordered
 pairs of objects, 15 % of the (object, count) and 10 % of the (object, background)
 combinations aside.  A scene of the split ``"train"`` contains none of these; a scene
 of the split ``"heldout"`` contains nothing else: every combination in it (the pair, or
-the object and its count, and each object with the background) is held out.
+the object and its count, and each object with the background) is held out. A scene of the
+split ``"unseen"`` contains at least one, so that training never drew it, either: there are
+too few captions of the split ``"heldout"`` for a thousand scenes that all differ.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "heldout", "unseen"]
 
 SIZE = 112
 PATCH = 14
@@ -119,6 +121,14 @@ class Attributes:
     second: str | None
     count: int
 
+    @classmethod
+    def from_indices(cls, layout: int, colour: int, first: int, second: int) -> Attributes:
+        """The inverse of ``indices``."""
+        name = LAYOUTS[layout]
+        count = {"two": 2, "three": 3, "four": 4}.get(name, 1)
+        other = None if second == len(THINGS) else THINGS[second].name
+        return cls(name, COLOUR_NAMES[colour], THINGS[first].name, other, count)
+
     def indices(self) -> tuple[int, int, int, int]:
         """Layout, background, first and second object as class numbers."""
         second = len(THINGS) if self.second is None else _INDEX[self.second]
@@ -183,7 +193,27 @@ def combinations(attributes: Attributes) -> list[bool]:
 def belongs(attributes: Attributes, split: Split) -> bool:
     """Whether a scene may be drawn for this split."""
     held = combinations(attributes)
-    return all(held) if split == "heldout" else not any(held)
+    if split == "train":
+        return not any(held)
+    return all(held) if split == "heldout" else any(held)
+
+
+def distinct(rng: random.Random, number: int) -> list[Attributes]:
+    """Scenes that training never drew, with ``number`` different captions, in random order.
+
+    First all whose combinations are all held out, which are a few hundred; then others of
+    the split "unseen", in the usual mixture of layouts.
+    """
+    every = itertools.product(range(len(LAYOUTS)), range(len(COLOURS)), range(len(THINGS)), range(len(THINGS) + 1))
+    pairs = (LAYOUTS.index("left-right"), LAYOUTS.index("above-below"))
+    whole = (
+        Attributes.from_indices(*at) for at in every if (at[3] == len(THINGS)) != (at[0] in pairs) and at[2] != at[3]
+    )
+    found = dict.fromkeys(a for a in whole if belongs(a, "heldout"))
+    found = dict.fromkeys(rng.sample(list(found), min(number, len(found))))
+    while len(found) < number:
+        found[draw_attributes(rng, "unseen")] = None
+    return rng.sample(list(found), number)
 
 
 @functools.cache
@@ -242,6 +272,40 @@ def draw_attributes(rng: random.Random, split: Split, layout: str | None = None)
         attributes = _draw_attributes(rng, layout)
         if belongs(attributes, split):
             return attributes
+
+
+def _edited(attributes: Attributes, rng: random.Random) -> Attributes:
+    """A scene with one thing changed: an object, the colour, the count, the order, or the layout of a pair."""
+    layout, colour, first, second = attributes.indices()
+    kind = rng.randrange(5 if attributes.second is not None else 3)
+    if kind == 0:
+        colour = rng.randrange(len(COLOURS))
+    elif kind == 1:
+        first = rng.randrange(len(THINGS))
+    elif attributes.second is None:
+        layout = rng.choice([LAYOUTS.index(name) for name in ("single", "two", "three", "four")])
+    elif kind == 2:
+        second = rng.randrange(len(THINGS))
+    elif kind == 3:
+        first, second = second, first
+    else:
+        layout = rng.choice([LAYOUTS.index(name) for name in ("left-right", "above-below")])
+    return Attributes.from_indices(layout, colour, first, second)
+
+
+def related(attributes: Attributes, rng: random.Random, split: Split | None, number: int) -> list[Attributes]:
+    """The scene and ``number`` others (of a split) that differ from it in one thing each; no two alike.
+
+    Fewer, where a hundred draws did not find that many.
+    """
+    found = [attributes]
+    for _ in range(100):
+        if len(found) > number:
+            break
+        other = _edited(attributes, rng)
+        if other.first != other.second and other not in found and (split is None or belongs(other, split)):
+            found.append(other)
+    return found
 
 
 def caption(attributes: Attributes) -> str:

@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, PreTrainedModel
 
 import checkpoint
 import scenes
@@ -43,25 +43,11 @@ LABEL_NAMES = ("layout", "background", "first", "second")
 
 
 @dataclass
-class Parts:
-    """The model and what belongs to its training."""
+class Trained:
+    """A model, its tokenizer and, in what is derived from this, what else has weights while it is trained."""
 
-    model: Blip2ForConditionalGeneration
+    model: PreTrainedModel
     tokenizer: Tokenizer
-    patch_reader: torch.nn.Linear
-    place_reader: torch.nn.Linear
-    class_readers: torch.nn.ModuleList
-    query_readers: torch.nn.ModuleList
-
-    @classmethod
-    def fresh(cls) -> Parts:
-        """Everything at its start."""
-        tokenizer = checkpoint.make_tokenizer()
-        model = checkpoint.make_model(tokenizer.get_vocab_size())
-        model.set_attn_implementation("eager")  # on the CPU faster than sdpa's backward
-        vision, text = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
-        patch, place = torch.nn.Linear(vision, CLASSES), torch.nn.Linear(vision, scenes.GRID**2)
-        return cls(model, tokenizer, patch, place, heads(vision), heads(text))
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {k: v for k, v in vars(self).items() if isinstance(v, torch.nn.Module)}
@@ -93,6 +79,26 @@ class Parts:
         return chosen
 
 
+@dataclass
+class Parts(Trained):
+    """The sample model and the linear layers that read labels off it."""
+
+    patch_reader: torch.nn.Linear
+    place_reader: torch.nn.Linear
+    class_readers: torch.nn.ModuleList
+    query_readers: torch.nn.ModuleList
+
+    @classmethod
+    def fresh(cls) -> Parts:
+        """Everything at its start."""
+        tokenizer = checkpoint.make_tokenizer()
+        model = checkpoint.make_model(tokenizer.get_vocab_size())
+        model.set_attn_implementation("eager")  # on the CPU faster than sdpa's backward
+        vision, text = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+        patch, place = torch.nn.Linear(vision, CLASSES), torch.nn.Linear(vision, scenes.GRID**2)
+        return cls(model, tokenizer, patch, place, heads(vision), heads(text))
+
+
 class Average:
     """Running averages of named figures."""
 
@@ -119,6 +125,10 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Adam
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
+#: All stages; the last is train_retrieval.py's.
+ORDER = ("vision", "queries", "joint", "all", "retrieval")
+
+
 class Stage:
     """A stage's optimizer, its place in the work folder, and its learning rate.
 
@@ -126,10 +136,10 @@ class Stage:
     if these run out first.
     """
 
-    def __init__(self, name: str, parts: Parts, options: argparse.Namespace, trained: tuple[str, ...]) -> None:
+    def __init__(self, name: str, parts: Trained, options: argparse.Namespace, trained: tuple[str, ...]) -> None:
         self.name, self.parts, self.step = name, parts, 0
         self.peak, self.steps, self.minutes = (getattr(options, f"{k}_{name}") for k in ("peak", "steps", "minutes"))
-        self.seed = options.seed + 10 * list(STAGES).index(name)
+        self.seed = options.seed + 10 * ORDER.index(name)
         self.batch = options.batch
         self.partial = options.work / f"{name}.partial.pt"
         self.optimizer = make_optimizer(parts.parameters(*trained))
