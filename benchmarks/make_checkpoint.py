@@ -1,11 +1,12 @@
 """Writes a random checkpoint of true size (float16, 7.5 to 7.9 GB), for timing: blip2-opt-2.7b, the same with a LLaMA,
-or blip2-flan-t5-xl.
+blip2-flan-t5-xl, or (2.4 GB) blip2-itm-vit-g, which has no language model.
 
 The weights are scaled so that activations stay finite; the captions are nonsense, the work is that of the real model.
 
     python benchmarks/make_checkpoint.py /tmp/blip2-opt-2.7b-random
     python benchmarks/make_checkpoint.py /tmp/blip2-llama-2.7b-random --language llama
     python benchmarks/make_checkpoint.py /tmp/blip2-flan-t5-xl-random --language t5
+    python benchmarks/make_checkpoint.py /tmp/blip2-itm-vit-g-random --language none
 """
 
 from __future__ import annotations
@@ -38,27 +39,12 @@ T5 = {
     "relative_attention_num_buckets": 32, "vocab_size": 32128, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0,
     "decoder_start_token_id": 0, "tie_word_embeddings": False,
 }  # fmt: skip
+TEXT_SIDE = {"vocab_size": 30523, "max_position_embeddings": 512, "use_qformer_text_input": True}
+PROJECTION = 256
 QUERIES = 32
 IMAGE_SIZE, PATCH = 224, 14
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-def config(text: dict[str, Any], image_token: int) -> dict[str, object]:
-    """config.json as transformers writes it."""
-    return {
-        "architectures": ["Blip2ForConditionalGeneration"],
-        "model_type": "blip-2",
-        "dtype": "float16",
-        "num_query_tokens": QUERIES,
-        "image_token_index": image_token,
-        "tie_word_embeddings": text["tie_word_embeddings"],
-        "vision_config": {"model_type": "blip_2_vision_model", "image_size": IMAGE_SIZE, "patch_size": PATCH, **VISION},
-        "qformer_config": {
-            "model_type": "blip_2_qformer", "cross_attention_frequency": 2, "encoder_hidden_size": 1408, **QFORMER,
-        },
-        "text_config": text,
-    }  # fmt: skip
 
 
 def linear(name: str, rows: int, cols: int) -> Shapes:
@@ -166,8 +152,27 @@ def t5_shapes() -> Shapes:
     return shapes
 
 
+def retrieval_shapes() -> Shapes:
+    width, inner = QFORMER["hidden_size"], QFORMER["intermediate_size"]
+    shapes: Shapes = {
+        "embeddings.word_embeddings.weight": (TEXT_SIDE["vocab_size"], width),
+        "embeddings.position_embeddings.weight": (TEXT_SIDE["max_position_embeddings"], width),
+        **linear("vision_projection", PROJECTION, width),
+        **linear("text_projection", PROJECTION, width),
+        **linear("itm_head", 2, width),
+    }
+    for i in range(QFORMER["num_hidden_layers"]):
+        layer = f"qformer.encoder.layer.{i}."
+        shapes |= linear(f"{layer}intermediate.dense", inner, width) | linear(f"{layer}output.dense", width, inner)
+        shapes |= norm(f"{layer}output.LayerNorm", width)
+    return shapes
+
+
 class Language(NamedTuple):
-    """A language model's config, its width, where its vocabulary has room for the picture, and its weights."""
+    """A language model's config, its width, where its vocabulary has room for the picture, and its weights.
+
+    width 0: there is none, and the weights are those of retrieval.
+    """
 
     config: dict[str, Any]
     width: int
@@ -179,7 +184,28 @@ LANGUAGES = {
     "opt": Language(OPT, OPT["hidden_size"], 50265, opt_shapes),
     "llama": Language(LLAMA, LLAMA["hidden_size"], 32000, llama_shapes),
     "t5": Language(T5, T5["d_model"], 32100, t5_shapes),
+    "none": Language(OPT, 0, TEXT_SIDE["vocab_size"], retrieval_shapes),
 }
+
+
+def config(language: Language) -> dict[str, object]:
+    """config.json as transformers writes it."""
+    text = language.config
+    return {
+        "architectures": ["Blip2ForConditionalGeneration" if language.width else "Blip2ForImageTextRetrieval"],
+        "model_type": "blip-2",
+        "dtype": "float16",
+        "num_query_tokens": QUERIES,
+        "image_token_index": language.image_token,
+        "image_text_hidden_size": PROJECTION,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "vision_config": {"model_type": "blip_2_vision_model", "image_size": IMAGE_SIZE, "patch_size": PATCH, **VISION},
+        "qformer_config": {
+            "model_type": "blip_2_qformer", "cross_attention_frequency": 2, "encoder_hidden_size": 1408, **QFORMER,
+            **({} if language.width else TEXT_SIDE),
+        },
+        "text_config": text,
+    }  # fmt: skip
 
 
 def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -203,7 +229,7 @@ def tensors(shapes: Shapes, seed: int) -> Iterator[np.ndarray]:
 def write(folder: Path, seed: int, language: Language) -> int:
     """The checkpoint, streamed tensor by tensor; returns its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    projection = linear("language_projection", language.width, QFORMER["hidden_size"])
+    projection = linear("language_projection", language.width, QFORMER["hidden_size"]) if language.width else {}
     shapes = {**vision_shapes(), **qformer_shapes(), **projection, **language.shapes()}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -217,7 +243,7 @@ def write(folder: Path, seed: int, language: Language) -> int:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in tensors(shapes, seed):
             file.write(array.tobytes())
-    (folder / "config.json").write_text(json.dumps(config(language.config, language.image_token), indent=2))
+    (folder / "config.json").write_text(json.dumps(config(language), indent=2))
     preprocessor = {
         "image_processor_type": "BlipImageProcessor", "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],

@@ -13,7 +13,7 @@ such maps by gradients, which are not computed here: these are the weights thems
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ F32 = NDArray[np.float32]
 _SIDE = 480  # pixels of a plot's longer side, at least
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttentionMaps:
     """weights: float32 [L, H, Q, T], what each query gives to each of the picture's tokens, the class token first.
 
@@ -43,7 +43,12 @@ class AttentionMaps:
     weights: F32
     layers: tuple[int, ...]
     grid: tuple[int, int]
-    picture: Image.Image = field(repr=False)
+    picture: Image.Image
+
+    def __repr__(self) -> str:
+        _, heads, queries, _ = self.weights.shape
+        layers, (rows, columns) = ", ".join(map(str, self.layers)), self.grid
+        return f"AttentionMaps(layers {layers}: {heads} heads, {queries} queries, {rows} x {columns} patches)"
 
     def patches(self, layer: int = -1, head: int | None = None, query: int | None = None) -> F32:
         """The patches' weights of one of the L layers: [H, Q, rows, columns], without the axes that are chosen from.

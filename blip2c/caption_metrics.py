@@ -229,7 +229,7 @@ _CONTRACTIONS = _contractions()
 
 def normal_answer(text: str) -> str:
     """An answer as VQA compares it: lower case, no articles and little punctuation, numbers as digits, apostrophes."""
-    text = " ".join(text.replace("\n", " ").replace("\t", " ").strip().split(" "))
+    text = _unbroken(text)
     result = text
     for mark in _PUNCTUATION:
         beside_space = mark + " " in text or " " + mark in text
@@ -240,10 +240,20 @@ def normal_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
-    """Between 0 and 1: the mean, over the people, of min(1, how many of the others gave this answer / 3)."""
+    """Between 0 and 1: the mean, over the people, of min(1, how many of the others gave this answer / 3).
+
+    Answers are compared as normal_answer() has them; where all people wrote the very same, as they stand, which is what
+    the published code does and published figures rest on.
+    """
     if isinstance(people, str) or not people:
         raise ValueError(f"people: expected a list of at least one answer, found {people!r}")
-    said = normal_answer(answer)
-    agree = [normal_answer(person) == said for person in people]
+    said, wanted = _unbroken(answer), [_unbroken(person) for person in people]
+    if len(set(wanted)) > 1:
+        said, wanted = normal_answer(said), [normal_answer(person) for person in wanted]
+    agree = [person == said for person in wanted]
     total = sum(agree)
     return math.fsum(min(1.0, (total - same) / 3) for same in agree) / len(agree)
+
+
+def _unbroken(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()

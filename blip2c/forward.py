@@ -246,8 +246,14 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
 
     @property
     def _positions(self) -> int:
-        """How many tokens a sequence may have: learned positions end, rotary and relative ones do not."""
+        """How many tokens a sequence may have: learned positions end, relative ones and most rotary ones do not."""
         return int(self._core_config["text"].get("max_position_embeddings", NO_POSITIONS))
+
+    def _check_length(self, rows: PackedRows, new_tokens: int = 0) -> None:
+        """See check_positions(). Frequencies that hold for so many tokens only: upstream counts pads among them."""
+        text = self._core_config["text"]
+        rotary = "inv_freq" in text and "max_position_embeddings" in text
+        check_positions(rows._replace(mask=None) if rotary else rows, self._positions, new_tokens)
 
     @property
     def _vocabulary(self) -> int:
@@ -335,7 +341,7 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
     ) -> tuple[ModelOutput, F32]:
         """The language model's output as transformers' class of it gives it, and its logits [B, T, V] in float32."""
         rows = prompt.rows
-        check_positions(rows, self._positions)
+        self._check_length(rows)
         beside = {} if decoder is None else decoder_arguments(decoder)
         out = self._core.forward(
             prompt.embeds,

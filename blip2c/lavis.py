@@ -21,6 +21,7 @@ from typing import Any
 
 from blip2c._core import UnsupportedError
 from blip2c.api import Captioner, load
+from blip2c.hub import SAMPLES
 from blip2c.instructblip import InstructBlipForConditionalGeneration
 from blip2c.lavis_models import (
     Blip2ITM,
@@ -93,9 +94,9 @@ def load_model_and_preprocess(
 ) -> tuple[LavisModel, dict[str, Any], dict[str, Any]]:
     """(model, vis_processors, txt_processors) as in LAVIS.
 
-    name, model_type: LAVIS's, see print(model_zoo); as model_type also a folder in the Hub's format, or a Hub id
-    (owner/name). is_eval: models here always are. device: as in from_pretrained(). options: of blip2c.load() (dtype,
-    local_files_only ...).
+    name, model_type: LAVIS's, see print(model_zoo); as model_type also a folder in the Hub's format, a Hub id
+    (owner/name), or "sample" or "sample-retrieval", the small checkpoints inside the package. is_eval: models here
+    always are. device: as in from_pretrained(). options: of blip2c.load() (dtype, local_files_only ...).
 
     vis_processors["eval"](picture) -> float32 [3, S, S]; txt_processors["eval"](caption) -> str. Raises ValueError for
     a name or model type that LAVIS does not have either, UnsupportedError for one without a checkpoint on the Hub, or
@@ -147,7 +148,7 @@ def _place(name: str, model_type: str | os.PathLike[str]) -> str:
         return _HUB + types[given]
     if given in types:
         raise UnsupportedError(f"{name} {given}: there is no checkpoint of it on the Hub, only LAVIS's own .pth file")
-    if os.path.isdir(given) or "/" in given:
+    if os.path.isdir(given) or "/" in given or given in SAMPLES:
         return given
     raise ValueError(
         f"model_type of {name}: expected one of {', '.join(k for k, hub in types.items() if hub)}, a folder or a Hub"

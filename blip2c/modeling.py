@@ -18,7 +18,7 @@ from blip2c.callables import Hooks
 from blip2c.forward import F32, Blip2WithLanguageModel, PackedTexts, Prompt, decoder_arguments
 from blip2c.generation import Call, resolve
 from blip2c.generation_outputs import compute_transition_scores, generated
-from blip2c.inputs import DecoderRows, begin_decoder, check_positions
+from blip2c.inputs import DecoderRows, begin_decoder
 from blip2c.outputs import Like, ModelOutput
 from blip2c.pretrained import generation_options
 from blip2c.steps import Steps
@@ -157,7 +157,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             length, prompts, rule_ids, mask = begun.shown.shape[1], begun.shown, begun.ids, begun.mask
             decoder = decoder_arguments(begun)
         call = self._call(generate_kwargs, [length])
-        check_positions(rows, self._positions, new_tokens(call.core, length))
+        self._check_length(rows, new_tokens(call.core, length))
         shown = np.empty((batch, 0), np.int64) if prompts is None else prompts
         states = self._watcher(call, batch)
         hooks = Hooks(

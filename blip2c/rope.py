@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,11 @@ WITH_ORIGINAL_LENGTH = frozenset({"llama3", "yarn", "longrope"})
 
 
 class Rope(NamedTuple):
-    """frequencies [R / 2] float32, and what cosines and sines are multiplied by."""
+    """frequencies [R / 2] float32, what cosines and sines are multiplied by, and for how many tokens they hold."""
 
     frequencies: NDArray[np.float32]
     scaling: float
+    positions: int | None = None
 
 
 def standard_parameters(values: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
@@ -79,11 +80,15 @@ def _number(parameters: Mapping[str, Any], name: str, default: float | None = No
     """A positive number; where it is absent or null, the default (None: it must be there)."""
     value = parameters.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < float(value) < math.inf:
+    if not _is_positive(value):
         raise CheckpointError(
             f"config.json: text_config.rope_parameters.{name} must be a number above 0, found {value!r}"
         )
     return value
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0.0 < float(value) < math.inf
 
 
 def _powers(parameters: Mapping[str, Any], dim: int) -> NDArray[np.float32]:
@@ -163,4 +168,36 @@ def _yarn(parameters: Mapping[str, Any], dim: int, length: int) -> Rope:
     return Rope(frequencies.astype(np.float32), _yarn_scaling(parameters, factor))
 
 
-TYPES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _dynamic(parameters: Mapping[str, Any], dim: int, length: int) -> Rope:
+    """Plain up to max_position_embeddings. Beyond, upstream turns all tokens by other frequencies at each length."""
+    _number(parameters, "factor")
+    return Rope(_plain(parameters, dim), 1.0, length)
+
+
+def _longrope(parameters: Mapping[str, Any], dim: int, length: int) -> Rope:
+    """LongRoPE's short factors, which hold up to the original length (Ding et al. 2024)."""
+    original = _number(parameters, "original_max_position_embeddings")
+    factor = _number(parameters, "factor", length / original)
+    given = parameters.get("attention_factor")
+    if given is not None:
+        scaling = float(_number(parameters, "attention_factor"))
+    else:
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    for name in ("short_factor", "long_factor"):
+        factors = parameters.get(name)
+        if not isinstance(factors, list) or len(factors) != dim // 2 or not all(_is_positive(f) for f in factors):
+            raise CheckpointError(
+                f"config.json: text_config.rope_parameters.{name} must be a list of {dim // 2} numbers above 0"
+            )
+    short = np.array(parameters["short_factor"], np.float32)
+    return Rope(np.float32(1.0) / (short * _powers(parameters, dim)), scaling, int(original))
+
+
+TYPES = {
+    "default": _default,
+    "dynamic": _dynamic,
+    "longrope": _longrope,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

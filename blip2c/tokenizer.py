@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from blip2c._core import CheckpointError, UnsupportedError
 from blip2c.batch import BatchFeature
 from blip2c.images import is_torch
+from blip2c.tokenizer_classes import class_defaults, rebuild
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # From here on transformers takes a length for "no limit".
@@ -356,13 +357,14 @@ class Blip2Tokenizer:
         # Files since transformers 4.34 list every added token in the config; older ones in special_tokens_map.json.
         if "added_tokens_decoder" not in config:
             config.update(_read_optional(folder / "special_tokens_map.json"))
-        config.update(options)
+        config = {**class_defaults(config), **config, **options}
         if (folder / "tokenizer.json").is_file():
             try:
                 # Not from_file(): it takes no path that is not UTF-8.
                 backend = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
             except Exception as error:  # the package raises bare Exception
                 raise CheckpointError(f"{folder / 'tokenizer.json'}: {error}") from None
+            rebuild(backend, config)
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             backend = _from_vocabulary(folder, config)
         else:

@@ -1,15 +1,18 @@
 """b2_cuda_linear against float64: every weight type, few rows and many, views, scales; what may not change a result."""
 
 import ctypes
-from dataclasses import dataclass, field
+import subprocess
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cuda_build import HOST, ROOT, host_library
+from blip2c import kernels
+from cuda_build import CC, HOST, ROOT, host_library
 
 F32 = np.float32
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "int4": 4}
@@ -45,7 +48,7 @@ def library() -> ctypes.CDLL:
     files = ("linear", "few_rows", "few_floats", "tiles", "float_tiles", "cublas")
     sources = [ROOT / "csrc" / "ops" / "cuda" / f"{name}.cu" for name in files]
     sources += [ROOT / "csrc" / "core" / f"{name}.c" for name in ("arena", "error", "memory")]
-    loaded = ctypes.CDLL(str(host_library([*sources, HOST / "linear_calls.cu"])))
+    loaded = ctypes.CDLL(str(host_library([*sources, HOST / "linear_calls.cu", HOST / "cublas_lt.cu"])))
     loaded.run_linear.restype = ctypes.c_char_p
     loaded.linear_scratch.restype = ctypes.c_int64
     loaded.linear_scratch.argtypes = [ctypes.c_int64, ctypes.c_int64]
@@ -213,3 +216,179 @@ def test_activations(library: ctypes.CDLL, activation: str) -> None:
     for rows in (2, 18):
         check(library, Case(rows, 19, 40, activation=activation))
         check(library, Case(rows, 19, 40, "float32", activation=activation))
+
+
+# ---- what may not change a result ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_are_the_same_however_many_there_are(library: ctypes.CDLL, dtype: str) -> None:
+    """Also on cards where x does not fit into shared memory whole: then chunks are added by a second kernel."""
+    case = Case(16, 18, 2 * 2560 + 70, dtype)
+    arrays = arrays_of(case)
+    together = check(library, case, arrays=arrays)
+    for rows, device in ((1, H100), (7, {"multiprocessors": 2, "shared_per_block": 99 << 10}), (9, H100)):
+        part = {**arrays, "x": arrays["x"][:rows], "residual": arrays["residual"][:rows]}
+        some, _, _ = run(library, replace(case, rows=rows, device=device), part)
+        np.testing.assert_array_equal(some, together[:rows], err_msg=f"{rows} rows, {device}")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "int4"])
+def test_where_parts_do_not_fit_fewer_rows_are_taken_at_once(library: ctypes.CDLL, dtype: str) -> None:
+    case = Case(16, 18, 2 * 2560 + 70, dtype)
+    expected, whole, _ = run(library, case, arrays_of(case))
+    out, peak, _ = run(library, replace(case, arena=1500), arrays_of(case))
+    np.testing.assert_array_equal(out, expected)
+    assert peak <= 1500 < whole
+    check(library, Case(20, 40, 300, dtype, arena=20 * (320 * 2 + 4) + 128))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "int4"])
+def test_many_rows_share_out_columns_where_the_card_would_be_idle(library: ctypes.CDLL, dtype: str) -> None:
+    case = Case(33, 40, 700, dtype, activation="gelu")
+    _, split, _ = run(library, case, arrays_of(case))
+    little = replace(case, arena=33 * (704 * 2 + 4) + 512)
+    _, whole, _ = run(library, little, arrays_of(case))
+    assert split > whole
+    check(library, case)
+    check(library, little)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(150, 20), (20, 300), (300, 40)])
+def test_tiles_of_every_size(library: ctypes.CDLL, rows: int, n: int) -> None:
+    for dtype, multiprocessors in (("float32", 1), ("float32", 4), ("int4", 1), ("float16", 1)):
+        check(library, Case(rows, n, 72, dtype, device={**H100, "multiprocessors": multiprocessors}))
+    check(library, Case(150, 128 * 33 + 1, 32, "int8", bias=False, residual="none"))
+
+
+def test_rows_beyond_a_group(library: ctypes.CDLL) -> None:
+    check(library, Case(4096 + 20, 3, 40, residual="out"))
+
+
+@pytest.mark.parametrize("rows", [20, 90])
+def test_many_rows_of_float32_have_the_cpus_bits(library: ctypes.CDLL, rows: int) -> None:
+    case = Case(rows, 50, 333, "float32")
+    arrays = arrays_of(case)
+    out, _, _ = run(library, case, arrays)
+    w = np.ascontiguousarray(arrays["w"].values.astype(F32))
+    expected = kernels.linear(arrays["x"], w, arrays["bias"], residual=arrays["residual"], method="packed")
+    np.testing.assert_array_equal(out, expected)
+
+
+# ---- activations that 16 bits do not hold ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding(library: ctypes.CDLL, dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    for rows, tolerance in ((6, EXACT), (30, EXACT + ROUNDED[dtype])):
+        case = Case(rows, 30, 200, dtype, column_scales=dtype.startswith("int"))
+        arrays = arrays_of(case)
+        arrays["x"] = rng.standard_normal((rows, 200)).astype(F32)
+        if case.column_scales:
+            arrays["column_scales"] = rng.uniform(0.1, 9.0, 200).astype(F32)
+        check(library, case, tolerance, arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [4, 24])
+@pytest.mark.parametrize("power", [-140, -100, -20, 16, 60, 115])
+def test_activations_of_any_size(library: ctypes.CDLL, dtype: str, rows: int, power: int) -> None:
+    """T5's feed-forward leaves float16; each row has its own scale."""
+    case = Case(rows, 20, 64, dtype, bias=False, residual="none")
+    arrays = arrays_of(case)
+    arrays["x"] = arrays["x"] * (2.0 ** np.where(np.arange(rows) % 2, 0, power)).astype(F32)[:, None]
+    out, _, _ = run(library, case, arrays)
+    value, scale = reference(case, arrays)
+    smallest = 2.0**-133 if dtype == "bfloat16" else 2.0**-149
+    assert (np.abs(out - value) <= EXACT * scale + 64 * smallest).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [3, 19])
+def test_what_is_no_number_stays_in_its_row(library: ctypes.CDLL, dtype: str, rows: int) -> None:
+    case = Case(rows, 20, 64, dtype)
+    arrays = arrays_of(case)
+    expected, _, _ = run(library, case, arrays)
+    arrays["x"] = arrays["x"].copy()
+    arrays["x"][0, 5], arrays["x"][2, 7] = np.nan, np.inf
+    out, _, _ = run(library, case, arrays)
+    bad = [0, 2]
+    assert not np.isfinite(out[bad]).any()
+    np.testing.assert_array_equal(np.delete(out, bad, 0), np.delete(expected, bad, 0))
+
+
+# ---- scratch ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 5200), (16, 5200), (33, 700), (17, 8)])
+def test_the_plan_covers_what_is_taken(library: ctypes.CDLL, dtype: str, rows: int, width: int) -> None:
+    planned = library.linear_scratch(rows, width)
+    for n, k in ((16, width), (min(width, 300), 40)):
+        case = Case(rows, n, k, dtype, residual="out", arena=planned, device={**H100, "shared_per_block": 99 << 10})
+        _, peak, _ = run(library, case, arrays_of(case))
+        assert peak <= planned
+
+
+# ---- the library ----
+
+
+def stand_in(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP2C_CUBLASLT", library._name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("residual", ["none", "apart", "out"])
+@pytest.mark.parametrize("views", [False, True])
+def test_products_by_cublaslt(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, dtype: str, residual: str, views: bool
+) -> None:
+    stand_in(library, monkeypatch)
+    case = Case(20, 33, 72, dtype, "gelu", bias=residual != "none", residual=residual, views=views)
+    arrays = arrays_of(case)
+    arrays["x"] = arrays["x"] * F32(2.0**20) if dtype == "float16" else arrays["x"]
+    check(library, case, arrays=arrays)
+    _, peak, name = run(library, case, arrays)
+    assert name == "cuBLASLt 130000"
+    assert peak >= 1 << 20, "the algorithm's work space"
+    assert library.cublas_standin_alive() == 0
+
+
+def test_what_cublaslt_does_not_know_own_kernels_compute(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(library, monkeypatch)
+    for case in (Case(20, 33, 70, "float32"), Case(20, 33, 72, "int8"), Case(20, 33, 72, "int4")):
+        check(library, case)
+    check(library, Case(20, 40, 72, residual="out", arena=20 * (96 * 2 + 4) + 256))
+    assert library.cublas_standin_alive() == 0
+
+
+def test_without_cublaslt_it_says_why(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(20, 8, 40)
+    _, _, name = run(library, case, arrays_of(case))
+    assert name == "own kernels (no cuBLASLt was found)"
+    monkeypatch.setenv("BLIP2C_CUBLASLT", "0")
+    _, _, name = run(library, case, arrays_of(case))
+    assert name == "own kernels (BLIP2C_CUBLASLT=0)"
+
+
+def test_a_library_that_was_named_must_be_one(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case = Case(20, 8, 40)
+    monkeypatch.setenv("BLIP2C_CUBLASLT", str(tmp_path / "missing.so"))
+    with pytest.raises(RuntimeError, match=r"BLIP2C_CUBLASLT=.*missing.so: .*cannot open"):
+        run(library, case, arrays_of(case))
+    source, poor = tmp_path / "poor.c", tmp_path / "poor.so"
+    source.write_text("int cublasLtGetVersion(void) { return 1; }\n")
+    subprocess.run([*CC, "-shared", "-fPIC", "-o", poor, source], check=True)
+    monkeypatch.setenv("BLIP2C_CUBLASLT", str(poor))
+    with pytest.raises(RuntimeError, match=r"poor.so: it has no function cublasLtCreate"):
+        run(library, case, arrays_of(case))
+    check(library, Case(16, 8, 40))  # few rows need no library
+
+
+def test_weights_that_it_does_not_take(library: ctypes.CDLL) -> None:
+    case = Case(2, 8, 40)
+    with pytest.raises(RuntimeError, match="more than this device's kernels take"):
+        run(library, replace(case, device={**H100, "shared_per_block": 48 << 10}), arrays_of(case))

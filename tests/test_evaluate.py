@@ -62,6 +62,9 @@ def test_vqa_accuracy_by_hand() -> None:
     assert vqa_accuracy("no", people) == 1
     assert vqa_accuracy("maybe", people) == 0
     assert vqa_accuracy("yes", ["yes", *["no"] * 9]) == pytest.approx(9 * (1 / 3) / 10)
+    # Where all wrote the very same, the published code compares as it stands.
+    assert vqa_accuracy("Yes.", ["yes"] * 10) == 0
+    assert vqa_accuracy(" yes\n", ["yes"] * 10) == 1
     for said, normal in [
         ("The two dogs!", "2 dogs"), ("dont know", "don't know"), ("10,000", "10000"), ("3.5 ft.", "3.5 ft"),
         ("none", "0"), ("yall'd've", "y'all'd've"), ("black/white", "black white"), ("a\nred, car", "red car"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ LOGITS_TOLERANCE, HIDDEN_TOLERANCE = 1e-4, 5e-5
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32, "rope_theta": 500000.0}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.7, 2.2], "long_factor": [2.0, 3.0, 5.0, 7.0, 9.0]}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "tied": False},
     "vicuna": {"family": "llama", "tied": False, "text": {"vocab_size": 64, "pad_token_id": 0, "pretraining_tp": 1}},
@@ -35,6 +37,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"family": "llama", "text": {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0}},
     "llama3": {"family": "llama", "tied": False, "text": {"rope_parameters": LLAMA3, "head_dim": 16}},
     "yarn": {"family": "llama", "text": {"rope_parameters": YARN, "head_dim": 16}},
+    "dynamic": {
+        "family": "llama",
+        "text": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 32},
+    },
+    "longrope": {"family": "llama", "text": {"rope_scaling": {**LONG, "original_max_position_embeddings": 32}}},
     "mistral": {"family": "mistral", "tied": False},
     "mistral without a window": {"family": "mistral", "text": {"sliding_window": None, "head_dim": 6}},
     "qwen2": {"family": "qwen2"},
@@ -104,6 +111,27 @@ def test_tokens(pair: tuple[Any, Any], beams: int) -> None:
     assert other.shape != found.shape or (other != found).any()
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_hold_for_so_many_tokens(kind: str, tmp_path: Path) -> None:
+    """Beyond them upstream turns everything by other frequencies: refused, pads counted as there."""
+    random_checkpoint(tmp_path, seed=3, **VARIANTS[kind])
+    model, reference = blip2c.Blip2ForConditionalGeneration.from_pretrained(tmp_path), reference_model(tmp_path)
+    pixels, ids = random_pixels(model.config, 1), prompt_ids(model.config, 1, 32)
+    whole, within = ids[:, :32], ids[:, :27]
+    with torch.no_grad():
+        expected = reference(pixel_values=torch.from_numpy(pixels), input_ids=torch.from_numpy(whole)).logits
+        again = reference.generate(torch.from_numpy(pixels), torch.from_numpy(within), max_new_tokens=6)
+    assert np.abs(model(pixels, whole).logits - expected.numpy()).max() < 1e-4
+    assert model.generate(pixels, within, max_new_tokens=6).tolist() == again.tolist()
+    mask = np.ones_like(ids)
+    mask[0, -5:] = 0
+    for call in (lambda: model(pixels, ids), lambda: model(pixels, ids, mask)):
+        with pytest.raises(ValueError, match=r"row 0: 37 tokens .* the model has 32 positions"):
+            call()
+    with pytest.raises(ValueError, match=r"27 tokens .* and up to 7 new ones, but the model has 32 positions"):
+        model.generate(pixels, within, max_new_tokens=7)
+
+
 def test_a_window_hides_what_lies_before_it(pair: tuple[Any, Any]) -> None:
     """The last token's logits change with the first text token only where some layer sees that far."""
     model, reference = pair
@@ -138,6 +166,9 @@ ROPES: list[dict[str, Any]] = [
     {"rope_parameters": {**YARN, "rope_theta": 1e4}},
     {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}},
     {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 0.8, "beta_fast": 16, "beta_slow": 2}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_theta": 1e5},
+    {"rope_scaling": {**LONG, "original_max_position_embeddings": 40}},
+    {"rope_scaling": {**LONG, "attention_factor": 1.7}, "rope_theta": 1e5},
 ]
 
 
@@ -146,9 +177,13 @@ ROPES: list[dict[str, Any]] = [
 def test_frequencies_are_transformers(values: dict[str, Any], head_dim: int) -> None:
     """To the last bits: the rounding of torch's own powers, and what is made of them."""
     sizes = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "max_position_embeddings": 160}
-    config = transformers.LlamaConfig(**sizes, **{k: dict(v) if isinstance(v, dict) else v for k, v in values.items()})
+    values = copy.deepcopy(values)
+    if values.get("rope_scaling", {}).get("rope_type") == "longrope":
+        for name in ("short_factor", "long_factor"):  # one for each pair
+            values["rope_scaling"][name] = (values["rope_scaling"][name] * head_dim)[: head_dim // 2]
+    config = transformers.LlamaConfig(**sizes, **copy.deepcopy(values))
     expected = LlamaRotaryEmbedding(config)
-    parameters = standard_parameters(dict(values), 160)
+    parameters = standard_parameters(values, 160)
     assert parameters == dict(config.rope_parameters)
     found = rope(parameters, head_dim, 160)
     assert found.scaling == expected.attention_scaling
@@ -156,8 +191,10 @@ def test_frequencies_are_transformers(values: dict[str, Any], head_dim: int) -> 
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, UnsupportedError, "rope_type 'dynamic'"),
-    ({"rope_scaling": {"rope_type": "longrope"}}, UnsupportedError, "rope_type 'longrope'"),
+    ({"rope_scaling": {"rope_type": "dynamic"}}, CheckpointError, "rope_parameters.factor must be a number"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, CheckpointError, "short_factor must be a list of 5 numbers"),
+    ({"rope_scaling": {**LONG, "long_factor": [1.0, 0, 2, 3, 4]}}, CheckpointError, "long_factor must be a list of 5"),
+    ({"rope_scaling": {"rope_type": "proportional"}}, UnsupportedError, "rope_type 'proportional' .* known: default"),
     ({"rope_scaling": {"rope_type": "linear"}}, CheckpointError, "rope_parameters.factor must be a number"),
     ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, CheckpointError, "factor .* found -1"),
     ({"rope_scaling": {"rope_type": "default", "rope_theta": "x"}}, CheckpointError, "rope_theta .* found 'x'"),

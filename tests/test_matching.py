@@ -221,6 +221,7 @@ def test_attention_maps_are_the_cross_attentions(folder: Path, model: Any, text:
             embeds = torch.cat([embeds, reference.embeddings(ids)], 1)
         want = reference.qformer(embeds, count, None, vision, output_attentions=True).cross_attentions
     assert maps.weights.shape == (2, 2, 4, 5)
+    assert repr(maps) == "AttentionMaps(layers 0, 2: 2 heads, 4 queries, 2 x 2 patches)"
     assert (maps.layers, maps.grid, maps.picture.size) == ((0, 2), (2, 2), image.size)
     np.testing.assert_allclose(maps.weights, torch.cat(want).numpy(), atol=1e-5)
     np.testing.assert_array_equal(maps.patches(0)[1, 3].reshape(-1), maps.weights[0, 1, 3, 1:])

@@ -12,6 +12,7 @@
 #include "host.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -218,6 +219,7 @@ struct CUstream_st {
     CUgraph_st *capture = nullptr;
     bool invalidated = false;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+    pthread_t capturer;
 };
 
 namespace {
@@ -281,12 +283,14 @@ cudaError_t drain_device(int index, bool blocking_only)
     return status;
 }
 
-/* What must not happen while a stream of this process is captured (unless it was begun as relaxed). */
+/* What must not happen while a stream of this process is captured (unless it was begun as relaxed, or by another thread as
+ * its own affair). */
 cudaError_t unless_capturing()
 {
     cudaError_t status = cudaSuccess;
     for (CUstream_st *stream : the().streams)
-        if (stream->capture && stream->mode != cudaStreamCaptureModeRelaxed) {
+        if (stream->capture && stream->mode != cudaStreamCaptureModeRelaxed &&
+            (stream->mode == cudaStreamCaptureModeGlobal || pthread_equal(stream->capturer, pthread_self()))) {
             stream->invalidated = true;
             status = cudaErrorStreamCaptureUnsupported;
         }
@@ -963,6 +967,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     stream->capture = new CUgraph_st();
     stream->invalidated = false;
     stream->mode = mode;
+    stream->capturer = pthread_self();
     return status;
 }
 

@@ -41,7 +41,7 @@ static __device__ __forceinline__ void run_step(float acc[CHANNELS][ROWS], const
     }
 }
 
-template <int ROWS> __global__ void __launch_bounds__(THREADS, 3) few_floats_kernel(b2_product p)
+template <int ROWS> __global__ void __launch_bounds__(THREADS, 2) few_floats_kernel(b2_product p)
 {
     int first = (int)blockIdx.y * MOST_ROWS; /* the second eight rows find the weights in the second cache */
     p.out += first * p.out_ld;
@@ -65,6 +65,8 @@ template <int ROWS> __global__ void __launch_bounds__(THREADS, 3) few_floats_ker
         run_step<ROWS>(acc, ring + stage * CHANNELS * THREADS, p, column + lane * 4);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
+    static_assert(MOST_ROWS * CHANNELS <= 32, "a lane for every element");
+    float mine = 0.0f;
 #pragma unroll
     for (int row = 0; row < ROWS; row++)
 #pragma unroll
@@ -73,9 +75,13 @@ template <int ROWS> __global__ void __launch_bounds__(THREADS, 3) few_floats_ker
 #pragma unroll
             for (int other = 16; other > 0; other /= 2)
                 sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, other));
-            if (lane == (row * CHANNELS + i) % 32 && row < p.rows && channel + i < p.n)
-                b2_finish(p, row, channel + i, sum, 1.0f);
+            if (lane == row * CHANNELS + i)
+                mine = sum;
         }
+    int row = lane / CHANNELS;
+    channel += lane % CHANNELS;
+    if (row < p.rows && channel < p.n)
+        b2_finish(p, row, channel, mine, 1.0f);
 }
 
 typedef void (*few_floats_fn)(b2_product);

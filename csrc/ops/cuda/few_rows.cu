@@ -59,29 +59,57 @@ struct few_rows {
     int tiles, tiles_per_block;
 };
 
-/* A step of a block: which columns of which tile. */
-struct position {
-    int tile, chunk, step;
-};
-
 struct block_plan {
     int first_chunk, end_chunk, tile_end, steps; /* steps: of one tile and chunk */
 };
 
-static __device__ __forceinline__ void advance(position &at, const block_plan &plan)
+/* Where a warp is on its way through the block's tiles, chunks and steps, and where this lane finds its part of the weights:
+ * the pointers are moved, not computed, from step to step. */
+struct cursor {
+    int tile, chunk, step;
+    int room;                   /* columns of the chunk from the warp's first one on: <= 0: this step has none */
+    const char *w[2];           /* 16 bytes of channels g and g + 8; beyond the last channel: of the last */
+    const uint16_t *scales[2];  /* I4: of the lane's group of these channels (t counts groups) */
+};
+
+static __device__ __forceinline__ int64_t row_bytes(int type, int ld)
 {
-    if (++at.step < plan.steps)
-        return;
-    at.step = 0;
-    if (++at.chunk < plan.end_chunk)
-        return;
-    at.chunk = plan.first_chunk;
-    at.tile++;
+    return type == B2_I4 ? ld / 2 : type == B2_I8 ? ld : 2 * (int64_t)ld;
 }
 
-static __device__ __forceinline__ int warp_column(int type, const position &at)
+/* To the first step of the cursor's tile and chunk. */
+template <int TYPE> static __device__ __forceinline__ void enter(cursor &at, const few_rows &a, const block_plan &plan)
 {
-    return (at.step * WARPS + (int)threadIdx.x / 32) * step_columns(type);
+    int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int first = at.chunk * a.chunk, column = first + warp * step_columns(TYPE);
+    at.step = 0;
+    at.room = at.tile < plan.tile_end ? min(a.chunk, a.p.ld - first) - warp * step_columns(TYPE) : 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int64_t channel = min(at.tile * TILE + half * 8 + g, a.p.n - 1);
+        at.w[half] = (const char *)a.p.w + channel * row_bytes(TYPE, a.p.ld) + row_bytes(TYPE, column) + t * 16;
+        if (TYPE == B2_I4)
+            at.scales[half] = (const uint16_t *)a.p.scales + channel * (a.p.ld / B2_CUDA_GROUP) + column / B2_CUDA_GROUP + t;
+    }
+}
+
+template <int TYPE> static __device__ __forceinline__ void advance(cursor &at, const few_rows &a, const block_plan &plan)
+{
+    if (++at.step == plan.steps) {
+        if (++at.chunk == plan.end_chunk) {
+            at.chunk = plan.first_chunk;
+            at.tile++;
+        }
+        enter<TYPE>(at, a, plan);
+        return;
+    }
+    at.room -= WARPS * step_columns(TYPE);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        at.w[half] += WARPS * 64; /* four lanes' 16 bytes of each warp */
+        if (TYPE == B2_I4)
+            at.scales[half] += WARPS * 4;
+    }
 }
 
 /* Where a lane's 16 bytes lie in the ring. Lanes of I4 read four bytes of each other's: the order keeps them out of one
@@ -92,24 +120,16 @@ template <int TYPE> static __device__ __forceinline__ int ring_slot()
     return (int)threadIdx.x - lane + (TYPE == B2_I4 ? g * 4 + (t ^ (g >> 1 & 3)) : lane);
 }
 
-/* Begins to copy the weights of a step. */
-template <int TYPE>
-static __device__ __forceinline__ void fetch(uint4 *stage, const few_rows &a, const block_plan &plan, const position &at)
+/* Begins to copy the weights of a step; zeros where it has none. */
+template <int TYPE> static __device__ __forceinline__ void fetch(uint4 *stage, const cursor &at)
 {
-    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, slot = ring_slot<TYPE>();
-    int within = warp_column(TYPE, at), column = at.chunk * a.chunk + within + t * (step_columns(TYPE) / 4);
-    bool there = at.tile < plan.tile_end && within < a.chunk && column < a.p.ld;
-    int64_t row_bytes = TYPE == B2_I4 ? a.p.ld / 2 : TYPE == B2_I8 ? a.p.ld : 2 * (int64_t)a.p.ld;
-    int offset = TYPE == B2_I4 ? column / 2 : TYPE == B2_I8 ? column : 2 * column;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int channel = at.tile * TILE + half * 8 + g;
-        bool use = there && channel < a.p.n;
-        const char *from = (const char *)a.p.w + (use ? channel * row_bytes + offset : 0);
-        b2_copy16(stage + half * THREADS + slot, from, use ? 16 : 0);
-        if (TYPE == B2_I4 && t == 0 && use)
-            b2_prefetch_l2((const uint16_t *)a.p.scales + channel * (int64_t)(a.p.ld / B2_CUDA_GROUP) +
-                           column / B2_CUDA_GROUP);
+    int t = (int)threadIdx.x % 4, slot = ring_slot<TYPE>();
+    bool there = at.room > t * (step_columns(TYPE) / 4);
+    b2_copy16(stage + slot, at.w[0], there ? 16 : 0);
+    b2_copy16(stage + THREADS + slot, at.w[1], there ? 16 : 0);
+    if (TYPE == B2_I4 && t == 0 && there) {
+        b2_prefetch_l2(at.scales[0]);
+        b2_prefetch_l2(at.scales[1]);
     }
 }
 
@@ -144,39 +164,58 @@ template <int TYPE> static __device__ __forceinline__ void split(uint4 out[plane
     }
 }
 
-/* All rows and the block's chunks into x [planes][rows][x_ld]; scales [rows * chunks of the block]. */
+/* Eight columns of a row that a thread stages; the next ones are THREADS * 8 further on. */
+struct octet {
+    int row, column, chunk; /* column and chunk: of the block's */
+};
+
+static __device__ __forceinline__ void settle(octet &at, int columns, int chunk)
+{
+    while (at.column >= columns) {
+        at.column -= columns;
+        at.chunk = 0;
+        at.row++;
+    }
+    while (at.column >= (at.chunk + 1) * chunk)
+        at.chunk++;
+}
+
+/* All rows and the block's chunks into x [planes][rows][x_ld]; inverse [rows * chunks of the block]. */
 template <int TYPE>
 static __device__ void stage_x(uint16_t *x, int x_ld, float *inverse, unsigned *most, const few_rows &a,
                                const block_plan &plan)
 {
-    int chunks = plan.end_chunk - plan.first_chunk, octets = chunks * a.chunk / 8, first = plan.first_chunk * a.chunk;
-    int count = a.p.rows * octets;
+    int chunks = plan.end_chunk - plan.first_chunk, columns = chunks * a.chunk, first = plan.first_chunk * a.chunk;
+    octet start = {0, (int)threadIdx.x * 8, 0};
+    settle(start, columns, a.chunk);
     if (TYPE != B2_BF16) {
-        for (int i = threadIdx.x; i < a.p.rows * chunks; i += THREADS)
-            most[i] = 0;
+        if (threadIdx.x < MOST_PAIRS)
+            most[threadIdx.x] = 0;
         __syncthreads();
-        for (int i = threadIdx.x; i < count; i += THREADS) { /* a warp's 32 octets lie in one row and chunk */
-            int row = i / octets, column = i % octets * 8;
-            unsigned largest = max(b2_largest(b2_load_x(a.p, row, first + column)),
-                                   b2_largest(b2_load_x(a.p, row, first + column + 4)));
+        for (octet at = start; at.row < a.p.rows;) { /* a warp's 32 octets lie in one row and chunk */
+            unsigned largest = max(b2_largest(b2_load_x(a.p, at.row, first + at.column)),
+                                   b2_largest(b2_load_x(a.p, at.row, first + at.column + 4)));
             largest = __reduce_max_sync(0xffffffffu, largest);
             if (threadIdx.x % 32 == 0)
-                atomicMax(&most[row * chunks + column / a.chunk], largest);
+                atomicMax(&most[at.row * chunks + at.chunk], largest);
+            at.column += THREADS * 8;
+            settle(at, columns, a.chunk);
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < count; i += THREADS) {
-        int row = i / octets, column = i % octets * 8;
+    for (octet at = start; at.row < a.p.rows;) {
         float scale = 1.0f, back = 1.0f;
         uint4 parts[planes(TYPE)];
         if (TYPE != B2_BF16)
-            b2_row_scale(&scale, &back, most[row * chunks + column / a.chunk]);
-        split<TYPE>(parts, b2_load_x(a.p, row, first + column), b2_load_x(a.p, row, first + column + 4), scale);
-        if (column % a.chunk == 0)
-            inverse[row * chunks + column / a.chunk] = back;
+            b2_row_scale(&scale, &back, most[at.row * chunks + at.chunk]);
+        split<TYPE>(parts, b2_load_x(a.p, at.row, first + at.column), b2_load_x(a.p, at.row, first + at.column + 4), scale);
+        if (at.column == at.chunk * a.chunk)
+            inverse[at.row * chunks + at.chunk] = back;
 #pragma unroll
         for (int plane = 0; plane < planes(TYPE); plane++)
-            *(uint4 *)(x + (int64_t)(plane * a.p.rows + row) * x_ld + column) = parts[plane];
+            *(uint4 *)(x + (plane * a.p.rows + at.row) * x_ld + at.column) = parts[plane];
+        at.column += THREADS * 8;
+        settle(at, columns, a.chunk);
     }
     __syncthreads();
 }
@@ -194,7 +233,7 @@ static __device__ __forceinline__ void multiply(float acc[GROUPS][4], const uint
         int row = min(group * GROUP_ROWS + g, rows - 1); /* what is computed of rows beyond the last is left */
 #pragma unroll
         for (int plane = 0; plane < planes(TYPE); plane++) {
-            uint4 b = *(const uint4 *)(x + (int64_t)(plane * rows + row) * x_ld);
+            uint4 b = *(const uint4 *)(x + (plane * rows + row) * x_ld);
             b2_mma<TYPE == B2_BF16>(acc[group], low[0], high[0], low[1], high[1], b.x, b.y);
             b2_mma<TYPE == B2_BF16>(acc[group], low[2], high[2], low[3], high[3], b.z, b.w);
         }
@@ -210,14 +249,11 @@ template <int GROUPS> static __device__ __forceinline__ void clear(float acc[GRO
             acc[group][i] = 0.0f;
 }
 
-/* Scales of I4 of the step's group t, channels g (low half) and g + 8: for fetch_scales' lanes to hand round. */
-static __device__ __forceinline__ unsigned fetch_scales(const few_rows &a, const position &at)
+/* I4: the scales of the lane's group of channels g (low half) and g + 8, for the lanes to hand round. */
+static __device__ __forceinline__ unsigned fetch_scales(const cursor &at)
 {
-    int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4, groups = a.p.ld / B2_CUDA_GROUP;
-    int group = min((at.chunk * a.chunk + warp_column(B2_I4, at)) / B2_CUDA_GROUP + t, groups - 1);
-    const uint16_t *scales = (const uint16_t *)a.p.scales;
-    int64_t channel = min(at.tile * TILE + g, a.p.n - 1), other = min(at.tile * TILE + g + 8, a.p.n - 1);
-    return scales[channel * groups + group] | (unsigned)scales[other * groups + group] << 16;
+    int t = (int)threadIdx.x % 4;
+    return at.room > t * B2_CUDA_GROUP ? *at.scales[0] | (unsigned)*at.scales[1] << 16 : 0;
 }
 
 /* acc += one step. `x` points to the step's first column of the first row and plane. */
@@ -271,7 +307,7 @@ static __device__ __forceinline__ void run_step(float acc[GROUPS][4], const uint
 template <int TYPE, int GROUPS>
 static __device__ __forceinline__ void end_chunk(float *sums, float &total, const float acc[GROUPS][4],
                                                  const float *inverse, const few_rows &a, const block_plan &plan,
-                                                 const position &at)
+                                                 const cursor &at)
 {
     enum { WARP_SUMS = GROUPS * GROUP_ROWS * SUM_LD };
     int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -298,6 +334,12 @@ static __device__ __forceinline__ void end_chunk(float *sums, float &total, cons
         b2_finish(a.p, row, channel, total, TYPE == B2_I8 ? ((const float *)a.p.scales)[channel] : 1.0f);
 }
 
+/* Blocks that a multiprocessor's registers hold at once. */
+static __host__ __device__ constexpr int blocks_at_once(int type, int groups)
+{
+    return type == B2_I4 || groups == 2 ? 2 : 3;
+}
+
 /* Shared memory: ring [STAGES][2][THREADS] of 16 bytes, sums [2][WARPS][8 GROUPS][SUM_LD], inverse [MOST_PAIRS],
  * most [MOST_PAIRS], x [planes][rows][columns + padding]. */
 static constexpr size_t fixed_shared(int groups)
@@ -305,7 +347,8 @@ static constexpr size_t fixed_shared(int groups)
     return RING_BYTES + sizeof(float) * (2 * WARPS * GROUP_ROWS * SUM_LD * groups + 2 * MOST_PAIRS);
 }
 
-template <int TYPE, int GROUPS> __global__ void __launch_bounds__(THREADS, 2) few_rows_kernel(few_rows a)
+template <int TYPE, int GROUPS>
+__global__ void __launch_bounds__(THREADS, blocks_at_once(TYPE, GROUPS)) few_rows_kernel(few_rows a)
 {
     B2_DYNAMIC_SHARED(unsigned char, shared);
     enum { SUMS = WARPS * GROUP_ROWS * SUM_LD * GROUPS };
@@ -318,18 +361,22 @@ template <int TYPE, int GROUPS> __global__ void __launch_bounds__(THREADS, 2) fe
     plan.first_chunk = a.parts ? blockIdx.y : 0;
     plan.end_chunk = a.parts ? blockIdx.y + 1 : a.chunks;
     plan.steps = (a.chunk + WARPS * step_columns(TYPE) - 1) / (WARPS * step_columns(TYPE));
-    position at = {(int)blockIdx.x * a.tiles_per_block, plan.first_chunk, 0}, ahead = at;
+    cursor at;
+    at.tile = (int)blockIdx.x * a.tiles_per_block, at.chunk = plan.first_chunk;
     plan.tile_end = min(at.tile + a.tiles_per_block, a.tiles);
+    enter<TYPE>(at, a, plan);
+    cursor ahead = at;
     int x_ld = (plan.end_chunk - plan.first_chunk) * a.chunk + plane_padding(TYPE);
 
     for (int i = 0; i < STAGES - 1; i++) {
-        fetch<TYPE>(ring + i * 2 * THREADS, a, plan, ahead);
+        fetch<TYPE>(ring + i * 2 * THREADS, ahead);
         b2_copy_commit();
-        advance(ahead, plan);
+        advance<TYPE>(ahead, a, plan);
     }
+    unsigned scales = TYPE == B2_I4 ? fetch_scales(at) : 0;
     stage_x<TYPE>(x, x_ld, inverse, most, a, plan);
+    x += (int)threadIdx.x / 32 * step_columns(TYPE);
 
-    unsigned scales = TYPE == B2_I4 ? fetch_scales(a, at) : 0;
     float acc[GROUPS][4], total = 0.0f;
     int stage = 0, parity = 0;
     clear<GROUPS>(acc);
@@ -337,18 +384,18 @@ template <int TYPE, int GROUPS> __global__ void __launch_bounds__(THREADS, 2) fe
         b2_copy_wait<STAGES - 2>();
         if (TYPE == B2_I4)
             __syncwarp(); /* what the other lanes copied has arrived; what they read is read */
-        fetch<TYPE>(ring + (stage == 0 ? STAGES - 1 : stage - 1) * 2 * THREADS, a, plan, ahead);
+        fetch<TYPE>(ring + (stage == 0 ? STAGES - 1 : stage - 1) * 2 * THREADS, ahead);
         b2_copy_commit();
-        advance(ahead, plan);
-        position now = at;
-        advance(at, plan);
+        advance<TYPE>(ahead, a, plan);
+        cursor now = at;
         unsigned present = scales;
+        advance<TYPE>(at, a, plan);
         if (TYPE == B2_I4)
-            scales = fetch_scales(a, at);
-        int within = warp_column(TYPE, now);
-        if (within < a.chunk)
+            scales = fetch_scales(at);
+        if (now.room > 0)
             run_step<TYPE, GROUPS>(acc, ring + stage * 2 * THREADS,
-                                   x + (now.chunk - plan.first_chunk) * a.chunk + within, x_ld, a.p.rows, present);
+                                   x + (now.chunk - plan.first_chunk) * a.chunk + now.step * (WARPS * step_columns(TYPE)),
+                                   x_ld, a.p.rows, present);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
         if (now.step + 1 == plan.steps) {
             end_chunk<TYPE, GROUPS>(sums + parity * SUMS, total, acc, inverse, a, plan, now);
@@ -391,7 +438,7 @@ static int launch(b2_ctx *ctx, const few_rows *plan, b2_dtype dtype, int columns
     int groups = a.p.rows > GROUP_ROWS ? 2 : 1, split = a.parts ? a.chunks : 1;
     size_t bytes = shared_bytes(dtype, a.p.rows, columns);
     /* As many blocks as the card holds at once, with like work: bandwidth is shared out by blocks. */
-    int resident = b2_least(4, (int64_t)((cuda->shared_per_block + 1024) / (bytes + 1024)));
+    int resident = b2_least(blocks_at_once(dtype, groups), (int64_t)((cuda->shared_per_block + 1024) / (bytes + 1024)));
     a.tiles = b2_div_up(a.p.n, TILE);
     a.tiles_per_block = b2_div_up((int64_t)a.tiles * split, (int64_t)cuda->multiprocessors * (resident > 1 ? resident : 1));
     few_rows_fn kernel = kernel_of(dtype, groups);

@@ -7,7 +7,7 @@
 
 enum { THREADS = 256, DEPTH = 16, ACROSS = 16 };
 
-template <int SIDE> struct float_stage {
+template <int SIDE> struct __align__(16) float_stage {
     float x[DEPTH][SIDE + 4]; /* transposed: neighbouring rows side by side */
     float w[DEPTH][SIDE + 4];
 };
@@ -48,7 +48,28 @@ static __device__ __forceinline__ void put(float_stage<SIDE> *stage, const float
     }
 }
 
-/* Rows ty + 16 i and channels tx + 16 j of the tile are a thread's: neighbours in a warp write neighbours. */
+/* Which rows (of thread ty) and channels (of tx) are a thread's: stretches of up to four, that are read together. */
+template <int SIDE> static __device__ __forceinline__ int line_of(int t, int i)
+{
+    enum { PER = SIDE / ACROSS, TOGETHER = PER < 4 ? PER : 4 };
+    return i / TOGETHER * (ACROSS * TOGETHER) + t * TOGETHER + i % TOGETHER;
+}
+
+template <int SIDE> static __device__ __forceinline__ void read_lines(float out[SIDE / ACROSS], const float *from, int t)
+{
+    enum { PER = SIDE / ACROSS };
+    if constexpr (PER == 2) {
+        float2 two = *(const float2 *)(from + t * 2);
+        out[0] = two.x, out[1] = two.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < PER; i += 4) {
+            float4 four = *(const float4 *)(from + line_of<SIDE>(t, i));
+            out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+        }
+    }
+}
+
 template <int SIDE>
 static __device__ __forceinline__ void multiply(float acc[SIDE / ACROSS][SIDE / ACROSS], const float_stage<SIDE> *stage)
 {
@@ -57,11 +78,8 @@ static __device__ __forceinline__ void multiply(float acc[SIDE / ACROSS][SIDE / 
 #pragma unroll
     for (int k = 0; k < DEPTH; k++) {
         float x[PER], w[PER];
-#pragma unroll
-        for (int i = 0; i < PER; i++) {
-            x[i] = stage->x[k][ty + ACROSS * i];
-            w[i] = stage->w[k][tx + ACROSS * i];
-        }
+        read_lines<SIDE>(x, stage->x[k], ty);
+        read_lines<SIDE>(w, stage->w[k], tx);
 #pragma unroll
         for (int i = 0; i < PER; i++)
 #pragma unroll
@@ -74,6 +92,7 @@ template <int SIDE> __global__ void __launch_bounds__(THREADS) float_tiles_kerne
 {
     enum { PER = SIDE / ACROSS };
     __shared__ float_stage<SIDE> stages[2];
+    __shared__ float mine[PER][THREADS]; /* of each thread: registers have no index, and the end of an element is long */
     int row = (int)blockIdx.x * SIDE, channel = (int)blockIdx.y * SIDE;
     float acc[PER][PER] = {};
     float_pieces<SIDE> next;
@@ -92,11 +111,20 @@ template <int SIDE> __global__ void __launch_bounds__(THREADS) float_tiles_kerne
     }
     int tx = (int)threadIdx.x % ACROSS, ty = (int)threadIdx.x / ACROSS;
 #pragma unroll
-    for (int i = 0; i < PER; i++)
+    for (int i = 0; i < PER; i++) {
 #pragma unroll
         for (int j = 0; j < PER; j++)
-            if (row + ty + ACROSS * i < p.rows && channel + tx + ACROSS * j < p.n)
-                b2_finish(p, row + ty + ACROSS * i, channel + tx + ACROSS * j, acc[i][j], 1.0f);
+            mine[j][threadIdx.x] = acc[i][j];
+        int line = row + line_of<SIDE>(ty, i);
+        if (line >= p.rows)
+            continue;
+#pragma unroll 1
+        for (int j = 0; j < PER; j++) {
+            int column = channel + line_of<SIDE>(tx, j);
+            if (column < p.n)
+                b2_finish(p, line, column, mine[j][threadIdx.x], 1.0f);
+        }
+    }
 }
 
 int b2_products_float_tiles(b2_ctx *ctx, const b2_product *p, b2_err *err)

@@ -65,6 +65,18 @@ static inline uint32_t b2_half2_sub(uint32_t x, uint32_t y)
     return low | high << 16;
 }
 
+static inline uint32_t b2_and_or(uint32_t x, uint32_t mask, uint32_t bits)
+{
+    return (x & mask) | bits;
+}
+
+static inline uint32_t b2_half2_fma(uint32_t x, uint32_t y, uint32_t z)
+{
+    uint32_t low = b2_f32_to_f16(fmaf(b2_host_half<0>(x, 0), b2_host_half<0>(y, 0), b2_host_half<0>(z, 0)));
+    uint32_t high = b2_f32_to_f16(fmaf(b2_host_half<0>(x, 1), b2_host_half<0>(y, 1), b2_host_half<0>(z, 1)));
+    return low | high << 16;
+}
+
 static inline uint16_t b2_to_half(float x)
 {
     return b2_f32_to_f16(x);
@@ -134,6 +146,22 @@ static __device__ __forceinline__ uint32_t b2_half2_sub(uint32_t x, uint32_t y)
     return out;
 }
 
+/* x & mask | bits, in one instruction: left to itself the compiler makes two of it where both are constants. */
+static __device__ __forceinline__ uint32_t b2_and_or(uint32_t x, uint32_t mask, uint32_t bits)
+{
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(x), "r"(mask), "r"(bits));
+    return out;
+}
+
+/* x y + z of two float16 each */
+static __device__ __forceinline__ uint32_t b2_half2_fma(uint32_t x, uint32_t y, uint32_t z)
+{
+    uint32_t out;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
+    return out;
+}
+
 static __device__ __forceinline__ uint16_t b2_to_half(float x)
 {
     return __half_as_ushort(__float2half_rn(x));
@@ -159,11 +187,15 @@ static __device__ __forceinline__ void b2_widen_int8(uint32_t out[2], uint32_t f
     out[1] = b2_half2_sub(__byte_perm(four, 0x64646464u, 0x4342), 0x64806480u);
 }
 
-/* Eight int4 (q + 8) into eight float16: columns 0, 4, then 1, 5, then 2, 6, then 3, 7: see b2_int4_place. */
+/* Eight int4 (q + 8) into eight float16: columns 0, 4, then 1, 5, then 2, 6, then 3, 7: see b2_int4_order. The odd ones are
+ * left where they are, sixteen times as large: (1024 + 16 (q + 8)) / 16 - 72 = q. */
 static __device__ __forceinline__ void b2_widen_int4(uint32_t out[4], uint32_t eight)
 {
-    for (int i = 0; i < 4; i++)
-        out[i] = b2_half2_sub((eight >> (4 * i) & 0x000f000fu) | 0x64006400u, 0x64086408u);
+    uint32_t upper = eight >> 8;
+    out[0] = b2_half2_sub(b2_and_or(eight, 0x000f000fu, 0x64006400u), 0x64086408u);
+    out[1] = b2_half2_fma(b2_and_or(eight, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);
+    out[2] = b2_half2_sub(b2_and_or(upper, 0x000f000fu, 0x64006400u), 0x64086408u);
+    out[3] = b2_half2_fma(b2_and_or(upper, 0x00f000f0u, 0x64006400u), 0x2c002c00u, 0xd480d480u);
 }
 
 /* The columns of x in the order in which b2_widen_int4 gives those of the weight: of eight, column i goes to place

@@ -22,6 +22,7 @@ enum {
     STAGES = 3,
     WARP_ROWS = 32,  /* rows of x that a warp takes */
     FRAGMENTS = WARP_ROWS / 8,
+    SUM_LD = CHANNELS + 4, /* of the sums of a tile in shared memory: no two lanes of a warp in one bank */
     MOST_PARTS = 8
 };
 
@@ -53,13 +54,21 @@ static __device__ __forceinline__ void fetch(stage_of<TYPE, ROWS> *stage, const 
 #pragma unroll
     for (int half = 0; half < HALVES; half++) {
         int column = block * BLOCK + half * HALF_BLOCK;
-        for (int i = threadIdx.x; i < CHANNELS * PIECES; i += THREADS) {
+#pragma unroll
+        for (int step = 0; step < CHANNELS * PIECES; step += THREADS) {
+            int i = step + (int)threadIdx.x;
+            if (CHANNELS * PIECES < THREADS && i >= CHANNELS * PIECES)
+                break;
             bool there = channel + i / PIECES < a.p.n && column < a.p.ld;
             int64_t from = (channel + i / PIECES) * ld_bytes + column / HALF_BLOCK * channel_bytes(TYPE) + i % PIECES * 16;
             b2_copy16(&stage->w[half][i / PIECES][i % PIECES * 16], (const char *)a.p.w + (there ? from : 0),
                       there ? 16 : 0);
         }
-        for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
+#pragma unroll
+        for (int step = 0; step < ROWS * 4; step += THREADS) {
+            int i = step + (int)threadIdx.x;
+            if (ROWS * 4 < THREADS && i >= ROWS * 4)
+                break;
             bool there = row + i / 4 < a.p.rows && column < a.p.ld;
             const uint16_t *from = a.x.x + (there ? (row + i / 4) * (int64_t)a.p.ld + column + i % 4 * 8 : 0);
             b2_copy16(&stage->x[half][i / 4][i % 4 * 8], from, there ? 16 : 0);
@@ -131,17 +140,23 @@ static __device__ __forceinline__ void multiply(float acc[TALL][FRAGMENTS][4], c
     }
 }
 
-static __device__ __forceinline__ void store(const tiles &a, int type, int row, int channel, float value)
+/* The end of the elements of a tile, sums [ROWS][SUM_LD]: neighbouring threads have neighbouring channels. */
+template <int TYPE, int ROWS>
+static __device__ __forceinline__ void finish(const tiles &a, const float *sums, int first_row, int first_channel)
 {
-    if (row >= a.p.rows || channel >= a.p.n)
+    int channel = first_channel + (int)threadIdx.x % CHANNELS, line = (int)threadIdx.x / CHANNELS;
+    if (channel >= a.p.n)
         return;
-    if (a.parts) {
-        a.parts[((int64_t)blockIdx.z * a.p.rows + row) * a.p.n + channel] = value;
-        return;
+    float scale = TYPE == B2_I8 && !a.parts ? ((const float *)a.p.scales)[channel] : 1.0f;
+#pragma unroll 2
+    for (; line < ROWS && first_row + line < a.p.rows; line += THREADS / CHANNELS) {
+        int row = first_row + line;
+        float value = sums[line * SUM_LD + (int)threadIdx.x % CHANNELS];
+        if (a.parts)
+            a.parts[((int64_t)blockIdx.z * a.p.rows + row) * a.p.n + channel] = value;
+        else
+            b2_finish(a.p, row, channel, a.x.scales ? __fmul_rn(value, a.x.scales[row]) : value, scale);
     }
-    if (a.x.scales)
-        value = __fmul_rn(value, a.x.scales[row]);
-    b2_finish(a.p, row, channel, value, type == B2_I8 ? ((const float *)a.p.scales)[channel] : 1.0f);
 }
 
 template <int TYPE, int ROWS> __global__ void __launch_bounds__(THREADS, 2) tiles_kernel(tiles a)
@@ -178,26 +193,37 @@ template <int TYPE, int ROWS> __global__ void __launch_bounds__(THREADS, 2) tile
         for (int half = 0; half < HALVES; half++)
             multiply<TYPE, ROWS, TALL>(acc, ring + stage, half, warp_channel, warp_row);
     }
+    b2_copy_wait<0>();
+    __syncthreads(); /* the ring is free */
+    float *sums = (float *)ring;
 #pragma unroll
     for (int i = 0; i < TALL; i++)
 #pragma unroll
         for (int j = 0; j < FRAGMENTS; j++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                store(a, TYPE, row + warp_row + j * 8 + 2 * t + e % 2, channel + warp_channel + i * 16 + g + e / 2 * 8,
-                      acc[i][j][e]);
+                sums[(warp_row + j * 8 + 2 * t + e % 2) * SUM_LD + warp_channel + i * 16 + g + e / 2 * 8] = acc[i][j][e];
+    __syncthreads();
+    finish<TYPE, ROWS>(a, sums, row, channel);
 }
 
 /* ---- host ---- */
 
 typedef void (*tiles_fn)(tiles);
 
+/* Shared memory: the ring, and after it has been used the sums. */
+template <int TYPE, int ROWS> static tiles_fn kernel_with(size_t *shared)
+{
+    size_t ring = STAGES * sizeof(stage_of<TYPE, ROWS>), sums = sizeof(float) * ROWS * SUM_LD;
+    *shared = ring > sums ? ring : sums;
+    return tiles_kernel<TYPE, ROWS>;
+}
+
 template <int TYPE> static tiles_fn kernel_of(int rows, size_t *shared)
 {
-    *shared = rows == 32   ? STAGES * sizeof(stage_of<TYPE, 32>)
-              : rows == 64 ? STAGES * sizeof(stage_of<TYPE, 64>)
-                           : STAGES * sizeof(stage_of<TYPE, 128>);
-    return rows == 32 ? tiles_kernel<TYPE, 32> : rows == 64 ? tiles_kernel<TYPE, 64> : tiles_kernel<TYPE, 128>;
+    return rows == 32   ? kernel_with<TYPE, 32>(shared)
+           : rows == 64 ? kernel_with<TYPE, 64>(shared)
+                        : kernel_with<TYPE, 128>(shared);
 }
 
 /* Into how many parts to cut the columns, so that the card has work: each at least four blocks long, and what the parts
