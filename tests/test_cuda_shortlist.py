@@ -3,12 +3,15 @@ all scores (tests/c/check_few.c)."""
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import blip2c
 import c_harness
 from cuda_build import HOST, ROOT, host_library
+from helpers import prompt_ids, random_checkpoint, random_pixels
 
 F32, I32 = np.float32, np.int32
 ROOM = 2048
@@ -130,9 +133,63 @@ def check_searches(folder: Path, first: int, count: int) -> None:
 
 
 def test_searches_by_shortlists_find_the_same(tmp_path: Path) -> None:
-    check_searches(tmp_path, 0, 2000)
+    check_searches(tmp_path, 0, 1000)
 
 
 @pytest.mark.exhaustive
 def test_many_searches_by_shortlists_find_the_same(tmp_path: Path) -> None:
-    check_searches(tmp_path, 2000, 100000)
+    check_searches(tmp_path, 1000, 100000)
+
+
+@pytest.fixture(scope="module")
+def model(cuda: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = random_checkpoint(tmp_path_factory.mktemp("opt"), seed=8)
+    return blip2c.Blip2ForConditionalGeneration.from_pretrained(folder, device=cuda)
+
+
+def random_search(rng: np.random.Generator, vocabulary: int) -> dict[str, Any]:
+    def some(most: int) -> list[int]:
+        return rng.integers(3, vocabulary, rng.integers(1, most)).tolist()
+
+    beams = int(rng.choice([1, 2, 3, 5]))
+    options: dict[str, Any] = {"max_new_tokens": int(rng.integers(2, 7)), "num_beams": beams}
+    if beams > 1:
+        options["num_return_sequences"] = int(rng.integers(1, beams + 1))
+        options["length_penalty"] = float(rng.choice([-1.0, 0.0, 1.0, 2.0]))
+        options["early_stopping"] = [False, True, "never"][rng.integers(3)]
+    further: dict[str, Any] = {
+        "repetition_penalty": float(rng.choice([0.8, 1.5])),
+        "no_repeat_ngram_size": int(rng.integers(1, 4)),
+        "min_new_tokens": int(rng.integers(1, 4)),
+        "suppress_tokens": some(30),
+        "begin_suppress_tokens": some(4),
+        "bad_words_ids": [some(3) for _ in range(2)],
+        "sequence_bias": {tuple(some(3)): float(rng.normal() * 3) for _ in range(2)},
+        "eos_token_id": some(4),
+    }
+    chosen = {name: value for name, value in further.items() if rng.random() < 0.4}
+    return options | chosen
+
+
+def check_options(model: Any, seed: int) -> None:
+    """Recorded logits bring whole rows to the host."""
+    rng = np.random.default_rng(seed)
+    pixels, ids = random_pixels(model.config, 3), prompt_ids(model.config, 3, 8)
+    options = random_search(rng, model.config.text_config.vocab_size)
+    given = {"return_dict_in_generate": True, **options}
+    found = model.generate(pixels, ids, **given)
+    want = model.generate(pixels, ids, output_logits=True, **given)
+    assert np.array_equal(found.sequences, want.sequences), options
+    if options["num_beams"] > 1:
+        assert np.array_equal(found.sequences_scores, want.sequences_scores), options
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_says_the_same_with_whole_rows(model: Any, seed: int) -> None:
+    check_options(model, seed)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("seed", range(4, 200))
+def test_a_model_says_the_same_with_whole_rows_for_many_options(model: Any, seed: int) -> None:
+    check_options(model, seed)
