@@ -406,12 +406,13 @@ cudaError_t fill_on(void *data, int value, size_t bytes, cudaStream_t handle)
 
 /* ---- launches ---- */
 
-/* A word of an argument that is the address of mapped memory of the host is a pointer that a card could not follow. */
+/* A word of an argument that is the address of mapped memory of the host is a pointer that a card could not follow. But for
+ * a small number beside the padding of a struct, in which anything may be left. */
 static bool is_host_address(uintptr_t word)
 {
     static const uintptr_t lowest = (uintptr_t)1 << 40, page = (uintptr_t)sysconf(_SC_PAGESIZE);
     unsigned char resident;
-    if (word < lowest || word >> 47 || device_of(reinterpret_cast<void *>(word)) >= 0 ||
+    if (word < lowest || word >> 47 || (word & 0xffffffffu) < 1u << 16 || device_of(reinterpret_cast<void *>(word)) >= 0 ||
         is_pinned(reinterpret_cast<void *>(word)))
         return false;
     return mincore(reinterpret_cast<void *>(word & ~(page - 1)), 1, &resident) == 0;
