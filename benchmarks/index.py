@@ -75,7 +75,7 @@ def search(arguments: argparse.Namespace) -> None:
         engines: dict[str, Callable[[], object]] = {}
         for dtype, data in records.items():
             engines[f"blip2c {dtype}"] = lambda data=data, dtype=dtype, words=words: _core._top_k(
-                _core._picture_scores(words, data, QUERIES, dtype), K
+                _core._picture_scores(words, data, QUERIES, dtype), K, "cpu"
             )
         sizes = {f"blip2c {dtype}": data.nbytes for dtype, data in records.items()}
         if flat is not None:

@@ -138,10 +138,9 @@ class Blip2VisionConfig(PretrainedConfig):
     qkv_bias: bool = True
 
 
-class Blip2QFormerConfig(PretrainedConfig):
-    """The Q-Former (transformers: Blip2QFormerConfig)."""
+class QFormerConfig(PretrainedConfig):
+    """What every Q-Former has."""
 
-    model_type = "blip_2_qformer"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -156,6 +155,12 @@ class Blip2QFormerConfig(PretrainedConfig):
     pad_token_id: int | None = 0
     cross_attention_frequency: int = 2
     encoder_hidden_size: int = 1408
+
+
+class Blip2QFormerConfig(QFormerConfig):
+    """The Q-Former (transformers: Blip2QFormerConfig)."""
+
+    model_type = "blip_2_qformer"
     use_qformer_text_input: bool = False
 
 
@@ -165,24 +170,10 @@ class InstructBlipVisionConfig(Blip2VisionConfig):
     model_type = "instructblip_vision_model"
 
 
-class InstructBlipQFormerConfig(PretrainedConfig):
+class InstructBlipQFormerConfig(QFormerConfig):
     """The Q-Former that reads an instruction too (transformers: InstructBlipQFormerConfig)."""
 
     model_type = "instructblip_qformer"
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0
-    cross_attention_frequency: int = 2
-    encoder_hidden_size: int = 1408
 
 
 class OPTConfig(PretrainedConfig):
@@ -565,7 +556,7 @@ def _vision_core(config: Blip2VisionConfig) -> dict[str, Any]:
     }
 
 
-def _qformer_core(config: Blip2QFormerConfig, text_side: str) -> dict[str, Any]:
+def _qformer_core(config: QFormerConfig, text_side: str) -> dict[str, Any]:
     """text_side: "none", "beside" (InstructBLIP: a text with each picture) or "apart" (retrieval: texts alone, too)."""
     position = config.get("position_embedding_type", "absolute")
     if position not in ("absolute", None):

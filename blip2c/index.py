@@ -361,7 +361,7 @@ class Index:
         if not len(self):
             return [[] for _ in scores]
         scores[:, self._replaced] = -np.inf
-        values, entries = _core._top_k(scores, min(k, len(self)))
+        values, entries = _core._top_k(scores, min(k, len(self)), "cpu")
         return [
             [Hit(self._entries[e]["path"], float(v), float(v), entry=int(e)) for v, e in zip(row, ids, strict=True)]
             for row, ids in zip(values, entries, strict=True)

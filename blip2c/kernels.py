@@ -7,6 +7,9 @@ batch.
 Errors, everywhere: ``TypeError`` for something that is no array or has another dtype (nothing is converted silently),
 ``ValueError`` for shapes and names, ``IndexError`` for ids outside their table. Arrays need not be contiguous or
 writable.
+
+``device="cuda"`` (or "cuda:1" ...) runs the kernel of that backend instead: arrays are copied there, the result back.
+``UnsupportedError`` says why where there is none. A PackedWeight made with that device stays there.
 """
 
 from __future__ import annotations
@@ -85,10 +88,15 @@ class PackedWeight:
     Rounded weights are column_scales[j] * scale * q[i][j]. A column scale is the size of a column (its root mean
     square), so that all columns are rounded alike. int8: one scale per output channel, |q| <= 127. int4: a float16
     scale per output channel and 32 input channels, -8 <= q <= 7, found by least squares.
+
+    device: where it lies and where products with it run, "cpu" or "cuda" (there in rows, not in panels).
     """
 
-    def __init__(self, weight: NDArray[Any], dtype: str | None = None, pairs: bool = False) -> None:
-        self._capsule = _core._pack_weight(weight, dtype, pairs)
+    def __init__(
+        self, weight: NDArray[Any], dtype: str | None = None, pairs: bool = False, device: str = "cpu"
+    ) -> None:
+        self._capsule = _core._pack_weight(weight, dtype, pairs, device)
+        self.device = device
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
 
     def unpack(self) -> NDArray[Any]:
@@ -98,7 +106,8 @@ class PackedWeight:
     def integers(self) -> tuple[NDArray[np.int8], F32, F32]:
         """Of a rounded weight: q [Dout, Din] int8, scales [Dout, groups], column_scales [Din] float32.
 
-        int8 has one group, int4 a group for every 32 input channels. ValueError for a weight that is not rounded.
+        int8 has one group, int4 a group for every 32 input channels. ValueError for a weight that is not rounded or not
+        on the processor.
         """
         dtype, group, data, scales, columns = _core._weight_parts(self._capsule)
         n, k = self.shape
@@ -125,6 +134,7 @@ def linear(
     dtype: str | None = None,
     item_rows: int = 0,
     method: str = "packed",
+    device: str = "cpu",
 ) -> F32:
     """act(x . weight^T + bias) + residual, as torch.nn.functional.linear with what usually follows.
 
@@ -134,8 +144,17 @@ def linear(
     method "packed": each element is one chain of fused multiply-adds over ascending Din, starting from 0, so a row has
     the same bits alone and in any batch. method "rows": the same chain from an unpacked weight (slower). method
     "openblas": a float32 weight as it lies, through OpenBLAS; `item_rows` rows (default: all) form one item, and an
-    item has the same bits whatever the other items are.
+    item has the same bits whatever the other items are. Other devices have "packed" alone.
     """
+    if device != "cpu":
+        if method != "packed":
+            raise ValueError(f"method: expected packed on {device}, found {method!r}")
+        if isinstance(weight, PackedWeight) and dtype is not None:
+            raise ValueError(f"dtype: expected None for a packed weight, found {dtype!r}")
+        if dtype is not None and not isinstance(weight, PackedWeight):
+            weight = PackedWeight(weight, dtype, device=device)
+        held = weight._capsule if isinstance(weight, PackedWeight) else weight
+        return _core._linear(x, held, bias, residual, _activation_index(activation), item_rows, device)
     if method not in ("packed", "rows", "openblas"):
         raise ValueError(f"method: expected packed, rows or openblas, found {method!r}")
     act = _activation_index(activation)
@@ -143,59 +162,61 @@ def linear(
         raise ValueError(f"item_rows: expected at least 0, found {item_rows}")
     if method == "packed":
         packed = weight if isinstance(weight, PackedWeight) else PackedWeight(weight, dtype)
-        return _core._linear(x, packed._capsule, bias, residual, act, item_rows)
+        return _core._linear(x, packed._capsule, bias, residual, act, item_rows, device)
     if isinstance(weight, PackedWeight) or dtype is not None:
         raise ValueError(f"method: {method} takes an array as it is stored")
     if method == "rows":
-        return _core._linear(x, weight, bias, residual, act, 0)
+        return _core._linear(x, weight, bias, residual, act, 0, device)
     if isinstance(weight, np.ndarray) and weight.dtype != np.float32:
         raise TypeError(f"weight: expected an array of float32, found {weight.dtype}")
     if item_rows == 0 and isinstance(x, np.ndarray) and x.ndim > 0:
         item_rows = int(np.prod(x.shape[:-1]))
-    return _core._linear(x, weight, bias, residual, act, item_rows)
+    return _core._linear(x, weight, bias, residual, act, item_rows, device)
 
 
-def layer_norm(x: F32, weight: F32 | None = None, bias: F32 | None = None, eps: float = 1e-5) -> F32:
+def layer_norm(
+    x: F32, weight: F32 | None = None, bias: F32 | None = None, eps: float = 1e-5, device: str = "cpu"
+) -> F32:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, as torch.nn.functional.layer_norm.
 
     x [..., D] float32; weight, bias [D] or None. Mean and variance in two passes, in float32. Returns [..., D].
     """
-    return _core._layer_norm(x, weight, bias, eps)
+    return _core._layer_norm(x, weight, bias, eps, device)
 
 
-def rms_norm(x: F32, weight: F32, eps: float = 1e-6) -> F32:
+def rms_norm(x: F32, weight: F32, eps: float = 1e-6, device: str = "cpu") -> F32:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, as T5LayerNorm (Zhang and Sennrich 2019).
 
     x [..., D] float32; weight [D]. No mean is taken away and nothing is added. Returns [..., D].
     """
-    return _core._rms_norm(x, weight, eps)
+    return _core._rms_norm(x, weight, eps, device)
 
 
-def gate(gate: F32, up: F32, activation: str = "gelu_tanh") -> F32:
+def gate(gate: F32, up: F32, activation: str = "gelu_tanh", device: str = "cpu") -> F32:
     """act(gate) * up, element by element: the gated feed-forward of T5 v1.1 and LLaMA (Shazeer 2020).
 
     gate, up [..., F] float32 of the same shape; activation one of ACTIVATIONS. Returns [..., F].
     """
-    return _core._gate(gate, up, _activation_index(activation))
+    return _core._gate(gate, up, _activation_index(activation), device)
 
 
-def activation(x: F32, name: str = "gelu") -> F32:
+def activation(x: F32, name: str = "gelu", device: str = "cpu") -> F32:
     """An activation of ACTIVATIONS on every element of x (float32, any shape).
 
     gelu: x/2 (1 + erf(x / sqrt 2)), the exact one of BLIP-2's vision model and Q-Former; gelu_tanh: its tanh form;
     quick_gelu: x sigmoid(1.702 x); silu: x sigmoid(x).
     """
-    return _core._activation(x, _activation_index(name))
+    return _core._activation(x, _activation_index(name), device)
 
 
-def gelu(x: F32) -> F32:
+def gelu(x: F32, device: str = "cpu") -> F32:
     """x/2 (1 + erf(x / sqrt 2)), as torch.nn.functional.gelu (Hendrycks and Gimpel 2016)."""
-    return activation(x, "gelu")
+    return activation(x, "gelu", device)
 
 
-def log_softmax(x: F32) -> F32:
+def log_softmax(x: F32, device: str = "cpu") -> F32:
     """x - max - log(sum(exp(x - max))) over the last axis, as torch.log_softmax. x [..., V] float32."""
-    return _core._log_softmax(x)
+    return _core._log_softmax(x, device)
 
 
 def cross_entropy(logits: F32, targets: NDArray[np.int64], ignore_index: int = -100) -> F32:
@@ -204,20 +225,22 @@ def cross_entropy(logits: F32, targets: NDArray[np.int64], ignore_index: int = -
     return _core._cross_entropy(logits, targets, ignore_index)
 
 
-def top_k(x: F32, k: int) -> tuple[F32, NDArray[np.int32]]:
+def top_k(x: F32, k: int, device: str = "cpu") -> tuple[F32, NDArray[np.int32]]:
     """The k largest of the last axis, largest first, equal values by ascending id; NaN comes last.
 
     x [..., V] float32, 1 <= k <= V. Returns values [..., k] float32 and ids [..., k] int32.
     """
-    return _core._top_k(x, k)
+    return _core._top_k(x, k, device)
 
 
-def first_bad_row(x: F32) -> int:
+def first_bad_row(x: F32, device: str = "cpu") -> int:
     """Index of the first row (all axes but the last, flattened) that holds a NaN or an Inf, or -1."""
-    return _core._first_bad_row(x)
+    return _core._first_bad_row(x, device)
 
 
-def embedding(table: NDArray[Any] | PackedWeight, ids: NDArray[np.int32], added_to: F32 | None = None) -> F32:
+def embedding(
+    table: NDArray[Any] | PackedWeight, ids: NDArray[np.int32], added_to: F32 | None = None, device: str = "cpu"
+) -> F32:
     """Rows of a table [V, D], in any storage that PackedWeight takes: out[i] = table[ids[i]], float32 [N, D].
 
     ids [N] int32, all below V (IndexError). With added_to [N, D] the rows are added to a copy of it. A negative id
@@ -225,26 +248,28 @@ def embedding(table: NDArray[Any] | PackedWeight, ids: NDArray[np.int32], added_
     """
     if added_to is None and isinstance(ids, np.ndarray) and (ids < 0).any():
         raise IndexError(f"ids: expected at least 0 without added_to, found {int(ids.min())}")
-    return _core._embedding(table._capsule if isinstance(table, PackedWeight) else table, ids, added_to)
+    return _core._embedding(table._capsule if isinstance(table, PackedWeight) else table, ids, added_to, device)
 
 
-def rope(x: F32, positions: NDArray[np.int32], inv_freq: F32, head_dim: int, scaling: float = 1.0) -> F32:
+def rope(
+    x: F32, positions: NDArray[np.int32], inv_freq: F32, head_dim: int, scaling: float = 1.0, device: str = "cpu"
+) -> F32:
     """Rotary position embeddings (Su et al. 2021, with the halves of transformers' rotate_half).
 
     x [N, heads * head_dim] float32, positions [N] int32 (a negative one counts as 0), inv_freq [R / 2] float32, R <=
     head_dim: in each head the elements j and j + R / 2 turn by positions[i] * inv_freq[j] and are multiplied by
     `scaling`; those from R on stay. Returns an array like x.
     """
-    return _core._rope(x, positions, inv_freq, head_dim, scaling)
+    return _core._rope(x, positions, inv_freq, head_dim, scaling, device)
 
 
-def patches(pixels: F32, patch: int) -> F32:
+def patches(pixels: F32, patch: int, device: str = "cpu") -> F32:
     """Pictures [B, C, height, width] cut into patches [B, height // patch * (width // patch), C * patch * patch].
 
     Times a convolution weight [D, C, P, P] seen as [D, C*P*P] this is Conv2d(stride=patch), as Blip2VisionEmbeddings.
     What is left over at the right and lower edge is dropped.
     """
-    return _core._patches(pixels, patch)
+    return _core._patches(pixels, patch, device)
 
 
 def copy_rows(
@@ -252,16 +277,17 @@ def copy_rows(
     x: F32,
     out_rows: NDArray[np.int32] | None = None,
     x_rows: NDArray[np.int32] | None = None,
+    device: str = "cpu",
 ) -> F32:
     """A copy of out [M, D] in which row out_rows[i] is row x_rows[i] of x [N, D]; None: i itself."""
     lists = [a for a in (out_rows, x_rows) if isinstance(a, np.ndarray)]
     n = len(lists[0]) if lists else len(_array(x, "x", np.float32, 2))
-    return _core._copy_rows(out, out_rows, x, x_rows, n)
+    return _core._copy_rows(out, out_rows, x, x_rows, n, device)
 
 
-def add_rows(x: F32, rows: F32) -> F32:
+def add_rows(x: F32, rows: F32, device: str = "cpu") -> F32:
     """x [N, D] plus rows [M, D] repeated N / M times: the same position embeddings onto every picture."""
-    return _core._add_rows(x, rows)
+    return _core._add_rows(x, rows, device)
 
 
 def packed_attention(
@@ -284,6 +310,7 @@ def packed_attention(
     scale: float | None = None,
     window: int = 0,
     weights: bool = False,
+    device: str = "cpu",
 ) -> F32:
     """The attention of the C contract: rows of unequal length, packed, over two stretches of keys.
 
@@ -303,7 +330,7 @@ def packed_attention(
     scale = head_dim**-0.5 if scale is None and head_dim else scale
     return _core._attention(
         q, q_offsets, k, v, prefix_starts, prefix_lens, k_suffix, v_suffix, suffix_slots, suffix_lens, key_mask,
-        distance_bias, causal, heads, kv_heads, head_dim, scale or 0.0, window, weights,
+        distance_bias, causal, heads, kv_heads, head_dim, scale or 0.0, window, weights, device,
     )  # fmt: skip
 
 
@@ -339,6 +366,7 @@ def attention(
     distance_bias: F32 | None = None,
     window: int = 0,
     weights: bool = False,
+    device: str = "cpu",
 ) -> F32:
     """softmax(scale q k^T + bias) v for each head (Vaswani et al. 2017, section 3.2.1).
 
@@ -368,6 +396,7 @@ def attention(
         scale=scale,
         window=window,
         weights=weights,
+        device=device,
     )
     return out.reshape((batch, heads, queries, keys) if weights else q.shape)
 
@@ -379,6 +408,7 @@ def cross_attention(
     key: tuple[NDArray[Any], F32 | None],
     value: tuple[NDArray[Any], F32 | None],
     heads: int,
+    device: str = "cpu",
 ) -> F32:
     """The Q-Former's look at a picture: attention of hidden's projection over image_embeds' projections.
 
@@ -389,8 +419,9 @@ def cross_attention(
     _array(hidden, "hidden", np.float32, 3)
     _array(image_embeds, "image_embeds", np.float32, 3)
     _expect("image_embeds: batch", image_embeds.shape[0], hidden.shape[0])
-    q = linear(hidden, *query)
-    return attention(q, linear(image_embeds, *key), linear(image_embeds, *value), heads)
+    q = linear(hidden, *query, device=device)
+    k, v = linear(image_embeds, *key, device=device), linear(image_embeds, *value, device=device)
+    return attention(q, k, v, heads, device=device)
 
 
 def decode_attention(
@@ -404,6 +435,7 @@ def decode_attention(
     kv_heads: int | None = None,
     prefix_of: NDArray[np.int32] | None = None,
     scale: float | None = None,
+    device: str = "cpu",
 ) -> F32:
     """One new token per beam over a shared prompt and the beam's own past, without copying either.
 
@@ -434,4 +466,5 @@ def decode_attention(
         suffix_lens=np.full(rows, suffix_slots.shape[1], np.int32),
         causal=True,
         scale=scale,
+        device=device,
     )

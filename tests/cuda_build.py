@@ -1,4 +1,7 @@
-"""Builds the CUDA backend for the host: csrc/ops/cuda compiled by g++ against the stand-ins of tests/cuda_host."""
+"""Builds the CUDA backend for the host: csrc/ops/cuda compiled by g++ against the stand-ins of tests/cuda_host.
+
+With BLIP2C_TEST_CARD=1 what stands alone is built by nvcc instead, for the card of this machine.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOST = ROOT / "tests" / "cuda_host"
 CXX = shlex.split(os.environ.get("CXX") or "g++")
 CC = shlex.split(os.environ.get("CC") or "gcc")
+NVCC = shlex.split(os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
 COMMON = ["-O1", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra", "-Werror"]
 INCLUDE = ["-I", str(HOST), "-I", str(ROOT / "csrc")]
 # The checks call handlers of fibers.cpp, so that a misaligned address fails the launch and not the process.
@@ -80,6 +84,21 @@ def compiled(source: Path) -> Path:
         command = [*CXX, *COMMON, *INCLUDE, *kernel, "-c", str(source)]
     told = [part.encode() for part in command] + [headers_digest(), source.read_bytes()]
     return made(".o", hashlib.sha256(b"\0".join(told)).hexdigest()[:32], command)
+
+
+def card_library(sources: Sequence[Path], arch: str = "native") -> Path:
+    """A shared library of `sources` (.cu, .c) for the card of this machine, or for `arch` ("sm_90")."""
+    flags = ["-std=c++17", "-O3", f"-arch={arch}", "-Werror", "all-warnings", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    objects = []
+    for source in sources:
+        if source.suffix == ".c":
+            objects.append(compiled(source))
+            continue
+        command = [*NVCC, *flags, "-I", str(ROOT / "csrc"), "-c", str(source)]
+        told = [part.encode() for part in command] + [headers_digest(), source.read_bytes()]
+        objects.append(made(".card.o", hashlib.sha256(b"\0".join(told)).hexdigest()[:32], command))
+    names = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:32]
+    return made(".card.so", names, [*NVCC, f"-arch={arch}", "-shared", "-cudart", "static", *map(str, objects), "-ldl"])
 
 
 def host_library(sources: Sequence[Path]) -> Path:

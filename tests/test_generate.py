@@ -20,13 +20,14 @@ import torch
 import transformers
 
 import blip2c
+from blip2c.classes import model_class
 from blip2c.config import core_config
 from helpers import prompt_ids, random_checkpoint, random_pixels, reference_model
 
 MARGIN = 1e-5
 # With finite logits, prompts of more than one token and one token to draw from.
 NEUTRAL = {"remove_invalid_values", "renormalize_logits", "forced_bos_token_id", "do_sample", "temperature", "top_p"}
-ORDINARY_CASES, EXHAUSTIVE_CASES = {"opt": 320, "llama": 120, "t5": 120}, 10_000
+ORDINARY_CASES, EXHAUSTIVE_CASES = {"opt": 320, "llama": 120, "t5": 120, "instructblip": 80}, 10_000
 CHECKPOINTS: dict[str, list[dict[str, Any]]] = {
     "opt": [
         {},
@@ -48,6 +49,12 @@ CHECKPOINTS: dict[str, list[dict[str, Any]]] = {
         {"family": "t5", "tied": False, "text": {"vocab_size": 30, "feed_forward_proj": "relu", "num_heads": 4}},
         {"family": "t5", "text": {"eos_token_id": [1, 7, 11], "vocab_size": 40, "scale_decoder_outputs": False}},
         {"family": "t5", "own_head": True, "text": {"decoder_start_token_id": 5, "dense_act_fn": "gelu"}},
+    ],
+    "instructblip": [
+        {"instruct": True, "family": "llama", "tied": False},
+        {"instruct": True, "family": "t5", "text": {"vocab_size": 48}},
+        {"instruct": True, "family": "llama", "text": {"vocab_size": 40, "eos_token_id": [2, 7, 11]}},
+        {"instruct": True, "family": "opt", "qformer": {"cross_attention_frequency": 1}},
     ],
 }
 
@@ -73,7 +80,7 @@ def make_pairs(tmp_path_factory: pytest.TempPathFactory, family: str) -> list[tu
     for seed, overrides in enumerate(CHECKPOINTS[family]):
         folder = tmp_path_factory.mktemp("generate")
         random_checkpoint(folder, seed=100 + seed, gain=1.6, **overrides)
-        made.append((blip2c.Blip2ForConditionalGeneration.from_pretrained(folder), reference_model(folder), folder))
+        made.append((model_class(folder).from_pretrained(folder), reference_model(folder), folder))
     return made
 
 
@@ -146,10 +153,17 @@ def rarer_choices(rng: np.random.Generator, vocabulary: int) -> dict[str, Any]:
 def inputs_for(rng: np.random.Generator, config: Any) -> dict[str, Any]:
     batch, length = int(rng.integers(1, 4)), int(rng.integers(0, 5))
     pixels = random_pixels(config, batch, int(rng.integers(1 << 30)))
+    inputs = {"pixel_values": pixels}
+    if config.model_type == "instructblip":
+        words = int(rng.integers(1, 9))
+        inputs["qformer_input_ids"] = rng.integers(1, config.qformer_config.vocab_size, (batch, words))
+        if rng.random() < 0.5:
+            kept = rng.integers(1, words + 1, (batch, 1))
+            inputs["qformer_attention_mask"] = (np.arange(words) < kept).astype(np.int64)
     if rng.random() < 0.3:
-        return {"pixel_values": pixels}
+        return inputs
     ids = prompt_ids(config, batch, length, int(rng.integers(1 << 30)))
-    inputs = {"pixel_values": pixels, "input_ids": ids}
+    inputs["input_ids"] = ids
     if rng.random() < 0.5:
         mask = np.ones_like(ids)
         queries = config.num_query_tokens

@@ -10,7 +10,7 @@
 #include "ops/ops.h"
 
 /* Changes whenever anything that crosses between _core and the library does: these structs, b2_ops, b2_ctx, b2_weight. */
-enum { B2_BACKEND_VERSION = 1 };
+enum { B2_BACKEND_VERSION = 2 };
 
 #define B2_BACKEND_SYMBOL "b2_backend_cuda"
 
@@ -20,6 +20,7 @@ typedef struct b2_device_info {
     int major, minor;        /* compute capability */
     int multiprocessors;
     size_t memory, free;     /* bytes */
+    char products[256];      /* the library that large products go through, or why own kernels compute them */
 } b2_device_info;
 
 /* Opened device. */

@@ -20,6 +20,8 @@
 #include "core/pool.h"
 #include "ops/ops.h"
 
+enum { B2PY_KERNEL_DEVICES = 16 };
+
 /* Everything the module owns: one per module object, no globals. */
 typedef struct b2py_state {
     PyObject *checkpoint_error;  /* blip2c.CheckpointError(ValueError) */
@@ -33,6 +35,7 @@ typedef struct b2py_state {
     b2_isa isa;
     const b2_ops *ops;
     const struct b2_backend *backend; /* of CUDA, once it has been asked for (py_device.c) */
+    struct b2_device *kernel_devices[B2PY_KERNEL_DEVICES]; /* opened for single kernels (py_kernel_call.c); NULL: not yet */
     struct b2py_call *calls; /* that run now and may be cancelled from other threads; guarded by the GIL */
 } b2py_state;
 

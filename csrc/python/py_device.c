@@ -89,9 +89,9 @@ static PyObject *describe(const b2_backend *backend, int index, b2_err *err)
         return NULL;
     PyOS_snprintf(name, sizeof name, "cuda:%d", index);
     PyOS_snprintf(capability, sizeof capability, "%d.%d", info.major, info.minor);
-    return Py_BuildValue("{s:s,s:s,s:s,s:i,s:n,s:n}", "device", name, "name", info.name, "compute_capability", capability,
+    return Py_BuildValue("{s:s,s:s,s:s,s:i,s:n,s:n,s:s}", "device", name, "name", info.name, "compute_capability", capability,
                          "multiprocessors", info.multiprocessors, "memory", (Py_ssize_t)info.memory, "free",
-                         (Py_ssize_t)info.free);
+                         (Py_ssize_t)info.free, "products", info.products);
 }
 
 static PyObject *cuda_devices(PyObject *module, PyObject *Py_UNUSED(ignored))

@@ -1,5 +1,5 @@
 /* Texts against the pictures of an index, on NumPy arrays. blip2c/index.py keeps the records. */
-#include "python/py_common.h"
+#include "python/py_kernel_call.h"
 
 /* records [N, bytes] of `queries` vectors as wide as texts [T, P]; 0, or -1 with the exception set. */
 static int records_of(b2_records *r, PyArrayObject *texts, PyArrayObject *array, long long queries, const char *dtype)
@@ -26,25 +26,22 @@ static int records_of(b2_records *r, PyArrayObject *texts, PyArrayObject *array,
     return 0;
 }
 
-static PyArrayObject *run(PyObject *module, PyArrayObject *texts, const b2_records *records)
+static PyArrayObject *run(PyObject *module, PyArrayObject *texts, b2_records records, const char *device)
 {
-    b2py_state *state = b2py_state_of_module(module);
-    npy_intp shape[2] = {PyArray_DIM(texts, 0), (npy_intp)records->pictures};
+    npy_intp shape[2] = {PyArray_DIM(texts, 0), (npy_intp)records.pictures};
     PyArrayObject *out = (PyArrayObject *)PyArray_SimpleNew(2, shape, NPY_FLOAT32);
     if (!out)
         return NULL;
     memset(PyArray_DATA(out), 0xff, (size_t)PyArray_NBYTES(out));
-    b2_err err = {0};
-    b2_ctx ctx = {.ops = state->ops, .pool = state->pool};
-    b2py_call call;
-    ctx.cancel = b2py_call_begin(&call);
-    int status = b2_picture_scores(&ctx, b2_tensor_of(PyArray_DATA(out), shape[0], shape[1]),
-                                   b2_tensor_of(PyArray_DATA(texts), shape[0], records->width), records, &err);
-    b2py_call_end(&call);
-    if (status < 0) {
-        b2py_raise(state, &err);
-        Py_CLEAR(out);
+    b2py_kernel_call k;
+    if (b2py_kernel_begin(&k, module, device, (b2py_plan){1, 1, 0, 1}) < 0) {
+        Py_DECREF(out);
+        return NULL;
     }
+    records.data = b2py_to_device(&k, records.data, (size_t)(records.pictures * b2_record_bytes(&records)));
+    if (b2py_kernel_end(&k, module,
+                        b2_picture_scores(&k.ctx, b2py_output(&k, out), b2py_input(&k, texts), &records, &k.err)) < 0)
+        Py_CLEAR(out);
     return out;
 }
 
@@ -52,21 +49,21 @@ static PyObject *picture_scores(PyObject *module, PyObject *args)
 {
     PyObject *objects[2];
     long long queries;
-    const char *dtype;
+    const char *dtype, *device = "cpu";
     b2_records records;
-    if (!PyArg_ParseTuple(args, "OOLs", &objects[0], &objects[1], &queries, &dtype))
+    if (!PyArg_ParseTuple(args, "OOLs|s", &objects[0], &objects[1], &queries, &dtype, &device))
         return NULL;
     PyArrayObject *texts = b2py_array(objects[0], "texts", NPY_FLOAT32, 2), *out = NULL;
     PyArrayObject *array = texts ? b2py_array(objects[1], "records", NPY_UINT8, 2) : NULL;
     if (array && records_of(&records, texts, array, queries, dtype) == 0)
-        out = run(module, texts, &records);
+        out = run(module, texts, records, device);
     Py_XDECREF(texts);
     Py_XDECREF(array);
     return (PyObject *)out;
 }
 
 static PyMethodDef index_methods[] = {
-    {"_picture_scores", picture_scores, METH_VARARGS, "_picture_scores(texts, records, queries, dtype) -> array [T, N]"},
+    {"_picture_scores", picture_scores, METH_VARARGS, "_picture_scores(texts, records, queries, dtype, device=\"cpu\") -> array [T, N]"},
     {0},
 };
 

@@ -3,6 +3,8 @@
  *
  * A packed weight is a capsule that owns a b2_weight. */
 #include "python/py_kernels.h"
+#include "python/py_device.h"
+#include "python/py_kernel_call.h"
 
 #include "core/memory.h"
 #include "ops/weights.h"
@@ -77,10 +79,16 @@ static PyObject *pack_weight(PyObject *module, PyObject *args)
 {
     PyObject *object;
     const char *dtype_name = NULL;
-    int pairs;
-    if (!PyArg_ParseTuple(args, "Ozp", &object, &dtype_name, &pairs))
+    const char *device_name;
+    int pairs, index;
+    if (!PyArg_ParseTuple(args, "Ozps", &object, &dtype_name, &pairs, &device_name) ||
+        b2py_read_device(&index, device_name) < 0)
         return NULL;
+    b2py_state *state = b2py_state_of_module(module);
     b2_err err = {0};
+    b2_device *device = index < 0 ? NULL : b2py_kernel_device(state, index, &err);
+    if (index >= 0 && !device)
+        return b2py_raise(state, &err);
     b2_weight source;
     PyArrayObject *array = matrix(&source, object, "weight");
     if (!array)
@@ -95,7 +103,8 @@ static PyObject *pack_weight(PyObject *module, PyObject *args)
     if (packed) {
         b2py_call call;
         b2_cancel *cancel = b2py_call_begin(&call);
-        status = b2_weight_pack(packed, &source, format, b2py_state_of_module(module)->pool, cancel, &err);
+        status = device ? b2_weight_stride(packed, &source, format.dtype, device->memory, state->pool, cancel, &err)
+                        : b2_weight_pack(packed, &source, format, state->pool, cancel, &err);
         b2py_call_end(&call);
     }
     Py_DECREF(array);
@@ -105,7 +114,7 @@ static PyObject *pack_weight(PyObject *module, PyObject *args)
     if (packed)
         b2_weight_release(packed);
     b2_free(packed);
-    return status < 0 ? b2py_raise(b2py_state_of_module(module), &err) : NULL;
+    return status < 0 ? b2py_raise(state, &err) : NULL;
 }
 
 static int numpy_type(b2_dtype dtype)
@@ -147,6 +156,10 @@ static PyObject *weight_parts(PyObject *module, PyObject *capsule)
         PyErr_Format(PyExc_ValueError, "expected a weight of int8 or int4, found %s", b2_dtype_word(w->dtype));
         return NULL;
     }
+    if (w->memory) {
+        PyErr_SetString(PyExc_ValueError, "expected a weight on the processor, found one on a device");
+        return NULL;
+    }
     npy_intp rows = (npy_intp)((w->n + B2_PANEL - 1) / B2_PANEL * B2_PANEL);
     npy_intp bytes = rows * (npy_intp)((w->k + 31) / 32 * 32) / (w->dtype == B2_I4 ? 2 : 1);
     npy_intp scales = rows * (npy_intp)((w->k + w->group - 1) / w->group);
@@ -181,7 +194,7 @@ static PyObject *convert(PyObject *module, PyObject *args)
 }
 
 static PyMethodDef weight_methods[] = {
-    {"_pack_weight", pack_weight, METH_VARARGS, "_pack_weight(weight, dtype, pairs) -> capsule"},
+    {"_pack_weight", pack_weight, METH_VARARGS, "_pack_weight(weight, dtype, pairs, device) -> capsule"},
     {"_unpack_weight", unpack_weight, METH_O, "_unpack_weight(capsule) -> array [n, k]"},
     {"_weight_parts", weight_parts, METH_O, "_weight_parts(capsule) -> (dtype, group, bytes, scales, column scales)"},
     {"_convert", convert, METH_VARARGS, "_convert(x, dtype) -> (array, values that became infinite)"},

@@ -2,52 +2,13 @@
  * gives them their public signatures. Outputs start as NaN, so that an element that a kernel forgot shows. */
 #define _POSIX_C_SOURCE 200809L
 #include "python/py_kernels.h"
+#include "python/py_kernel_call.h"
 
 #include <time.h>
 
 #include "model/t5.h"
 #include "ops/cpu/common.h"
 #include "train/cross_entropy.h"
-
-/* ---- the frame around one operation ---- */
-
-typedef struct kernel_call {
-    b2py_call call;
-    b2_ctx ctx;
-    b2_arena arena;
-    b2_err err;
-} kernel_call;
-
-typedef struct plan {
-    int64_t rows, width, keys;
-    int head_dim;
-} plan;
-
-/* Reserves scratch and releases the GIL, or returns -1 with the exception set. */
-static int kernel_begin(kernel_call *k, PyObject *module, plan plan)
-{
-    b2py_state *state = b2py_state_of_module(module);
-    *k = (kernel_call){0};
-    k->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &k->arena, .activations = &k->arena};
-    size_t bytes = b2_scratch_bytes(&k->ctx, plan.rows, plan.width, plan.keys, plan.head_dim);
-    if (b2_arena_reserve(&k->arena, bytes, &k->err) < 0) {
-        b2py_raise(state, &k->err);
-        return -1;
-    }
-    if (getenv("BLIP2C_POISON")) /* tests: what scratch holds before must not matter */
-        memset(k->arena.base, 0xff, k->arena.size);
-    k->ctx.cancel = b2py_call_begin(&k->call);
-    return 0;
-}
-
-static int kernel_end(kernel_call *k, PyObject *module, int status)
-{
-    b2py_call_end(&k->call);
-    b2_arena_release(&k->arena);
-    if (status < 0)
-        b2py_raise(b2py_state_of_module(module), &k->err);
-    return status;
-}
 
 /* ---- arguments ---- */
 
@@ -61,15 +22,8 @@ static int optional_array(PyArrayObject **out, PyObject *object, const char *nam
     return *out ? 0 : -1;
 }
 
-/* [..., cols] as [rows, cols]; an array without axes is one row of one. */
-static b2_tensor view_of(PyArrayObject *array)
-{
-    int ndim = PyArray_NDIM(array);
-    int64_t cols = ndim > 0 ? PyArray_DIM(array, ndim - 1) : 1, rows = 1;
-    for (int i = 0; i + 1 < ndim; i++)
-        rows *= PyArray_DIM(array, i);
-    return b2_tensor_of(PyArray_DATA(array), rows, cols);
-}
+/* Of operations that take no scratch for the number of rows. */
+static const b2py_plan one_row = {1, 1, 0, 1};
 
 /* At least one axis, so that there is a last one. */
 static PyArrayObject *rows_array(PyObject *object, const char *name)
@@ -98,13 +52,6 @@ static PyArrayObject *poisoned_like(PyArrayObject *like, int64_t cols)
     memcpy(shape, PyArray_DIMS(like), (size_t)ndim * sizeof *shape);
     shape[ndim - 1] = (npy_intp)cols;
     return poisoned(ndim, shape);
-}
-
-static b2_weight vector_of(PyArrayObject *array)
-{
-    if (!array)
-        return (b2_weight){0};
-    return (b2_weight){.data = PyArray_DATA(array), .n = PyArray_DIM(array, 0), .k = 1};
 }
 
 static int check_length(PyArrayObject *array, const char *name, int64_t rows)
@@ -142,13 +89,15 @@ static int read_linear(linear_arguments *a, PyObject *x, PyObject *bias, PyObjec
     return 0;
 }
 
-static int run_linear(kernel_call *k, PyArrayObject *out, const linear_arguments *a, const b2_weight *w)
+static int run_linear(b2py_kernel_call *k, PyArrayObject *out, const linear_arguments *a, const b2_weight *w)
 {
-    b2_weight bias = vector_of(a->bias);
+    b2_weight bias = b2py_vector(k, a->bias), there;
     b2_linear_opts opts = {.bias = a->bias ? &bias : NULL, .act = (b2_act)a->act, .item_rows = a->item_rows};
     if (a->residual)
-        opts.residual = view_of(a->residual);
-    return b2_linear(&k->ctx, view_of(out), view_of(a->x), w, &opts, &k->err);
+        opts.residual = b2py_input(k, a->residual);
+    if (b2py_matrix(&there, k, w) < 0)
+        return -1;
+    return b2_linear(&k->ctx, b2py_output(k, out), b2py_input(k, a->x), &there, &opts, &k->err);
 }
 
 static PyObject *linear(PyObject *module, PyObject *args)
@@ -156,7 +105,8 @@ static PyObject *linear(PyObject *module, PyObject *args)
     PyObject *x, *weight, *bias, *residual, *owner;
     linear_arguments a;
     b2_weight w;
-    if (!PyArg_ParseTuple(args, "OOOOin", &x, &weight, &bias, &residual, &a.act, &a.item_rows) ||
+    const char *device;
+    if (!PyArg_ParseTuple(args, "OOOOins", &x, &weight, &bias, &residual, &a.act, &a.item_rows, &device) ||
         b2py_weight_argument(&w, &owner, weight, "weight") < 0)
         return NULL;
     if (read_linear(&a, x, bias, residual) < 0) {
@@ -164,11 +114,11 @@ static PyObject *linear(PyObject *module, PyObject *args)
         return NULL;
     }
     PyArrayObject *out = poisoned_like(a.x, w.n);
-    b2_tensor view = view_of(a.x);
-    kernel_call k;
-    if (out && kernel_begin(&k, module, (plan){view.rows, view.cols, 0, 1}) < 0)
+    b2_tensor view = b2py_view_of(a.x);
+    b2py_kernel_call k;
+    if (out && b2py_kernel_begin(&k, module, device, (b2py_plan){view.rows, view.cols, 0, 1}) < 0)
         Py_CLEAR(out);
-    else if (out && kernel_end(&k, module, run_linear(&k, out, &a, &w)) < 0)
+    else if (out && b2py_kernel_end(&k, module, run_linear(&k, out, &a, &w)) < 0)
         Py_CLEAR(out);
     drop_linear(&a);
     Py_DECREF(owner);
@@ -193,9 +143,9 @@ static PyObject *time_linear(PyObject *module, PyObject *args)
     if (read_linear(&a, x, Py_None, Py_None) < 0)
         return NULL;
     a.item_rows = item_rows;
-    b2_tensor view = view_of(a.x);
-    kernel_call k;
-    if (kernel_begin(&k, module, (plan){view.rows, view.cols, 0, 1}) < 0) {
+    b2_tensor view = b2py_view_of(a.x);
+    b2py_kernel_call k;
+    if (b2py_kernel_begin(&k, module, "cpu", (b2py_plan){view.rows, view.cols, 0, 1}) < 0) {
         drop_linear(&a);
         return NULL;
     }
@@ -221,7 +171,7 @@ static PyObject *time_linear(PyObject *module, PyObject *args)
         Py_DECREF(owner);
     }
     b2py_call_resume(&k.call);
-    kernel_end(&k, module, k.err.code != B2_OK ? -1 : 0);
+    b2py_kernel_end(&k, module, k.err.code != B2_OK ? -1 : 0);
     drop_linear(&a);
     if (PyErr_Occurred())
         Py_CLEAR(times);
@@ -234,20 +184,22 @@ static PyObject *layer_norm(PyObject *module, PyObject *args)
 {
     PyObject *x_object, *gamma_object, *beta_object;
     float eps;
+    const char *device;
     PyArrayObject *x = NULL, *gamma = NULL, *beta = NULL, *out = NULL;
-    if (!PyArg_ParseTuple(args, "OOOf", &x_object, &gamma_object, &beta_object, &eps))
+    if (!PyArg_ParseTuple(args, "OOOfs", &x_object, &gamma_object, &beta_object, &eps, &device))
         return NULL;
     if (!(x = rows_array(x_object, "x")) || optional_array(&gamma, gamma_object, "weight", NPY_FLOAT32, 1) < 0 ||
         optional_array(&beta, beta_object, "bias", NPY_FLOAT32, 1) < 0)
         goto done;
-    b2_weight g = vector_of(gamma), b = vector_of(beta);
-    b2_tensor view = view_of(x);
-    kernel_call k;
-    if (!(out = poisoned_like(x, view.cols)))
+    b2py_kernel_call k;
+    if (!(out = poisoned_like(x, b2py_view_of(x).cols)))
         goto done;
-    if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+    if (b2py_kernel_begin(&k, module, device, one_row) < 0) {
         Py_CLEAR(out);
-    else if (kernel_end(&k, module, b2_layer_norm(&k.ctx, view_of(out), view, &g, &b, eps, &k.err)) < 0)
+        goto done;
+    }
+    b2_weight g = b2py_vector(&k, gamma), b = b2py_vector(&k, beta);
+    if (b2py_kernel_end(&k, module, b2_layer_norm(&k.ctx, b2py_output(&k, out), b2py_input(&k, x), &g, &b, eps, &k.err)) < 0)
         Py_CLEAR(out);
 done:
     Py_XDECREF(x);
@@ -260,17 +212,21 @@ static PyObject *rms_norm(PyObject *module, PyObject *args)
 {
     PyObject *x_object, *gamma_object;
     float eps;
+    const char *device;
     PyArrayObject *x = NULL, *gamma = NULL, *out = NULL;
-    if (!PyArg_ParseTuple(args, "OOf", &x_object, &gamma_object, &eps))
+    if (!PyArg_ParseTuple(args, "OOfs", &x_object, &gamma_object, &eps, &device))
         return NULL;
     if ((x = rows_array(x_object, "x")) && (gamma = b2py_array(gamma_object, "weight", NPY_FLOAT32, 1)) &&
-        (out = poisoned_like(x, view_of(x).cols))) {
-        b2_weight g = vector_of(gamma);
-        kernel_call k;
-        if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        (out = poisoned_like(x, b2py_view_of(x).cols))) {
+        b2py_kernel_call k;
+        if (b2py_kernel_begin(&k, module, device, one_row) < 0) {
             Py_CLEAR(out);
-        else if (kernel_end(&k, module, b2_rms_norm(&k.ctx, view_of(out), view_of(x), &g, eps, &k.err)) < 0)
-            Py_CLEAR(out);
+        } else {
+            b2_weight g = b2py_vector(&k, gamma);
+            if (b2py_kernel_end(&k, module,
+                                b2_rms_norm(&k.ctx, b2py_output(&k, out), b2py_input(&k, x), &g, eps, &k.err)) < 0)
+                Py_CLEAR(out);
+        }
     }
     Py_XDECREF(x);
     Py_XDECREF(gamma);
@@ -281,15 +237,17 @@ static PyObject *gate(PyObject *module, PyObject *args)
 {
     PyObject *gate_object, *up_object;
     int act;
+    const char *device;
     PyArrayObject *x = NULL, *up = NULL, *out = NULL;
-    if (!PyArg_ParseTuple(args, "OOi", &gate_object, &up_object, &act))
+    if (!PyArg_ParseTuple(args, "OOis", &gate_object, &up_object, &act, &device))
         return NULL;
     if ((x = rows_array(gate_object, "gate")) && (up = rows_array(up_object, "up")) &&
-        (out = poisoned_like(x, view_of(x).cols))) {
-        kernel_call k;
-        if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+        (out = poisoned_like(x, b2py_view_of(x).cols))) {
+        b2py_kernel_call k;
+        if (b2py_kernel_begin(&k, module, device, one_row) < 0)
             Py_CLEAR(out);
-        else if (kernel_end(&k, module, b2_gate(&k.ctx, view_of(out), view_of(x), view_of(up), (b2_act)act, &k.err)) < 0)
+        else if (b2py_kernel_end(&k, module, b2_gate(&k.ctx, b2py_output(&k, out), b2py_input(&k, x), b2py_input(&k, up),
+                                                     (b2_act)act, &k.err)) < 0)
             Py_CLEAR(out);
     }
     Py_XDECREF(x);
@@ -297,13 +255,34 @@ static PyObject *gate(PyObject *module, PyObject *args)
     return (PyObject *)out;
 }
 
+/* Devices have activations in products and in gates: act(x) * 1. Takes over `x`. */
+static PyObject *activation_as_gate(PyObject *module, PyArrayObject *x, int act, const char *device)
+{
+    PyArrayObject *ones = (PyArrayObject *)PyArray_NewLikeArray(x, NPY_CORDER, NULL, 0);
+    PyArrayObject *out = ones ? poisoned(PyArray_NDIM(x), PyArray_DIMS(x)) : NULL;
+    b2py_kernel_call k;
+    for (npy_intp i = 0; out && i < PyArray_SIZE(ones); i++)
+        ((float *)PyArray_DATA(ones))[i] = 1.0f;
+    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0)
+        Py_CLEAR(out);
+    else if (out && b2py_kernel_end(&k, module, b2_gate(&k.ctx, b2py_output(&k, out), b2py_input(&k, x),
+                                                        b2py_input(&k, ones), (b2_act)act, &k.err)) < 0)
+        Py_CLEAR(out);
+    Py_XDECREF(ones);
+    Py_DECREF(x);
+    return (PyObject *)out;
+}
+
 static PyObject *activation(PyObject *module, PyObject *args)
 {
     PyObject *object;
     int act;
-    if (!PyArg_ParseTuple(args, "Oi", &object, &act))
+    const char *device;
+    if (!PyArg_ParseTuple(args, "Ois", &object, &act, &device))
         return NULL;
     PyArrayObject *x = b2py_array(object, "x", NPY_FLOAT32, -1);
+    if (x && strcmp(device, "cpu") != 0)
+        return activation_as_gate(module, x, act, device);
     PyArrayObject *out = x ? poisoned(PyArray_NDIM(x), PyArray_DIMS(x)) : NULL;
     if (out) {
         int64_t count = PyArray_SIZE(x);
@@ -317,17 +296,21 @@ static PyObject *activation(PyObject *module, PyObject *args)
     return (PyObject *)out;
 }
 
-static PyObject *log_softmax(PyObject *module, PyObject *object)
+static PyObject *log_softmax(PyObject *module, PyObject *args)
 {
+    PyObject *object;
+    const char *device;
+    if (!PyArg_ParseTuple(args, "Os", &object, &device))
+        return NULL;
     PyArrayObject *x = rows_array(object, "x");
     PyArrayObject *out = x ? (PyArrayObject *)PyArray_NewCopy(x, NPY_CORDER) : NULL;
     Py_XDECREF(x);
-    kernel_call k;
+    b2py_kernel_call k;
     if (!out)
         return NULL;
-    if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+    if (b2py_kernel_begin(&k, module, device, one_row) < 0)
         Py_CLEAR(out);
-    else if (kernel_end(&k, module, b2_log_softmax(&k.ctx, view_of(out), &k.err)) < 0)
+    else if (b2py_kernel_end(&k, module, b2_log_softmax(&k.ctx, b2py_output(&k, out), &k.err)) < 0)
         Py_CLEAR(out);
     return (PyObject *)out;
 }
@@ -345,10 +328,10 @@ static PyObject *cross_entropy(PyObject *module, PyObject *args)
         PyErr_Format(PyExc_ValueError, "targets: expected %zd, found %zd", rows, PyArray_DIM(targets, 0));
     else if (targets)
         losses = poisoned(1, &rows);
-    kernel_call k;
-    if (losses && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+    b2py_kernel_call k;
+    if (losses && b2py_kernel_begin(&k, module, "cpu", one_row) < 0)
         Py_CLEAR(losses);
-    else if (losses && kernel_end(&k, module, b2_cross_entropy(&k.ctx, PyArray_DATA(losses), view_of(logits),
+    else if (losses && b2py_kernel_end(&k, module, b2_cross_entropy(&k.ctx, PyArray_DATA(losses), b2py_view_of(logits),
                                                                PyArray_DATA(targets), ignore_index, &k.err)) < 0)
         Py_CLEAR(losses);
     Py_XDECREF(logits);
@@ -360,20 +343,23 @@ static PyObject *top_k(PyObject *module, PyObject *args)
 {
     PyObject *object;
     int count;
-    if (!PyArg_ParseTuple(args, "Oi", &object, &count))
+    const char *device;
+    if (!PyArg_ParseTuple(args, "Ois", &object, &count, &device))
         return NULL;
     PyArrayObject *x = rows_array(object, "x"), *values = NULL;
     PyObject *ids = NULL;
     /* A k that the operation refuses must not size anything before. */
-    int fits = x && count > 0 && count <= view_of(x).cols;
+    int fits = x && count > 0 && count <= b2py_view_of(x).cols;
     if (x && (values = poisoned_like(x, fits ? count : 0)))
         ids = PyArray_SimpleNew(PyArray_NDIM(values), PyArray_DIMS(values), NPY_INT32);
     int status = -1;
-    kernel_call k;
-    if (ids && kernel_begin(&k, module, (plan){1, 1, 0, 1}) == 0)
-        status = kernel_end(&k, module,
-                            b2_top_k(&k.ctx, PyArray_DATA(values), PyArray_DATA((PyArrayObject *)ids), view_of(x),
-                                     count, &k.err));
+    b2py_kernel_call k;
+    if (ids && b2py_kernel_begin(&k, module, device, one_row) == 0) {
+        int32_t *to = b2py_through_device(&k, PyArray_DATA((PyArrayObject *)ids),
+                                          (size_t)PyArray_NBYTES((PyArrayObject *)ids));
+        status = b2py_kernel_end(&k, module,
+                                 b2_top_k(&k.ctx, b2py_output(&k, values).data, to, b2py_input(&k, x), count, &k.err));
+    }
     Py_XDECREF(x);
     if (status == 0)
         return Py_BuildValue("NN", values, ids);
@@ -382,14 +368,18 @@ static PyObject *top_k(PyObject *module, PyObject *args)
     return NULL;
 }
 
-static PyObject *first_bad_row(PyObject *module, PyObject *object)
+static PyObject *first_bad_row(PyObject *module, PyObject *args)
 {
+    PyObject *object;
+    const char *device;
+    if (!PyArg_ParseTuple(args, "Os", &object, &device))
+        return NULL;
     PyArrayObject *x = rows_array(object, "x");
     int64_t bad = -1;
     int status = -1;
-    kernel_call k;
-    if (x && kernel_begin(&k, module, (plan){1, 1, 0, 1}) == 0)
-        status = kernel_end(&k, module, b2_check_finite(&k.ctx, &bad, view_of(x), &k.err));
+    b2py_kernel_call k;
+    if (x && b2py_kernel_begin(&k, module, device, one_row) == 0)
+        status = b2py_kernel_end(&k, module, b2_check_finite(&k.ctx, &bad, b2py_input(&k, x), &k.err));
     Py_XDECREF(x);
     return status == 0 ? PyLong_FromLongLong(bad) : NULL;
 }
@@ -399,18 +389,19 @@ static PyObject *rope(PyObject *module, PyObject *args)
     PyObject *x_object, *positions_object, *inv_freq_object;
     int head_dim;
     float scaling;
-    if (!PyArg_ParseTuple(args, "OOOif", &x_object, &positions_object, &inv_freq_object, &head_dim, &scaling))
+    const char *device;
+    if (!PyArg_ParseTuple(args, "OOOifs", &x_object, &positions_object, &inv_freq_object, &head_dim, &scaling, &device))
         return NULL;
     PyArrayObject *x = rows_array(x_object, "x"), *out = NULL;
     PyArrayObject *positions = x ? b2py_array(positions_object, "positions", NPY_INT32, 1) : NULL;
     PyArrayObject *inv_freq = positions ? b2py_array(inv_freq_object, "inv_freq", NPY_FLOAT32, 1) : NULL;
-    kernel_call k;
-    if (inv_freq && check_length(positions, "positions", view_of(x).rows) == 0)
+    b2py_kernel_call k;
+    if (inv_freq && check_length(positions, "positions", b2py_view_of(x).rows) == 0)
         out = (PyArrayObject *)PyArray_NewCopy(x, NPY_CORDER);
-    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0)
         Py_CLEAR(out);
-    else if (out && kernel_end(&k, module,
-                               b2_rope(&k.ctx, view_of(out), PyArray_DATA(positions), PyArray_DATA(inv_freq),
+    else if (out && b2py_kernel_end(&k, module,
+                               b2_rope(&k.ctx, b2py_output(&k, out), PyArray_DATA(positions), PyArray_DATA(inv_freq),
                                        2 * (int)PyArray_DIM(inv_freq, 0), head_dim, scaling, &k.err)) < 0)
         Py_CLEAR(out);
     Py_XDECREF(x);
@@ -423,8 +414,9 @@ static PyObject *embedding(PyObject *module, PyObject *args)
 {
     PyObject *table_object, *ids_object, *added_object, *owner = NULL;
     PyArrayObject *ids = NULL, *added = NULL, *out = NULL;
-    b2_weight table;
-    if (!PyArg_ParseTuple(args, "OOO", &table_object, &ids_object, &added_object) ||
+    b2_weight table, there;
+    const char *device;
+    if (!PyArg_ParseTuple(args, "OOOs", &table_object, &ids_object, &added_object, &device) ||
         b2py_weight_argument(&table, &owner, table_object, "table") < 0)
         return NULL;
     if (!(ids = b2py_array(ids_object, "ids", NPY_INT32, 1)) ||
@@ -437,13 +429,17 @@ static PyObject *embedding(PyObject *module, PyObject *args)
                      (Py_ssize_t)PyArray_DIM(out, 0));
         Py_CLEAR(out);
     }
-    kernel_call k;
+    b2py_kernel_call k;
     if (!out)
         goto done;
-    if (kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+    if (b2py_kernel_begin(&k, module, device, one_row) < 0) {
         Py_CLEAR(out);
-    else if (kernel_end(&k, module,
-                        b2_embedding(&k.ctx, view_of(out), &table, PyArray_DATA(ids), 0, added != NULL, &k.err)) < 0)
+        goto done;
+    }
+    int status = b2py_matrix(&there, &k, &table);
+    if (status == 0)
+        status = b2_embedding(&k.ctx, b2py_output(&k, out), &there, PyArray_DATA(ids), 0, added != NULL, &k.err);
+    if (b2py_kernel_end(&k, module, status) < 0)
         Py_CLEAR(out);
 done:
     Py_XDECREF(owner);
@@ -456,7 +452,8 @@ static PyObject *patches(PyObject *module, PyObject *args)
 {
     PyObject *object;
     Py_ssize_t patch;
-    if (!PyArg_ParseTuple(args, "On", &object, &patch))
+    const char *device;
+    if (!PyArg_ParseTuple(args, "Ons", &object, &patch, &device))
         return NULL;
     PyArrayObject *pixels = b2py_array(object, "pixels", NPY_FLOAT32, 4), *out = NULL;
     if (!pixels)
@@ -465,12 +462,15 @@ static PyObject *patches(PyObject *module, PyObject *args)
     npy_intp cells = patch > 0 ? shape[2] / patch * (shape[3] / patch) : 0;
     npy_intp out_shape[3] = {shape[0], cells, patch > 0 ? shape[1] * patch * patch : 0};
     b2_pictures view = {PyArray_DATA(pixels), shape[0], shape[1], shape[2], shape[3]};
-    kernel_call k;
+    b2py_kernel_call k;
     out = poisoned(3, out_shape);
-    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0) {
         Py_CLEAR(out);
-    else if (out && kernel_end(&k, module, b2_patches(&k.ctx, view_of(out), view, patch, &k.err)) < 0)
-        Py_CLEAR(out);
+    } else if (out) {
+        view.data = b2py_to_device(&k, view.data, (size_t)PyArray_NBYTES(pixels));
+        if (b2py_kernel_end(&k, module, b2_patches(&k.ctx, b2py_output(&k, out), view, patch, &k.err)) < 0)
+            Py_CLEAR(out);
+    }
     Py_DECREF(pixels);
     return (PyObject *)out;
 }
@@ -480,7 +480,8 @@ static PyObject *copy_rows(PyObject *module, PyObject *args)
     PyObject *out_object, *out_rows_object, *x_object, *x_rows_object;
     PyArrayObject *base = NULL, *out_rows = NULL, *x = NULL, *x_rows = NULL, *out = NULL;
     Py_ssize_t n;
-    if (!PyArg_ParseTuple(args, "OOOOn", &out_object, &out_rows_object, &x_object, &x_rows_object, &n))
+    const char *device;
+    if (!PyArg_ParseTuple(args, "OOOOns", &out_object, &out_rows_object, &x_object, &x_rows_object, &n, &device))
         return NULL;
     if ((base = b2py_array(out_object, "out", NPY_FLOAT32, 2)) && (x = b2py_array(x_object, "x", NPY_FLOAT32, 2)) &&
         optional_array(&out_rows, out_rows_object, "out_rows", NPY_INT32, 1) == 0 &&
@@ -490,12 +491,12 @@ static PyObject *copy_rows(PyObject *module, PyObject *args)
         PyErr_Format(PyExc_ValueError, "n: %zd rows, more than a list of rows holds", n);
         Py_CLEAR(out);
     }
-    kernel_call k;
-    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+    b2py_kernel_call k;
+    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0)
         Py_CLEAR(out);
-    else if (out && kernel_end(&k, module,
-                               b2_copy_rows(&k.ctx, view_of(out), out_rows ? PyArray_DATA(out_rows) : NULL, view_of(x),
-                                            x_rows ? PyArray_DATA(x_rows) : NULL, n, &k.err)) < 0)
+    else if (out && b2py_kernel_end(&k, module,
+                               b2_copy_rows(&k.ctx, b2py_output(&k, out), out_rows ? PyArray_DATA(out_rows) : NULL,
+                                            b2py_input(&k, x), x_rows ? PyArray_DATA(x_rows) : NULL, n, &k.err)) < 0)
         Py_CLEAR(out);
     Py_XDECREF(base);
     Py_XDECREF(out_rows);
@@ -507,14 +508,15 @@ static PyObject *copy_rows(PyObject *module, PyObject *args)
 static PyObject *add_rows(PyObject *module, PyObject *args)
 {
     PyObject *a_object, *b_object;
-    if (!PyArg_ParseTuple(args, "OO", &a_object, &b_object))
+    const char *device;
+    if (!PyArg_ParseTuple(args, "OOs", &a_object, &b_object, &device))
         return NULL;
     PyArrayObject *a = rows_array(a_object, "x"), *b = a ? rows_array(b_object, "rows") : NULL;
     PyArrayObject *out = b ? (PyArrayObject *)PyArray_NewCopy(a, NPY_CORDER) : NULL;
-    kernel_call k;
-    if (out && kernel_begin(&k, module, (plan){1, 1, 0, 1}) < 0)
+    b2py_kernel_call k;
+    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0)
         Py_CLEAR(out);
-    else if (out && kernel_end(&k, module, b2_add_rows(&k.ctx, view_of(out), view_of(b), &k.err)) < 0)
+    else if (out && b2py_kernel_end(&k, module, b2_add_rows(&k.ctx, b2py_output(&k, out), b2py_input(&k, b), &k.err)) < 0)
         Py_CLEAR(out);
     Py_XDECREF(a);
     Py_XDECREF(b);
@@ -586,15 +588,15 @@ static int fill_attention(b2_attention_args *a, PyArrayObject **in)
         PyErr_SetString(PyExc_ValueError, "k_suffix, v_suffix, suffix_slots and suffix_lens: give all or none");
         return -1;
     }
-    a->q = view_of(in[A_Q]);
+    a->q = b2py_view_of(in[A_Q]);
     a->q_offsets = PyArray_DATA(in[A_OFFSETS]);
-    a->k = view_of(in[A_K]);
-    a->v = view_of(in[A_V]);
+    a->k = b2py_view_of(in[A_K]);
+    a->v = b2py_view_of(in[A_V]);
     a->prefix_starts = PyArray_DATA(in[A_STARTS]);
     a->prefix_lens = PyArray_DATA(in[A_LENS]);
     if (in[A_KS]) {
-        a->k_suffix = view_of(in[A_KS]);
-        a->v_suffix = view_of(in[A_VS]);
+        a->k_suffix = b2py_view_of(in[A_KS]);
+        a->v_suffix = b2py_view_of(in[A_VS]);
         a->suffix_slots = PyArray_DATA(in[A_SLOTS]);
         a->suffix_ld = PyArray_DIM(in[A_SLOTS], 1);
         a->suffix_lens = PyArray_DATA(in[A_SLENS]);
@@ -606,7 +608,7 @@ static int fill_attention(b2_attention_args *a, PyArrayObject **in)
     return in[A_BIAS] ? fill_distance_bias(a, in[A_BIAS]) : 0;
 }
 
-static plan attention_plan(const b2_attention_args *a)
+static b2py_plan attention_plan(const b2_attention_args *a)
 {
     int64_t keys = 0;
     for (int64_t b = 0; b < a->rows; b++) {
@@ -615,7 +617,7 @@ static plan attention_plan(const b2_attention_args *a)
     }
     /* Lengths beyond what there is are refused by the operation; they must not size anything before. */
     int64_t most = a->k.rows + a->suffix_ld;
-    return (plan){1, 1, keys < most ? keys : most, a->head_dim > 0 ? a->head_dim : 1};
+    return (b2py_plan){a->q.rows, a->q.cols, keys < most ? keys : most, a->head_dim > 0 ? a->head_dim : 1};
 }
 
 /* Floats of all rows' weights, [H, T_b, keys_b] each; 0 where the rows make no sense, which the operation refuses. */
@@ -639,10 +641,11 @@ static PyObject *attention(PyObject *module, PyObject *args)
     b2_attention_args a = {0};
     long long window;
     int weights;
-    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOOpiiifLp", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K],
+    const char *device;
+    if (!PyArg_ParseTuple(args, "OOOOOOOOOOOOpiiifLps", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K],
                           &objects[A_V], &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS],
                           &objects[A_SLOTS], &objects[A_SLENS], &objects[A_MASK], &objects[A_BIAS], &a.causal,
-                          &a.heads, &a.kv_heads, &a.head_dim, &a.scale, &window, &weights))
+                          &a.heads, &a.kv_heads, &a.head_dim, &a.scale, &window, &weights, &device))
         return NULL;
     a.window = window;
     for (int i = 0; i < A_COUNT; i++) {
@@ -657,14 +660,22 @@ static PyObject *attention(PyObject *module, PyObject *args)
     npy_intp size = weights ? weights_size(&a) : 0;
     if (!(out = weights ? poisoned(1, &size) : poisoned(2, PyArray_DIMS(in[A_Q]))))
         goto done;
-    kernel_call k;
-    if (kernel_begin(&k, module, attention_plan(&a)) < 0) {
+    b2py_kernel_call k;
+    if (b2py_kernel_begin(&k, module, device, attention_plan(&a)) < 0) {
         Py_CLEAR(out);
         goto done;
     }
-    a.out = weights ? (b2_tensor){0} : view_of(out);
-    int status = weights ? b2_attention_weights(&k.ctx, PyArray_DATA(out), &a, &k.err) : b2_attention(&k.ctx, &a, &k.err);
-    if (kernel_end(&k, module, status) < 0)
+    a.q = b2py_input(&k, in[A_Q]);
+    a.k = b2py_input(&k, in[A_K]);
+    a.v = b2py_input(&k, in[A_V]);
+    if (in[A_KS]) {
+        a.k_suffix = b2py_input(&k, in[A_KS]);
+        a.v_suffix = b2py_input(&k, in[A_VS]);
+    }
+    b2_tensor there = b2py_output(&k, out);
+    a.out = weights ? (b2_tensor){0} : there;
+    int status = weights ? b2_attention_weights(&k.ctx, there.data, &a, &k.err) : b2_attention(&k.ctx, &a, &k.err);
+    if (b2py_kernel_end(&k, module, status) < 0)
         Py_CLEAR(out);
 done:
     for (int i = 0; i < A_COUNT; i++)
@@ -718,21 +729,21 @@ static PyObject *int8_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
 }
 
 static PyMethodDef kernel_methods[] = {
-    {"_linear", linear, METH_VARARGS, "_linear(x, weight, bias, residual, activation, item_rows) -> array"},
+    {"_linear", linear, METH_VARARGS, "_linear(x, weight, bias, residual, activation, item_rows, device) -> array"},
     {"_time_linear", time_linear, METH_VARARGS, "_time_linear(x, weights, item_rows) -> seconds of each call"},
-    {"_layer_norm", layer_norm, METH_VARARGS, "_layer_norm(x, weight, bias, eps) -> array"},
-    {"_rms_norm", rms_norm, METH_VARARGS, "_rms_norm(x, weight, eps) -> array"},
-    {"_gate", gate, METH_VARARGS, "_gate(gate, up, activation) -> array"},
-    {"_rope", rope, METH_VARARGS, "_rope(x, positions, inv_freq, head_dim, scaling) -> array"},
-    {"_activation", activation, METH_VARARGS, "_activation(x, activation) -> array"},
-    {"_log_softmax", log_softmax, METH_O, "_log_softmax(x) -> array"},
+    {"_layer_norm", layer_norm, METH_VARARGS, "_layer_norm(x, weight, bias, eps, device) -> array"},
+    {"_rms_norm", rms_norm, METH_VARARGS, "_rms_norm(x, weight, eps, device) -> array"},
+    {"_gate", gate, METH_VARARGS, "_gate(gate, up, activation, device) -> array"},
+    {"_rope", rope, METH_VARARGS, "_rope(x, positions, inv_freq, head_dim, scaling, device) -> array"},
+    {"_activation", activation, METH_VARARGS, "_activation(x, activation, device) -> array"},
+    {"_log_softmax", log_softmax, METH_VARARGS, "_log_softmax(x, device) -> array"},
     {"_cross_entropy", cross_entropy, METH_VARARGS, "_cross_entropy(logits, targets, ignore_index) -> losses"},
-    {"_top_k", top_k, METH_VARARGS, "_top_k(x, k) -> (values, ids)"},
-    {"_first_bad_row", first_bad_row, METH_O, "_first_bad_row(x) -> int"},
-    {"_embedding", embedding, METH_VARARGS, "_embedding(table, ids, added_to) -> array"},
-    {"_patches", patches, METH_VARARGS, "_patches(pixels, patch) -> array"},
-    {"_copy_rows", copy_rows, METH_VARARGS, "_copy_rows(out, out_rows, x, x_rows, n) -> array"},
-    {"_add_rows", add_rows, METH_VARARGS, "_add_rows(x, rows) -> array"},
+    {"_top_k", top_k, METH_VARARGS, "_top_k(x, k, device) -> (values, ids)"},
+    {"_first_bad_row", first_bad_row, METH_VARARGS, "_first_bad_row(x, device) -> int"},
+    {"_embedding", embedding, METH_VARARGS, "_embedding(table, ids, added_to, device) -> array"},
+    {"_patches", patches, METH_VARARGS, "_patches(pixels, patch, device) -> array"},
+    {"_copy_rows", copy_rows, METH_VARARGS, "_copy_rows(out, out_rows, x, x_rows, n, device) -> array"},
+    {"_add_rows", add_rows, METH_VARARGS, "_add_rows(x, rows, device) -> array"},
     {"_distance_bias", distance_bias, METH_VARARGS, "_distance_bias(table, max_distance, bidirectional) -> array"},
     {"_attention", attention, METH_VARARGS, "_attention(...) -> array; see blip2c.kernels.packed_attention"},
     {"_fma_peak", fma_peak, METH_NOARGS, "_fma_peak() -> flops per second of multiply-adds in registers"},

@@ -1,8 +1,9 @@
 /* Stands in for NVIDIA's header where the kernels are compiled for the host, so that their logic runs in every test.
  *
- * What it is: one fiber per GPU thread, blocks one after another. Threads run until they wait; a block whose threads wait
- * at different barriers fails with a message. Streams put work off until somebody waits for it, as a card does, and
- * device memory cannot be touched by host code in between (it is unmapped then), nor kernels be handed host pointers.
+ * What it is: one fiber per GPU thread, blocks one after another, in every other launch from the last to the first.
+ * Threads run until they wait; a block whose threads wait at different barriers fails with a message. Streams put work off
+ * until somebody waits for it, as a card does, and device memory cannot be touched by host code in between (it is
+ * unmapped then), nor kernels be handed host pointers.
  * What it is not: it does not find all races (threads run in ascending order in one block and in descending order in the
  * next, which shows many of them), and it says nothing about speed.
  *

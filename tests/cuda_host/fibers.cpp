@@ -377,17 +377,18 @@ std::string run_grid(block_runner *r, dim3 grid, dim3 block, size_t shared)
     r->count = (int)(block.x * block.y * block.z);
     uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z;
     unsigned launch = launches++;
-    for (uint64_t b = 0; b < blocks; b++) {
+    for (uint64_t i = 0; i < blocks; i++) {
+        uint64_t b = launch % 2 ? blocks - 1 - i : i; /* blocks have no order */
         uint3 at = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y), (unsigned)(b / grid.x / grid.y)};
         poison_shared(all, shared);
-        for (int i = 0; i < r->count; i++) {
-            fiber *f = r->fibers + i;
-            unsigned t = (unsigned)i;
+        for (int j = 0; j < r->count; j++) {
+            fiber *f = r->fibers + j;
+            unsigned t = (unsigned)j;
             f->thread = {t % block.x, t / block.x % block.y, t / block.x / block.y};
             f->block = at;
             f->block_dim = block;
             f->grid_dim = grid;
-            f->index = i;
+            f->index = j;
             f->state = READY;
             prepare(r, f);
         }

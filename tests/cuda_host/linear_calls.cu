@@ -73,7 +73,10 @@ extern "C" __attribute__((visibility("default"))) const char *run_linear(const l
     b2_arena activations = {};
     b2_ctx ctx = {};
     void *blocks[8] = {};
-    cuda.multiprocessors = (int)c->multiprocessors, cuda.shared_per_block = (size_t)c->shared_per_block;
+    int most = 0; /* of shared memory, on this device */
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+    cuda.multiprocessors = (int)c->multiprocessors;
+    cuda.shared_per_block = (size_t)(c->shared_per_block < most ? c->shared_per_block : most);
     cuda.major = 9;
     ctx.activations = &activations, ctx.queue = &cuda;
     int status = b2_cuda_check(cudaStreamCreate(&cuda.stream), "cudaStreamCreate", &err);
@@ -95,4 +98,9 @@ extern "C" __attribute__((visibility("default"))) int64_t linear_scratch(int64_t
 {
     b2_ctx ctx = {};
     return (int64_t)b2_cuda_linear_scratch(&ctx, rows, width);
+}
+
+extern "C" __attribute__((visibility("default"))) void describe_products(char *text, int64_t bytes)
+{
+    b2_cublas_describe(text, (size_t)bytes);
 }

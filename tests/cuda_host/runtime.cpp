@@ -12,6 +12,7 @@
 #include "host.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -218,6 +219,7 @@ struct CUstream_st {
     CUgraph_st *capture = nullptr;
     bool invalidated = false;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+    pthread_t capturer;
 };
 
 namespace {
@@ -281,12 +283,14 @@ cudaError_t drain_device(int index, bool blocking_only)
     return status;
 }
 
-/* What must not happen while a stream of this process is captured (unless it was begun as relaxed). */
+/* What must not happen while a stream of this process is captured (unless it was begun as relaxed, or by another thread as
+ * its own affair). */
 cudaError_t unless_capturing()
 {
     cudaError_t status = cudaSuccess;
     for (CUstream_st *stream : the().streams)
-        if (stream->capture && stream->mode != cudaStreamCaptureModeRelaxed) {
+        if (stream->capture && stream->mode != cudaStreamCaptureModeRelaxed &&
+            (stream->mode == cudaStreamCaptureModeGlobal || pthread_equal(stream->capturer, pthread_self()))) {
             stream->invalidated = true;
             status = cudaErrorStreamCaptureUnsupported;
         }
@@ -402,12 +406,13 @@ cudaError_t fill_on(void *data, int value, size_t bytes, cudaStream_t handle)
 
 /* ---- launches ---- */
 
-/* A word of an argument that is the address of mapped memory of the host is a pointer that a card could not follow. */
+/* A word of an argument that is the address of mapped memory of the host is a pointer that a card could not follow. But for
+ * a small number beside the padding of a struct, in which anything may be left. */
 static bool is_host_address(uintptr_t word)
 {
     static const uintptr_t lowest = (uintptr_t)1 << 40, page = (uintptr_t)sysconf(_SC_PAGESIZE);
     unsigned char resident;
-    if (word < lowest || word >> 47 || device_of(reinterpret_cast<void *>(word)) >= 0 ||
+    if (word < lowest || word >> 47 || (word & 0xffffffffu) < 1u << 16 || device_of(reinterpret_cast<void *>(word)) >= 0 ||
         is_pinned(reinterpret_cast<void *>(word)))
         return false;
     return mincore(reinterpret_cast<void *>(word & ~(page - 1)), 1, &resident) == 0;
@@ -963,6 +968,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     stream->capture = new CUgraph_st();
     stream->invalidated = false;
     stream->mode = mode;
+    stream->capturer = pthread_self();
     return status;
 }
 

@@ -1,6 +1,7 @@
 /* The CUDA backend: its table of operations, and the one symbol that _core looks for. */
 #include <string.h>
 
+#include "ops/cuda/cublas.h"
 #include "ops/cuda/cuda_ops.h"
 #include "ops/cuda/device.h"
 
@@ -81,6 +82,7 @@ static int describe(b2_device_info *info, int index, b2_err *err)
     info->major = properties.major;
     info->minor = properties.minor;
     info->multiprocessors = properties.multiProcessorCount;
+    b2_cublas_describe(info->products, sizeof info->products);
     return 0;
 }
 

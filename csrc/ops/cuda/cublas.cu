@@ -169,7 +169,8 @@ static void own_kernels(b2_cuda_products *products, const char *why, const char 
     snprintf(products->name, sizeof products->name, "own kernels (%s%s)", why, what);
 }
 
-static int open_library(b2_cuda_products *products, b2_err *err)
+/* Fills in library and lt, or says in name why own kernels are used. -1 where a named library is none. */
+static int find_library(b2_cuda_products *products, b2_err *err)
 {
     const char *named = getenv("BLIP2C_CUBLASLT");
     if (named && !strcmp(named, "0")) {
@@ -187,17 +188,30 @@ static int open_library(b2_cuda_products *products, b2_err *err)
             return 0;
         }
     }
-    int status = products->lt.create(&products->handle);
-    if (status != 0 && named && *named)
-        return b2_fail(err, B2_E_VALUE, "BLIP2C_CUBLASLT=%s: cublasLtCreate failed with status %d", named, status);
+    snprintf(products->name, sizeof products->name, "cuBLASLt %zu", products->lt.version());
+    return 0;
+}
+
+static int open_library(b2_cuda_products *products, b2_err *err)
+{
+    if (find_library(products, err) < 0)
+        return -1;
+    int status = products->library ? products->lt.create(&products->handle) : 0;
     if (status != 0) {
         char number[16];
         snprintf(number, sizeof number, "%d", status);
         own_kernels(products, "cublasLtCreate failed with status ", number);
-        return 0;
     }
-    snprintf(products->name, sizeof products->name, "cuBLASLt %zu", products->lt.version());
     return 0;
+}
+
+void b2_cublas_describe(char *text, size_t bytes)
+{
+    b2_err err = {};
+    b2_cuda_products *products = (b2_cuda_products *)b2_alloc_zeroed(1, sizeof *products, "products", &err);
+    int status = products ? find_library(products, &err) : -1;
+    snprintf(text, bytes, "%s", status < 0 ? err.message : products->name);
+    b2_cuda_products_release(products);
 }
 
 /* Makes cuda->products. */

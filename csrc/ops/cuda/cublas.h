@@ -26,5 +26,7 @@ int b2_cublas_multiply(b2_ctx *ctx, const b2_cublas_product *product, b2_err *er
 
 /* Which library large products go through, or why own kernels compute them; valid as long as the queue. */
 const char *b2_cublas_library(b2_cuda *cuda, b2_err *err);
+/* The same before there is a queue; what is wrong with a library that BLIP2C_CUBLASLT names stands in the text. */
+void b2_cublas_describe(char *text, size_t bytes);
 
 #endif
