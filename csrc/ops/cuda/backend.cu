@@ -78,7 +78,7 @@ static int describe(b2_device_info *info, int index, b2_err *err)
         b2_cuda_check(cudaGetDeviceProperties(&properties, index), "cuda", err) < 0 ||
         b2_cuda_check(cudaMemGetInfo(&info->free, &info->memory), "cuda", err) < 0)
         return -1;
-    strncpy(info->name, properties.name, sizeof info->name - 1);
+    memcpy(info->name, properties.name, sizeof info->name - 1); /* the last byte stays 0 */
     info->major = properties.major;
     info->minor = properties.minor;
     info->multiprocessors = properties.multiProcessorCount;
