@@ -87,42 +87,53 @@ def sample_table(count: int, dtypes: list[str]) -> None:
 SHAPES: dict[str, Any] = {
     "vision": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
     "qformer": {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4},
-    "text": {"hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
 }
+LANGUAGES: dict[str, dict[str, int]] = {
+    "opt": {"hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "llama": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 4},
+    "t5": {"d_model": 256, "d_ff": 640, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 4, "d_kv": 64},
+}  # fmt: skip
 
 
-def random_models(folder: Path) -> Iterator[tuple[str, Path]]:
+def random_models(folder: Path, family: str) -> Iterator[tuple[str, Path]]:
     sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import plant_outliers, random_checkpoint
+    from helpers import calm_queries, plant_outliers, random_checkpoint
 
-    plain = random_checkpoint(folder / "plain", 0, **SHAPES)
+    plain = random_checkpoint(folder / "plain", 0, family=family, text=LANGUAGES[family], **SHAPES)
+    if family == "t5":
+        calm_queries(plain)
     yield "as drawn", plain
     planted = Path(shutil.copytree(plain, folder / "planted"))
     plant_outliers(planted)
     yield "with outliers", planted
 
 
-def planted_table(dtypes: list[str]) -> None:
+def planted_table(family: str, dtypes: list[str]) -> None:
     """Logits of a random model, and of the same function with channels of its norms 100 times larger."""
     with tempfile.TemporaryDirectory() as folder:
-        models = dict(random_models(Path(folder)))
+        models = dict(random_models(Path(folder), family))
         from helpers import prompt_ids, random_pixels
 
         config = Blip2ForConditionalGeneration.from_pretrained(models["as drawn"]).config
-        inputs = random_pixels(config, 8), prompt_ids(config, 8, 64)
-        reference = Blip2ForConditionalGeneration.from_pretrained(models["as drawn"])(*inputs).logits
-        header("dtype", "model", "relative error", "largest error", "same first choice")
+        ids = prompt_ids(config, 8, 64)
+        decoded = {"decoder_input_ids": ids[:, config.num_query_tokens :]} if family == "t5" else {}
+
+        def logits(path: Path, dtype: Any) -> Logits:
+            model = Blip2ForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            return np.asarray(model(random_pixels(config, 8), ids, **decoded).logits, np.float32)
+
+        reference = logits(models["as drawn"], None)
         for name in dtypes:
             for kind, path in models.items():
-                model = Blip2ForConditionalGeneration.from_pretrained(path, dtype=parse_dtype(name))
-                row(name, kind, *compare(model(*inputs).logits, reference))
+                row(family, name, kind, *compare(logits(path, parse_dtype(name)), reference))
 
 
 # -- a checkpoint ------------------------------------------------------------------------------------------------------
 
 
 def logits_of(folder: Path, dtype: str, positions: int) -> Logits:
-    """[positions, V]: one picture, then random tokens, read at once."""
+    """[positions, V]: one picture, then random tokens, read at once. An encoder-decoder decodes those tokens."""
     model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=parse_dtype(dtype), cache=False)
     core, config = model._core, model._core_config
     rng, side = np.random.default_rng(0), config["vision"]["image_size"]
@@ -130,8 +141,15 @@ def logits_of(folder: Path, dtype: str, positions: int) -> Logits:
     text = rng.integers(4, config["text"]["vocab_size"] - 1, positions).astype(np.int32)
     ids = np.concatenate([np.full(config["num_query_tokens"], -1, np.int32), text])
     features = core.encode(pixels)
-    logits: Logits = core.forward(features, ids, np.array([0, len(ids)], np.int64))["logits"]
-    return logits[config["num_query_tokens"] :]
+    queries, logits = config["num_query_tokens"], None
+    if config["text"]["model_type"] == "t5":
+        logits = core.forward(
+            features, ids[: queries + 16], np.array([0, queries + 16], np.int64),
+            decoder_ids=text, decoder_offsets=np.array([0, positions], np.int64),
+        )["logits"]  # fmt: skip
+        return np.asarray(logits, np.float32)
+    logits = core.forward(features, ids, np.array([0, len(ids)], np.int64))["logits"]
+    return np.asarray(logits, np.float32)[queries:]
 
 
 def checkpoint_table(folder: Path, others: list[str], positions: int, kept: Path | None) -> None:
@@ -162,7 +180,9 @@ def main() -> None:
         return
     sample_table(options.scenes, options.dtype or DTYPES)
     print()
-    planted_table(options.dtype or DTYPES)
+    header("language model", "dtype", "model", "relative error", "largest error", "same first choice")
+    for family in LANGUAGES:
+        planted_table(family, options.dtype or DTYPES[1:])
 
 
 if __name__ == "__main__":

@@ -214,9 +214,11 @@ def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.G
     if "norm" in name.lower():
         return np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float16)
     fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 10_000
+    # T5 has no factor in its attention: as it is drawn for training, its queries hold it.
+    factor = 0.7 / fan_in**0.5 / (8.0 if name.endswith("Attention.q.weight") else 1.0)
     start = int(rng.integers(0, pool.size - 1))
     flat = np.take(pool, np.arange(start, start + count), mode="wrap")
-    return (flat * np.float16(0.7 / fan_in**0.5)).astype(np.float16).reshape(shape)
+    return (flat * np.float16(factor)).astype(np.float16).reshape(shape)
 
 
 def tensors(shapes: Shapes, seed: int) -> Iterator[np.ndarray]:

@@ -269,33 +269,61 @@ def random_processor(config: Any) -> Any:
     return transformers.Blip2Processor(image, text, num_query_tokens=queries)
 
 
+# Norms, and what reads them, both by the name of the layer that holds them.
+READERS = {
+    "layer_norm1": ["self_attn.qkv"],
+    "layer_norm2": ["mlp.fc1"],
+    "self_attn_layer_norm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "final_layer_norm": ["fc1"],
+    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+    "layer_norm": ["SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "EncDecAttention.q", "DenseReluDense.wi_0",
+                   "DenseReluDense.wi_1"],
+}  # fmt: skip
+
+
+def readers_of(name: str, names: dict[str, Any]) -> list[str]:
+    """The weights that read the norm `name`."""
+    stem, _, norm = name.removesuffix(".weight").rpartition(".")
+    if stem.endswith("language_model.encoder"):  # T5's: read by the cross-attentions
+        return [n for n in names if n.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))]
+    return [n for n in (f"{stem}.{reader}.weight" for reader in READERS.get(norm, [])) if n in names]
+
+
 def plant_outliers(path: str | Path, channels: int = 2, factor: float = 100.0, seed: int = 0) -> None:
     """The same function in float32 with activations as real models have them: scale channels of norms, undo it behind.
 
-    Of every norm in front of linear layers, in vision and an OPT, `channels` channels grow by `factor`; the columns of
-    the weights that read them shrink by it.
+    Of every norm in front of linear layers, in vision and the language model, `channels` channels grow by `factor`; the
+    columns of the weights that read them shrink by it.
     """
     file = Path(path) / "model.safetensors"
     weights = load_file(file)
     rng = np.random.default_rng(seed)
-    behind = {
-        "layer_norm1": ["self_attn.qkv"],
-        "layer_norm2": ["mlp.fc1"],
-        "self_attn_layer_norm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        "layers.final_layer_norm": ["fc1"],
-    }
-    planted = 0
-    for name in [name for name in weights if name.endswith("norm1.weight") or name.endswith("norm2.weight")] + [
-        name for name in weights if ".layers." in name and name.endswith("_layer_norm.weight")
-    ]:
-        stem, norm = name.removesuffix(".weight").rsplit(".", 1)
-        chosen = rng.choice(weights[name].shape[0], channels, replace=False)
-        weights[name][chosen] *= factor
-        weights[f"{stem}.{norm}.bias"][chosen] *= factor
-        for reader in behind["layers.final_layer_norm" if norm == "final_layer_norm" else norm]:
-            weights[f"{stem}.{reader}.weight"][:, chosen] /= factor
-        planted += 1
-    assert planted > 0
+    planted = set()
+    for name in sorted(weights):
+        readers = [] if name.startswith("qformer") or not name.endswith(".weight") else readers_of(name, weights)
+        chosen = rng.choice(weights[name].shape[0], channels, replace=False) if readers else []
+        for grown in (name, name.replace(".weight", ".bias")):
+            if readers and grown in weights:
+                weights[grown][chosen] *= factor
+        for reader in readers:
+            weights[reader][:, chosen] /= factor
+            planted.add(reader.split(".")[0])
+    assert planted == {"vision_model", "language_model"}
+    save_file(weights, file, {"format": "pt"})
+
+
+def calm_queries(path: str | Path) -> None:
+    """A random T5's queries divided by sqrt(d_kv), as T5 itself draws them: its attention has no such factor.
+
+    Without it the softmax of random weights takes one key or another, and float16's rounding decides which.
+    """
+    file = Path(path) / "model.safetensors"
+    weights, width = load_file(file), json.loads((Path(path) / "config.json").read_text())["text_config"]["d_kv"]
+    queries = [name for name in weights if name.endswith("Attention.q.weight")]
+    assert queries
+    for name in queries:
+        weights[name] /= width**0.5
     save_file(weights, file, {"format": "pt"})
 
 
