@@ -36,6 +36,7 @@ static b2_ops make_table(void)
     ops.unit_rows = b2_cuda_unit_rows;
     ops.top_k = b2_cuda_top_k;
     ops.log_softmax = b2_cuda_log_softmax;
+    ops.shortlist = b2_cuda_shortlist;
     ops.check_finite = b2_cuda_check_finite;
     ops.note_finite = b2_cuda_note_finite;
     ops.picture_scores = b2_cuda_picture_scores;
