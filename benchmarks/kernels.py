@@ -22,6 +22,7 @@ import argparse
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -115,6 +116,7 @@ def torch_linear(
 
 def torch_int8(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[float]]:
     """oneDNN's products of bytes: x is rounded on the way."""
+    warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
     torch.backends.quantized.engine = "onednn"
     row, layers = torch.from_numpy(x), []
     for w in weights:
@@ -182,8 +184,10 @@ def feed_forwards(folder: str, width: int, inner: int, threads: int) -> Any:
     import ctranslate2
     from ctranslate2.specs import common_spec, transformer_spec
 
+    rng = np.random.default_rng(0)  # equal weights would become one
+
     def fill(spec: Any, out: int, into: int) -> None:
-        spec.weight = np.random.default_rng(0).standard_normal((out, into), dtype=F32) * F32(0.02)
+        spec.weight = rng.standard_normal((out, into), dtype=F32) * F32(0.02)
         spec.bias = np.zeros(out, F32)
 
     def norm(spec: Any) -> None:
@@ -195,7 +199,7 @@ def feed_forwards(folder: str, width: int, inner: int, threads: int) -> Any:
     decoder = model.decoder
     decoder.scale_embeddings = False
     decoder.embeddings.weight = np.ones((64, width), F32)
-    decoder.position_encodings.encodings = np.ones((64, width), F32)
+    decoder.position_encodings.encodings = np.zeros((64, width), F32)
     decoder.projection.weight = decoder.embeddings.weight
     norm(decoder.layer_norm)
     for layer in decoder.layer:
