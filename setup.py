@@ -1,11 +1,18 @@
-"""Builds blip2c._core from csrc/ and puts a private copy of OpenBLAS beside it.
+"""Builds blip2c._core from csrc/ and puts a private copy of OpenBLAS beside it; with nvcc the CUDA backend, _cuda.so.
 
 Environment: BLIP2C_WERROR=1 makes warnings errors; BLIP2C_SANITIZE=address,undefined builds with sanitizers.
+BLIP2C_CUDA=1 insists on the CUDA backend, 0 leaves it out; not set, it is built where there is nvcc (in CUDACXX,
+CUDA_HOME, PATH, /usr/local/cuda), but not by `build_ext --inplace`. BLIP2C_CUDA_ARCH="80 90" names the architectures,
+in place of all that are known here and to nvcc.
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
@@ -35,6 +42,81 @@ OPENBLAS_OLD = b"libscipy_openblas.so\0"
 OPENBLAS_NEW = b"libblip2_openblas.so\0"
 
 
+# Whose binaries are built, as far as nvcc knows them, and of the last one PTX: cards to come compile that.
+CUDA_ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+CUDA_CORE = ["core/arena.c", "core/cancel.c", "core/error.c", "core/memory.c", "ops/finite.c"]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for name in named if name and (found := shutil.which(name))), None)
+
+
+def cuda_sources() -> list[Path]:
+    return [*sorted((ROOT / "csrc" / "ops" / "cuda").glob("*.cu")), *(ROOT / "csrc" / name for name in CUDA_CORE)]
+
+
+def cuda_architectures(nvcc: str) -> list[str]:
+    """Of this nvcc's, those that are asked for."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    asked = os.environ.get("BLIP2C_CUDA_ARCH", "").replace(";", " ").replace(",", " ").split()
+    if missing := [a for a in asked if a not in known]:
+        raise RuntimeError(f"BLIP2C_CUDA_ARCH: {nvcc} has {' '.join(sorted(known, key=int))}, not {' '.join(missing)}")
+    chosen = asked or [a for a in CUDA_ARCHITECTURES if a in known]
+    if not chosen:
+        raise RuntimeError(f"{nvcc} knows none of the architectures {' '.join(CUDA_ARCHITECTURES)}")
+    return chosen
+
+
+def gencode(architectures: list[str]) -> list[str]:
+    last = architectures[-1]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    return [*codes, f"-gencode=arch=compute_{last},code=compute_{last}"]
+
+
+def nvcc_command(nvcc: str, targets: list[str]) -> list[str]:
+    host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+    command = [nvcc, "-std=c++17", "-O3", *targets, f"-I{ROOT / 'csrc'}", "--threads=1"]
+    if os.environ.get("BLIP2C_WERROR") == "1":
+        command += ["-Werror=all-warnings"]
+        host += ",-Werror"
+    return [*command, f"-Xcompiler={host}"]
+
+
+def build_cuda(library: Path, objects: Path) -> str:
+    """Builds `library`, anew only what is older than a source or header; returns what it was built for."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("no nvcc (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)")
+    architectures = cuda_architectures(nvcc)
+    targets = gencode(architectures)
+    objects = objects / "-".join(architectures)
+    objects.mkdir(parents=True, exist_ok=True)
+    newest = max(header.stat().st_mtime for header in (ROOT / "csrc").rglob("*.h"))
+    c_compiler = os.environ.get("CC") or "cc"
+
+    def compile_one(source: Path) -> Path:
+        out = objects / f"{source.name}.o"
+        if out.exists() and out.stat().st_mtime > max(newest, source.stat().st_mtime):
+            return out
+        c_command = [*c_compiler.split(), *c_flags(), "-fPIC", f"-I{ROOT / 'csrc'}"]
+        command = nvcc_command(nvcc, targets) if source.suffix == ".cu" else c_command
+        done = subprocess.run([*command, "-c", source, "-o", out], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.relative_to(ROOT)}: {done.stdout}{done.stderr}")
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        built = list(pool.map(compile_one, cuda_sources()))
+    library.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [nvcc, "-shared", "-cudart=static", *targets, *built, "-o", library, "-ldl", "-lpthread"], check=True
+    )
+    return f"{nvcc}, sm_{' sm_'.join(architectures)} and PTX"
+
+
 def c_sources() -> list[str]:
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.c"))
     return [s for s in sources if X86_64 or s not in ISA_FLAGS]
@@ -60,6 +142,28 @@ def link_flags() -> list[str]:
 
 class BuildWithPrivateOpenBLAS(build_ext):
     """Compiles each instruction set with its own flags; vendors OpenBLAS into blip2c/.libs."""
+
+    def run(self) -> None:
+        super().run()
+        self.build_backend()
+
+    def build_backend(self) -> None:
+        """Says in one line what became of CUDA."""
+        wanted = os.environ.get("BLIP2C_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise RuntimeError(f"BLIP2C_CUDA: expected 0 or 1, found {wanted!r}")
+        if wanted == "0" or (wanted == "" and (self.inplace or os.environ.get("BLIP2C_SANITIZE"))):
+            print("blip2c: without CUDA, as asked" if wanted else "blip2c: without CUDA (BLIP2C_CUDA=1 builds it)")
+            return
+        library = (ROOT if self.inplace else Path(self.build_lib)) / "blip2c" / "_cuda.so"
+        try:
+            how = build_cuda(library, Path(self.build_temp) / "cuda")
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            if wanted == "1":
+                raise
+            print(f"blip2c: without CUDA: {error}")
+        else:
+            print(f"blip2c: with CUDA: {how}")
 
     def build_extension(self, ext: Extension) -> None:
         libs = Path(self.get_ext_fullpath(ext.name)).parent / ".libs"

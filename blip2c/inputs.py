@@ -38,14 +38,32 @@ class DecoderRows(NamedTuple):
     shown: NDArray[np.int64]
 
 
+_ON_HOST = 1  # DLPack's kDLCPU
+
+
+class _FromDevice:
+    """What another device holds, as something on the host that NumPy reads: its owner makes the copy."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _ON_HOST, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.value.__dlpack__(dl_device=(_ON_HOST, 0), copy=True)
+
+
 def to_numpy(value: Any) -> NDArray[Any]:
-    """An array of an array, list or tensor; bfloat16 tensors, which NumPy has no type for, become float32."""
+    """An array of an array, list or tensor; bfloat16 tensors, which NumPy has no type for, become float32.
+
+    What lies on another device comes to the host, through torch or through DLPack (of 2023 or later).
+    """
     if is_torch(value):
         tensor = value.detach().cpu()
         return np.asarray(tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy())
     if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
-        on_host = value.__dlpack_device__()[0] == 1  # kDLCPU
-        return np.from_dlpack(value) if on_host else np.from_dlpack(value, device="cpu", copy=True)
+        return np.from_dlpack(value if value.__dlpack_device__()[0] == _ON_HOST else _FromDevice(value))
     return np.asarray(value)
 
 

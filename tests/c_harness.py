@@ -39,7 +39,7 @@ def build(program: Path, source: str, parts: list[str], sanitizer: str | None) -
     if sanitizer:
         flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     sources = [ROOT / "tests" / "c" / source, *(ROOT / "csrc" / part for part in parts)]
-    done = subprocess.run([*COMPILER, *flags, *sources, "-o", program], capture_output=True, text=True)
+    done = subprocess.run([*COMPILER, *flags, *sources, "-lm", "-o", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

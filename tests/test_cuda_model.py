@@ -7,6 +7,7 @@ because with many rows the processor rounds the activations too.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -199,6 +200,39 @@ def test_out_of_memory_is_an_error_that_the_model_survives(cuda: str, tmp_path: 
     with pytest.raises(MemoryError, match=r"KV cache.*could not allocate \d+ bytes on cuda:0, which has \d+ of \d+"):
         model.generate(pixels, ids, max_new_tokens=5 * 10**8)
     assert np.array_equal(model.generate(pixels, ids, max_new_tokens=5), want)
+
+
+def test_all_memory_is_given_back(opt: tuple[Path, Any, Any]) -> None:
+    folder, here, _ = opt
+    before = _core.cuda_devices()[1]["free"]
+    model = blip2c.Blip2ForConditionalGeneration.from_pretrained(folder, device="cuda:1")
+    model.generate(random_pixels(here.config, 2), prompt_ids(here.config, 2, 7), max_new_tokens=4)
+    assert _core.cuda_devices()[1]["free"] < before
+    del model
+    gc.collect()
+    assert _core.cuda_devices()[1]["free"] == before
+
+
+class OnACard:
+    """Pixels as a library of arrays on a card has them."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, *, dl_device: tuple[int, int], copy: bool) -> Any:
+        assert copy
+        assert dl_device == (1, 0)
+        return self.array.copy().__dlpack__()
+
+
+def test_arrays_on_a_card_are_read(opt: tuple[Path, Any, Any]) -> None:
+    _, here, there = opt
+    pixels, ids = random_pixels(here.config, 1), prompt_ids(here.config, 1, 7)
+    want = here.generate(pixels, ids, max_new_tokens=4)
+    assert np.array_equal(there.generate(OnACard(pixels), ids, max_new_tokens=4), want)
 
 
 @pytest.mark.parametrize(

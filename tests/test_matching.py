@@ -53,6 +53,22 @@ def test_texts_that_share_a_picture_get_what_each_gets_alone(model: Any) -> None
     assert len(np.unique(found)) > 300
 
 
+def test_long_texts_go_through_in_smaller_groups(tmp_path: Path) -> None:
+    """Which bounds memory and changes no bit."""
+    folder = random_checkpoint(tmp_path, seed=72, retrieval=True, qformer={"max_position_embeddings": 512})
+    core = blip2c.Blip2ForImageTextRetrieval.from_pretrained(folder)._core
+    rng = np.random.default_rng(4)
+    rows = [rng.integers(1, 64, length).astype(np.int32) for length in [512, *rng.integers(1, 300, 39)]]
+    text = np.concatenate(rows), np.cumsum([0, *map(len, rows)]).astype(np.int64), None
+    picture = rng.normal(size=(1, 5, 24)).astype(np.float32)
+    found, read = core.match(picture, text, np.zeros(40, np.int32)), core.read_texts(text)["embeds"]
+    for place in (0, 1, 11, 12, 39):
+        alone = rows[place], np.array([0, len(rows[place])], np.int64), None
+        np.testing.assert_array_equal(core.match(picture, alone, np.zeros(1, np.int32))[0], found[place])
+        start = text[1][place]
+        np.testing.assert_array_equal(core.read_texts(alone)["embeds"], read[start : start + len(rows[place])])
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [([1, 0], "picture_of\\[1\\] is 0"), ([0, 2], "picture_of\\[1\\] is 2"), ([-1, 0], "picture_of\\[0\\] is -1")],

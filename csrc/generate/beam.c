@@ -20,7 +20,7 @@
 
 #include "core/memory.h"
 #include "generate/draw.h"
-#include "generate/scores.h"
+#include "generate/few.h"
 #include "generate/search.h"
 #include "generate/topk.h"
 
@@ -135,10 +135,10 @@ static void beam_enter(b2_search *s, int32_t place)
     }
 }
 
-static void beam_add(b2_search *s, int64_t i)
+static float beam_addend(const b2_search *s, int64_t i)
 {
     const beams *g = s->choosing;
-    b2_scores_add(b2_search_scores(s, i), s->step->vocabulary, g->sums[s->row[i]]);
+    return g->sums[s->row[i]];
 }
 
 static int all_ended(const slot *slots, int count)
@@ -176,11 +176,14 @@ static void choose_candidates(b2_search *s, int64_t k)
         b2_draws_race(&draws, g->races + place * all, scores, all);
         values = g->races + place * all;
     }
-    b2_topk(sorted, values, all, g->candidates);
+    const b2_scored *few = s->few ? b2_few_candidates(s, k) : NULL;
+    if (!few)
+        b2_topk(sorted, values, all, g->candidates);
     for (int64_t c = 0; c < g->candidates; c++) {
-        int32_t index = sorted[c].index;
+        int32_t index = few ? few[c].index : sorted[c].index;
+        float score = few ? few[c].value : scores[index];
         /* Huge biases add up to Inf, which would be NaN with the next -Inf. */
-        best[c] = (b2_scored){scores[index] > FLT_MAX ? FLT_MAX : scores[index], index};
+        best[c] = (b2_scored){score > FLT_MAX ? FLT_MAX : score, index};
         g->ends[place * g->candidates + c] =
             seat->step + 1 >= seat->limit || b2_rules_is_eos(s->opts, (int32_t)(index % vocabulary));
     }
@@ -402,7 +405,7 @@ const b2_chooser b2_beam_chooser = {
     .reserve = beam_reserve,
     .release = beam_release,
     .enter = beam_enter,
-    .add = beam_add,
+    .addend = beam_addend,
     .choose = beam_choose,
     .give_out = beam_give_out,
 };

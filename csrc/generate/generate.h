@@ -14,6 +14,7 @@
 
 #include "core/error.h"
 #include "core/pool.h"
+#include "ops/ops.h"
 
 /* One prompt. What it points to stays valid until the sink has had the item. */
 typedef struct b2_item {
@@ -65,6 +66,13 @@ struct b2_step {
                    float *logits, b2_err *err);
     /* The item at this place is gone. */
     void (*leave)(b2_step *step, int32_t place);
+    /* For steps whose logits are made in the memory of a device; else NULL, all three. plan: shortlists of up to `rows` rows
+     * are going to be asked for; called before the first step. From then on `logits` above may be NULL: they stay where they
+     * are, and logits that are not numbers are an error. shortlist (ops.h): of the n rows of the last call. logits: row `row`
+     * of it, to the host. */
+    int (*plan)(b2_step *step, int64_t rows, int k, int64_t listed_ld, b2_err *err);
+    int (*shortlist)(b2_step *step, int64_t n, b2_shortlist *list, b2_err *err);
+    int (*logits)(b2_step *step, int64_t row, float *logits, b2_err *err);
 };
 
 /* What a callable is shown: every row of the batch in transformers' order, item after item, those that have ended

@@ -93,15 +93,20 @@ static double sum_of_block(const float *x, int64_t n, float top)
     return sum;
 }
 
+double b2_scores_sum(const float *scores, int64_t vocabulary, float top)
+{
+    double sum = 0.0;
+    for (int64_t i = 0; i < vocabulary; i += SUM_BLOCK)
+        sum += sum_of_block(scores + i, vocabulary - i < SUM_BLOCK ? vocabulary - i : SUM_BLOCK, top);
+    return sum;
+}
+
 void b2_scores_log_softmax(float *scores, int64_t vocabulary)
 {
     float top = largest(scores, vocabulary);
     if (top == -INFINITY)
         return; /* everything was forbidden already: stays so */
-    double sum = 0.0;
-    for (int64_t i = 0; i < vocabulary; i += SUM_BLOCK)
-        sum += sum_of_block(scores + i, vocabulary - i < SUM_BLOCK ? vocabulary - i : SUM_BLOCK, top);
-    float log_sum = (float)log(sum);
+    float log_sum = (float)log(b2_scores_sum(scores, vocabulary, top));
     for (int64_t i = 0; i < vocabulary; i++)
         scores[i] = (scores[i] - top) - log_sum;
 }

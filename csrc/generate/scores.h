@@ -11,6 +11,9 @@ int b2_scores_broken(const float *logits, int64_t vocabulary);
 /* Index of the largest, the first of equals. */
 int64_t b2_scores_argmax(const float *scores, int64_t vocabulary);
 
+/* sum_j exp(x_j - top); top is the largest. */
+double b2_scores_sum(const float *scores, int64_t vocabulary, float top);
+
 /* In place: x_i - max - log(sum_j exp(x_j - max)), in fp32 as torch.log_softmax. */
 void b2_scores_log_softmax(float *scores, int64_t vocabulary);
 

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "generate/few.h"
 #include "generate/scores.h"
 #include "generate/search.h"
 
@@ -68,12 +69,13 @@ static int reserve(b2_search *s, b2_err *err)
     s->final_scores = b2_alloc_zeroed((size_t)s->rows_per_seat, sizeof *s->final_scores, "final scores", err);
     if (!s->seats || !s->entering || !s->group || !s->lengths || !s->final_scores || reserve_rows(s, err) < 0)
         return -1;
-    return s->chooser->reserve(s, err);
+    return s->chooser->reserve(s, err) < 0 ? -1 : b2_few_reserve(s, err);
 }
 
 static void release(b2_search *s)
 {
     s->chooser->release(s);
+    b2_few_release(s);
     void *blocks[] = {s->seats,  s->entering, s->group, s->row,   s->step_parent, s->step_token, s->broken,
                       s->scores, s->scratch,  s->alive, s->parent, s->token,      s->said[0],    s->said[1],
                       s->lengths, s->final_scores, s->shown};
@@ -105,12 +107,8 @@ static void prepare_tile(void *argument, int64_t i, int worker)
     prepare_row(argument, i);
 }
 
-static void rules_tile(void *argument, int64_t i, int worker)
+void b2_search_rules(b2_search *s, int64_t i)
 {
-    (void)worker;
-    b2_search *s = argument;
-    if (!prepare_row(s, i))
-        return;
     const b2_seat *seat = &s->seats[s->row[i] / s->rows_per_seat];
     b2_history history = {.prompt = seat->item.ids,
                           .prompt_length = seat->item.length,
@@ -120,19 +118,34 @@ static void rules_tile(void *argument, int64_t i, int worker)
     b2_rules_apply(b2_search_scores(s, i), s->step->vocabulary, &history, s->opts, s->scratch + i * s->stride);
 }
 
+static void rules_tile(void *argument, int64_t i, int worker)
+{
+    (void)worker;
+    b2_search *s = argument;
+    if (prepare_row(s, i))
+        b2_search_rules(s, i);
+}
+
 static void add_tile(void *argument, int64_t i, int worker)
 {
     (void)worker;
     b2_search *s = argument;
     if (!s->broken[i])
-        s->chooser->add(s, i);
+        b2_scores_add(b2_search_scores(s, i), s->step->vocabulary, s->chooser->addend(s, i));
+}
+
+void b2_search_score_row(b2_search *s, int64_t i)
+{
+    rules_tile(s, i, 0);
+    if (s->chooser->addend)
+        add_tile(s, i, 0);
 }
 
 static void score_tile(void *argument, int64_t i, int worker)
 {
     rules_tile(argument, i, worker);
     b2_search *s = argument;
-    if (s->chooser->add && s->rows == s->group_count * s->rows_per_seat)
+    if (s->chooser->addend && s->rows == s->group_count * s->rows_per_seat)
         add_tile(argument, i, worker);
 }
 
@@ -212,11 +225,13 @@ static int score_with_hooks(b2_search *s, int fresh, b2_err *err)
         return -1;
     if (hooks->scores && hooks->scores(hooks, s->rows, s->scores, err) < 0)
         return -1;
-    return s->chooser->add ? b2_search_tiles(s, s->rows, vocabulary, add_tile, err) : 0;
+    return s->chooser->addend ? b2_search_tiles(s, s->rows, vocabulary, add_tile, err) : 0;
 }
 
 static int score(b2_search *s, int fresh, b2_err *err)
 {
+    if (s->few)
+        return b2_few_score(s, fresh, err);
     if (s->opts->hooks)
         return score_with_hooks(s, fresh, err);
     if (b2_search_tiles(s, s->rows, s->step->vocabulary, score_tile, err) < 0 || check_rows(s, err) < 0)
@@ -224,7 +239,7 @@ static int score(b2_search *s, int fresh, b2_err *err)
     if (!fresh || s->rows_per_seat == 1)
         return 0;
     spread(s);
-    return s->chooser->add ? b2_search_tiles(s, s->rows, s->step->vocabulary, add_tile, err) : 0;
+    return s->chooser->addend ? b2_search_tiles(s, s->rows, s->step->vocabulary, add_tile, err) : 0;
 }
 
 /* ---- coming and going ---- */
@@ -328,7 +343,7 @@ static int admit(b2_search *s, b2_err *err)
         s->stats.items += s->group_count;
         for (int64_t k = 0; k < s->group_count; k++)
             s->row[k] = (int32_t)(s->group[k] * s->rows_per_seat);
-        if (s->step->prefill(s->step, s->group_count, s->group, s->entering, s->scores, err) < 0 ||
+        if (s->step->prefill(s->step, s->group_count, s->group, s->entering, s->few ? NULL : s->scores, err) < 0 ||
             settle(s, 1, err) < 0)
             return -1;
     }
@@ -355,7 +370,7 @@ static int advance(b2_search *s, b2_err *err)
     s->stats.steps++;
     s->stats.items_advanced += s->group_count;
     s->stats.rows_advanced += s->rows;
-    if (s->step->advance(s->step, s->rows, s->row, s->step_parent, s->step_token, s->scores, err) < 0)
+    if (s->step->advance(s->step, s->rows, s->row, s->step_parent, s->step_token, s->few ? NULL : s->scores, err) < 0)
         return -1;
     return settle(s, 0, err);
 }

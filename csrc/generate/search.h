@@ -19,14 +19,15 @@ typedef struct b2_seat {
 } b2_seat;
 
 typedef struct b2_search b2_search;
+typedef struct b2_few b2_few;
 
 /* A way to choose: what happens to scores that rules and warpers have seen. */
 typedef struct b2_chooser {
     int (*reserve)(b2_search *search, b2_err *err);
     void (*release)(b2_search *search);
     void (*enter)(b2_search *search, int32_t place);
-    /* Brings the scores of packed row i to what choose() compares; NULL: they are. May run on any thread. */
-    void (*add)(b2_search *search, int64_t i);
+    /* What is added to the scores of packed row i before choose() compares them; NULL: nothing. May run on any thread. */
+    float (*addend)(const b2_search *search, int64_t i);
     /* For every seat of the group: said, alive, parent, token of its rows; seat->over where it is finished. */
     int (*choose)(b2_search *search, b2_err *err);
     /* `finished` of a seat that is over: ids, beams, lengths, scores. */
@@ -47,6 +48,7 @@ struct b2_search {
     b2_search_stats stats;
     const b2_chooser *chooser;
     void *choosing;       /* the chooser's own state */
+    b2_few *few;          /* few.h; NULL: whole rows of scores are looked at */
     int64_t width;        /* room for new tokens in a row of `said` */
     int64_t rows_per_seat;/* W */
     int source_ended;
@@ -76,6 +78,11 @@ struct b2_search {
 
 /* fn on every tile by the pool, or right here where the tiles together touch too few scores to be worth waking anyone. */
 int b2_search_tiles(const b2_search *search, int64_t tiles, int64_t scores_per_tile, b2_tile_fn fn, b2_err *err);
+
+/* Packed row i from logits to what choose() compares. */
+void b2_search_score_row(b2_search *search, int64_t i);
+/* The rules alone. */
+void b2_search_rules(b2_search *search, int64_t i);
 
 /* Runs until the source has ended and every item is finished. */
 int b2_search_run(b2_search *search, b2_err *err);

@@ -4,6 +4,7 @@
 
 #include "core/memory.h"
 #include "generate/draw.h"
+#include "generate/few.h"
 #include "generate/scores.h"
 #include "generate/search.h"
 
@@ -58,7 +59,9 @@ static void choose_tile(void *argument, int64_t i, int worker)
     int64_t vocabulary = s->step->vocabulary, r = s->row[i];
     const b2_seat *seat = &s->seats[r / s->rows_per_seat];
     const float *scores = b2_search_scores(s, i);
-    int64_t best = s->broken[i] ? 0 : b2_scores_argmax(scores, vocabulary);
+    int64_t best = s->few ? b2_few_token(s, i) : -1;
+    if (best < 0)
+        best = s->broken[i] ? 0 : b2_scores_argmax(scores, vocabulary);
     if (s->opts->do_sample && !s->broken[i] && scores[best] > -INFINITY) {
         uint32_t j = (uint32_t)(r % s->rows_per_seat);
         b2_draws draws = b2_draws_of(s->opts->seed, seat->item.key, j, seat->step);

@@ -115,6 +115,9 @@ void b2_places_close(b2_places *p)
         b2_free(p->blocks[i]);
     b2_kv_cache_release(&p->cache);
     b2_kv_cache_release(&p->cross);
+    b2_memory_free(p->ctx->memory, p->logits);
+    b2_memory_free(p->ctx->memory, p->list_there);
+    b2_free(p->list_here);
 }
 
 static int own_tables(b2_places *p, b2_err *err)
@@ -158,6 +161,9 @@ static int prefill_step(b2_step *step, int64_t n, const int32_t *places, const b
 static int advance_step(b2_step *step, int64_t n, const int32_t *row, const int32_t *parent, const int32_t *token,
                         float *logits, b2_err *err);
 static void leave_step(b2_step *step, int32_t place);
+static int plan_shortlists(b2_step *step, int64_t rows, int k, int64_t listed_ld, b2_err *err);
+static int make_shortlist(b2_step *step, int64_t n, b2_shortlist *list, b2_err *err);
+static int fetch_logits(b2_step *step, int64_t row, float *logits, b2_err *err);
 
 static int open_caches(b2_places *p, b2_err *err)
 {
@@ -179,10 +185,18 @@ static int open_caches(b2_places *p, b2_err *err)
 
 int b2_places_open(b2_places *p, b2_ctx *ctx, const b2_blip2 *model, const b2_places_size *size, b2_err *err)
 {
-    *p = (b2_places){.step = {model->lm->config.vocab_size, prefill_step, advance_step, leave_step},
+    *p = (b2_places){.step = {.vocabulary = model->lm->config.vocab_size,
+                              .prefill = prefill_step,
+                              .advance = advance_step,
+                              .leave = leave_step},
                      .ctx = ctx,
                      .model = model,
                      .size = *size};
+    if (ctx->ops->shortlist) {
+        p->step.plan = plan_shortlists;
+        p->step.shortlist = make_shortlist;
+        p->step.logits = fetch_logits;
+    }
     int64_t longest = b2_max64(size->longest, size->longest_encoded);
     int64_t most = b2_on_host(ctx) ? PREFILL_TOKENS : PREFILL_TOKENS_ON_DEVICE;
     int64_t together = size->together < most ? size->together : most;
@@ -355,6 +369,20 @@ static int check_logits(b2_ctx *ctx, b2_tensor logits, b2_err *err)
     return b2_note_finite(ctx, "language_model", B2_LOGITS, logits, err);
 }
 
+/* *inner: where the model makes the logits that are wanted at `outer`. */
+static int take_logits(b2_places *p, b2_tensor *inner, b2_tensor outer, b2_err *err)
+{
+    *inner = outer;
+    return p->logits_stay ? 0 : b2_room_for(p->ctx, inner, outer, err);
+}
+
+/* The n rows of a call of the step. */
+static b2_tensor step_logits(b2_places *p, int64_t n, float *logits)
+{
+    p->logits_stay = !logits;
+    return b2_tensor_of(logits ? logits : p->logits, n, p->step.vocabulary);
+}
+
 /* Prompts that sit at `places` [n] through the model. */
 static int read_group(b2_places *p, int64_t n, const int32_t *places, b2_tensor outer, b2_err *err)
 {
@@ -365,7 +393,7 @@ static int read_group(b2_places *p, int64_t n, const int32_t *places, b2_tensor 
     b2_ctx_mark mark = b2_ctx_marked(p->ctx);
     b2_tensor logits;
     float *x = b2_arena_take(p->ctx->activations, (size_t)(tokens * lm->config.hidden_size), sizeof *x, err);
-    if (!x || b2_room_for(p->ctx, &logits, outer, err) < 0)
+    if (!x || take_logits(p, &logits, outer, err) < 0)
         return -1;
     b2_lm_batch batch = {
         .x = b2_tensor_of(x, tokens, lm->config.hidden_size),
@@ -384,7 +412,7 @@ static int read_group(b2_places *p, int64_t n, const int32_t *places, b2_tensor 
     name_cross(p, &batch);
     if (embed(p, batch.x, n, places, err) < 0 || lm->class_->forward(p->ctx, lm, &batch, err) < 0 ||
         (!p->size.all_logits && logits.data && check_logits(p->ctx, logits, err) < 0) ||
-        b2_hand_over(p->ctx, outer, logits, err) < 0)
+        (!p->logits_stay && b2_hand_over(p->ctx, outer, logits, err) < 0))
         return -1;
     b2_ctx_reset(p->ctx, mark);
     return 0;
@@ -431,7 +459,7 @@ int b2_places_prefill(b2_places *p, int64_t n, const b2_prompt *prompts, b2_tens
 static int prefill_step(b2_step *step, int64_t n, const int32_t *places, const b2_item *items, float *logits, b2_err *err)
 {
     b2_places *p = (b2_places *)step;
-    b2_tensor all = b2_tensor_of(logits, n, step->vocabulary);
+    b2_tensor all = step_logits(p, n, logits);
     for (int64_t i = 0; i < n; i++)
         if (b2_prompt_check(p->model, items[i].prompt, items[i].index, err) < 0 ||
             sit_down(p, places[i], items[i].prompt, items[i].index, err) < 0)
@@ -557,20 +585,20 @@ static int advance_step(b2_step *step, int64_t n, const int32_t *row, const int3
 {
     b2_places *p = (b2_places *)step;
     b2_ctx *ctx = p->ctx;
-    b2_tensor outer = b2_tensor_of(logits, n, step->vocabulary), x, inner;
+    b2_tensor outer = step_logits(p, n, logits), x, inner;
     step_call call;
     if (lay_out_step(p, n, row, parent, err) < 0)
         return -1;
     memcpy(p->ids, token, (size_t)n * sizeof *token);
     b2_ctx_mark mark = b2_ctx_marked(ctx);
-    if (b2_stage_take(ctx, &x, n, p->model->lm->config.hidden_size, err) < 0 || b2_room_for(ctx, &inner, outer, err) < 0)
+    if (b2_stage_take(ctx, &x, n, p->model->lm->config.hidden_size, err) < 0 || take_logits(p, &inner, outer, err) < 0)
         return -1;
     fill_call(p, &call, n, x, inner);
     b2_rows_are before = ctx->rows_are;
     ctx->rows_are = B2_ROWS_APART;
     int status = b2_step_run(ctx, (b2_step_shape){&call, sizeof call}, run_step, &call, err);
     ctx->rows_are = before;
-    if (status < 0 || b2_hand_over(ctx, outer, inner, err) < 0)
+    if (status < 0 || (!p->logits_stay && b2_hand_over(ctx, outer, inner, err) < 0))
         return -1;
     b2_ctx_reset(ctx, mark);
     count_step(p, n, row);
@@ -585,6 +613,31 @@ static void leave_step(b2_step *step, int32_t place)
     b2_places *p = (b2_places *)step;
     p->bytes_used -= p->seats[place].bytes;
     p->seats[place].bytes = 0;
+}
+
+/* ---- logits that stay ---- */
+
+static int plan_shortlists(b2_step *step, int64_t rows, int k, int64_t listed_ld, b2_err *err)
+{
+    b2_places *p = (b2_places *)step;
+    size_t bytes = b2_shortlist_bytes(rows, k, listed_ld);
+    p->logits = b2_memory_alloc(p->ctx->memory, (size_t)(rows * step->vocabulary), sizeof *p->logits, "logits", err);
+    p->list_there = b2_memory_alloc(p->ctx->memory, bytes, 1, "shortlists", err);
+    p->list_here = b2_alloc(bytes, 1, "shortlists", err);
+    return p->logits && p->list_there && p->list_here ? 0 : -1;
+}
+
+static int make_shortlist(b2_step *step, int64_t n, b2_shortlist *list, b2_err *err)
+{
+    b2_places *p = (b2_places *)step;
+    b2_tensor logits = b2_tensor_of(p->logits, n, step->vocabulary);
+    return b2_make_shortlist(p->ctx, list, logits, p->list_there, p->list_here, err);
+}
+
+static int fetch_logits(b2_step *step, int64_t row, float *logits, b2_err *err)
+{
+    b2_places *p = (b2_places *)step;
+    return b2_download(p->ctx, logits, p->logits + row * step->vocabulary, (size_t)step->vocabulary * sizeof *logits, err);
 }
 
 /* ---- keeping ---- */

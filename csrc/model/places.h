@@ -51,6 +51,11 @@ typedef struct b2_places {
     uint64_t allocations_seen; /* heap allocations so far at the end of the last call ... */
     int64_t step_allocations;  /* ... and made from there to the end of an advance, summed up */
     int32_t *slots[2];   /* [P*W, steps] suffix of each running row, before and after a step */
+    /* On a device, for searches that look at shortlists: logits of the last call [P*W, V], and room for a list on either side.
+     * Owned; NULL before it is planned. */
+    float *logits;
+    int logits_stay; /* of this call: they are made there and not handed over */
+    void *list_there, *list_here;
     /* Of one call. */
     int32_t *ids, *positions, *cache_rows; /* [group_tokens], or [P*W] if that is more */
     int32_t *offsets;                      /* [P*W + 1] */

@@ -3,7 +3,7 @@
 #include "model/stage.h"
 
 /* What goes through together: enough to keep the cores busy, few enough to stay small. */
-enum { TEXTS_AT_ONCE = 64, PICTURES_AT_ONCE = 4, PRODUCTS_AT_ONCE = 1 << 20 };
+enum { TEXTS_AT_ONCE = 64, ROWS_AT_ONCE = 6144, PICTURES_AT_ONCE = 4, PRODUCTS_AT_ONCE = 1 << 20 };
 
 static int64_t longest_of(const b2_texts *texts, int64_t first, int64_t count)
 {
@@ -11,6 +11,13 @@ static int64_t longest_of(const b2_texts *texts, int64_t first, int64_t count)
     for (int64_t b = first; b < first + count; b++)
         longest = b2_max64(longest, texts->offsets[b + 1] - texts->offsets[b]);
     return longest;
+}
+
+/* How many of `count` texts go through together, each with at most `rows` rows. */
+static int64_t texts_at_once(int64_t count, int64_t rows)
+{
+    int64_t most = b2_max64(ROWS_AT_ONCE / b2_max64(rows, 1), 1);
+    return b2_min64(b2_min64(most, TEXTS_AT_ONCE), count);
 }
 
 static int read_group(b2_ctx *ctx, const b2_blip2 *m, const b2_read *out, const b2_texts *texts, int64_t first,
@@ -36,7 +43,7 @@ int b2_blip2_read_texts(b2_ctx *ctx, const b2_blip2 *m, const b2_read *out, cons
         return b2_fail(err, B2_E_UNSUPPORTED, "this model's Q-Former does not read texts alone");
     if (b2_texts_check(&m->qformer.config, texts, count, err) < 0)
         return -1;
-    int64_t at_once = count < TEXTS_AT_ONCE ? count : TEXTS_AT_ONCE, longest = longest_of(texts, 0, count);
+    int64_t longest = longest_of(texts, 0, count), at_once = texts_at_once(count, longest);
     size_t hidden = b2_arena_cost((size_t)(at_once * longest * m->qformer.config.hidden_size), sizeof(float));
     size_t work = b2_qformer_scratch(ctx, &m->qformer, at_once, 0, 0, 0, longest);
     size_t heads = b2_heads_scratch(ctx, &m->heads, at_once * longest);
@@ -44,7 +51,7 @@ int b2_blip2_read_texts(b2_ctx *ctx, const b2_blip2 *m, const b2_read *out, cons
     if (b2_ctx_reserve(ctx, hidden + embeds + (work > heads ? work : heads), err) < 0)
         return -1;
     b2_ctx_mark mark = b2_ctx_marked(ctx);
-    for (int64_t first = 0; first < count; first += TEXTS_AT_ONCE) {
+    for (int64_t first = 0; first < count; first += at_once) {
         if (read_group(ctx, m, out, texts, first, count - first < at_once ? count - first : at_once, err) < 0)
             return -1;
         b2_ctx_reset(ctx, mark);
@@ -60,11 +67,11 @@ typedef struct pairs {
     const int32_t *picture_of; /* [N] */
 } pairs;
 
-/* How many texts from `first` on go through together. */
-static int64_t group_of(const pairs *p, int64_t first, int64_t count)
+/* How many texts from `first` on go through together: at most `at_once`, of few pictures. */
+static int64_t group_of(const pairs *p, int64_t first, int64_t count, int64_t at_once)
 {
     int64_t end = first + 1;
-    while (end < count && end - first < TEXTS_AT_ONCE && p->picture_of[end] - p->picture_of[first] < PICTURES_AT_ONCE)
+    while (end < count && end - first < at_once && p->picture_of[end] - p->picture_of[first] < PICTURES_AT_ONCE)
         end++;
     return end - first;
 }
@@ -113,9 +120,9 @@ int b2_blip2_match(b2_ctx *ctx, const b2_blip2 *m, b2_tensor out, b2_tensor imag
     pairs p = {.images = images, .tokens = pictures ? images.rows / pictures : 0, .texts = texts, .picture_of = picture_of};
     if (check_pairs(m, &p, count, pictures, err) < 0)
         return -1;
-    int64_t at_once = count < TEXTS_AT_ONCE ? count : TEXTS_AT_ONCE;
-    int64_t together = pictures < PICTURES_AT_ONCE ? pictures : PICTURES_AT_ONCE;
-    size_t work = b2_qformer_scratch(ctx, &m->qformer, at_once, queries, together, p.tokens, longest_of(texts, 0, count));
+    int64_t longest = longest_of(texts, 0, count), at_once = texts_at_once(count, queries + longest);
+    int64_t together = b2_min64(pictures, PICTURES_AT_ONCE);
+    size_t work = b2_qformer_scratch(ctx, &m->qformer, at_once, queries, together, p.tokens, longest);
     size_t heads = b2_heads_scratch(ctx, &m->heads, at_once * queries);
     size_t states = b2_arena_cost((size_t)(at_once * queries * m->qformer.config.hidden_size), sizeof(float));
     size_t outer = b2_outer_bytes(ctx, together * p.tokens, images.cols) + b2_outer_bytes(ctx, at_once, out.cols);
@@ -123,7 +130,7 @@ int b2_blip2_match(b2_ctx *ctx, const b2_blip2 *m, b2_tensor out, b2_tensor imag
         return -1;
     b2_ctx_mark mark = b2_ctx_marked(ctx);
     for (int64_t first = 0, some; first < count; first += some) {
-        some = group_of(&p, first, count);
+        some = group_of(&p, first, count, at_once);
         if (match_group(ctx, m, out, &p, first, some, err) < 0)
             return -1;
         b2_ctx_reset(ctx, mark);

@@ -240,6 +240,24 @@ int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err)
     return x.rows == 0 || x.cols == 0 ? 0 : ctx->ops->log_softmax(ctx, x, err);
 }
 
+size_t b2_shortlist_bytes(int64_t rows, int k, int64_t listed_ld)
+{
+    size_t row = sizeof(double) + sizeof(float) + sizeof(int32_t) + (size_t)k * (sizeof(float) + sizeof(int32_t)) +
+                 (size_t)listed_ld * (sizeof(float) + sizeof(int32_t));
+    return (size_t)rows * row;
+}
+
+int b2_make_shortlist(b2_ctx *ctx, b2_shortlist *list, b2_tensor x, void *there, void *here, b2_err *err)
+{
+    if (check_view("shortlist", "x", x, err) < 0)
+        return -1;
+    if (list->k < 1 || list->k > B2_SHORTLIST_MOST || list->k > x.cols)
+        return b2_fail(err, B2_E_VALUE, "shortlist: k = %d of %lld values", list->k, (long long)x.cols);
+    if (!ctx->ops->shortlist)
+        return b2_fail(err, B2_E_UNSUPPORTED, "shortlist: %s has its logits on the host", ctx->ops->name);
+    return x.rows == 0 ? 0 : ctx->ops->shortlist(ctx, list, x, there, here, err);
+}
+
 int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err)
 {
     *first_bad_row = -1;

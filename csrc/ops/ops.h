@@ -154,6 +154,23 @@ static inline int64_t b2_record_bytes(const b2_records *r)
     return b2_record_panels(r) * (b2_record_panel_bytes(r) + scales);
 }
 
+/* All that a search looks at of logits [N, V], on the host, so that they need not come there. */
+typedef struct b2_shortlist {
+    int k;                      /* candidates wanted of each row, 1 .. B2_SHORTLIST_MOST */
+    int adds_up;                /* 1: `sums` are wanted */
+    const int32_t *listed;      /* [N, listed_ld]: ids that are no candidates, whose logits are wanted instead; below 0: none */
+    int64_t listed_ld;
+    /* Out: in the memory that the caller gives. */
+    const double *sums;         /* [N] sum of exp(x - top), as b2_scores_log_softmax adds it up */
+    const float *tops;          /* [N] the largest of the whole row */
+    const int32_t *crowded;     /* [N] 1: too many are as large as the k-th, and there are no candidates */
+    const float *values;        /* [N, k] the largest, equal ones by ascending id */
+    const int32_t *ids;         /* [N, k]; -1 where there are no more */
+    const float *listed_values; /* [N, listed_ld]; of an id below 0: anything */
+} b2_shortlist;
+
+enum { B2_SHORTLIST_MOST = 64 };
+
 /* What steps have in common that differ in nothing but the contents of the host arrays that their operations are given:
  * the arrays' addresses are the same, and all other arguments. */
 typedef struct b2_step_shape {
@@ -185,6 +202,8 @@ struct b2_ops {
     int (*unit_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
     int (*top_k)(b2_ctx *, float *values, int32_t *ids, b2_tensor x, int k, b2_err *);
     int (*log_softmax)(b2_ctx *, b2_tensor x, b2_err *);
+    /* NULL where backend memory is the host's. */
+    int (*shortlist)(b2_ctx *, b2_shortlist *list, b2_tensor x, void *there, void *here, b2_err *);
     int (*check_finite)(b2_ctx *, int64_t *first_bad_row, b2_tensor x, b2_err *);
     int (*note_finite)(b2_ctx *, const char *stage, int layer, b2_tensor x, b2_err *err);
     int (*picture_scores)(b2_ctx *, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *);
@@ -260,6 +279,11 @@ int b2_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_er
 
 /* In place over the last axis, as torch.log_softmax in fp32. */
 int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
+
+/* The shortlist of x [N, V], which is all numbers (b2_note_finite). Waits for it. there, here: b2_shortlist_bytes(N, k,
+ * listed_ld) of backend and host memory, at multiples of 16. B2_E_UNSUPPORTED where backend memory is the host's. */
+int b2_make_shortlist(b2_ctx *ctx, b2_shortlist *list, b2_tensor x, void *there, void *here, b2_err *err);
+size_t b2_shortlist_bytes(int64_t rows, int k, int64_t listed_ld);
 
 /* first_bad_row = index of the first row of x that holds a NaN or an Inf, or -1. */
 int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);

@@ -36,6 +36,7 @@ static b2_ops make_table(void)
     ops.unit_rows = b2_cuda_unit_rows;
     ops.top_k = b2_cuda_top_k;
     ops.log_softmax = b2_cuda_log_softmax;
+    ops.shortlist = b2_cuda_shortlist;
     ops.check_finite = b2_cuda_check_finite;
     ops.note_finite = b2_cuda_note_finite;
     ops.picture_scores = b2_cuda_picture_scores;
@@ -78,7 +79,7 @@ static int describe(b2_device_info *info, int index, b2_err *err)
         b2_cuda_check(cudaGetDeviceProperties(&properties, index), "cuda", err) < 0 ||
         b2_cuda_check(cudaMemGetInfo(&info->free, &info->memory), "cuda", err) < 0)
         return -1;
-    strncpy(info->name, properties.name, sizeof info->name - 1);
+    memcpy(info->name, properties.name, sizeof info->name - 1); /* the last byte stays 0 */
     info->major = properties.major;
     info->minor = properties.minor;
     info->multiprocessors = properties.multiProcessorCount;

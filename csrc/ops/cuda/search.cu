@@ -9,27 +9,14 @@
 #include <cuda_fp16.h>
 
 #include "ops/cuda/cuda_ops.h"
+#include "ops/cuda/keys.h"
 #include "ops/cuda/rows.h"
 
 namespace {
 
-typedef unsigned long long key64;
-
 /* ---- top k ---- */
 
 enum { TOP_THREADS = 512, DIGITS = 256, SORTED_MOST = 4096 /* in shared memory */ };
-
-/* Larger for larger values; 0 for NaN. -0 is equal to 0. */
-__device__ __forceinline__ unsigned order_of(float x)
-{
-    unsigned bits = __float_as_uint(x == 0.0f ? 0.0f : x);
-    return x != x ? 0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ key64 key_of(float x, int64_t place)
-{
-    return (key64)order_of(x) << 32 | (key64)(~(unsigned)place);
-}
 
 /* Counts, largest digit first, until `wanted` is within a digit's count: that digit, and how many of it are wanted. By the
  * first warp, 8 digits to a lane. */
@@ -58,51 +45,24 @@ __device__ void find_digit(const unsigned *counts, unsigned wanted, unsigned *di
     }
 }
 
-/* A list of keys to be sorted, the largest first: in shared memory, or as values and ids in the outputs. */
-struct keys_in_shared {
-    key64 *keys;
-    __device__ key64 get(int i) const { return keys[i]; }
-    __device__ void put(int i, key64 key) const { keys[i] = key; }
-};
-
+/* A list of keys as values and ids in the outputs. */
 struct keys_in_outputs {
     float *orders; /* the key's upper half as bits */
     int32_t *ids;  /* its lower half */
-    __device__ key64 get(int i) const { return (key64)__float_as_uint(orders[i]) << 32 | (unsigned)ids[i]; }
-    __device__ void put(int i, key64 key) const
+    __device__ b2_key get(int i) const { return (b2_key)__float_as_uint(orders[i]) << 32 | (unsigned)ids[i]; }
+    __device__ void put(int i, b2_key key) const
     {
         orders[i] = __uint_as_float((unsigned)(key >> 32));
         ids[i] = (int32_t)(unsigned)key;
     }
 };
 
-/* Bitonic, of any length: what would stand behind the end is the smallest of all and never moves. */
-template <class LIST> __device__ void sort_keys(LIST list, int n)
-{
-    for (int size = 2; size < 2 * n; size *= 2) {
-        for (int step = size / 2; step > 0; step /= 2) {
-            for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
-                /* The first pass of each size compares with the mirror image, so that all of them sort alike. */
-                int other = step == size / 2 ? i ^ (size - 1) : i ^ step;
-                if (other <= i || other >= n)
-                    continue;
-                key64 a = list.get(i), b = list.get(other);
-                if (a < b) {
-                    list.put(i, b);
-                    list.put(other, a);
-                }
-            }
-            __syncthreads();
-        }
-    }
-}
-
 /* Keys from `least` on, in any order, into the list. */
 template <class LIST>
-__device__ void collect(LIST list, const float *row, int64_t cols, key64 least, unsigned *count)
+__device__ void collect(LIST list, const float *row, int64_t cols, b2_key least, unsigned *count)
 {
     for (int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
-        key64 key = key_of(row[j], j);
+        b2_key key = b2_key_of(row[j], j);
         if (key >= least)
             list.put((int)atomicAdd(count, 1u), key);
     }
@@ -112,19 +72,19 @@ __device__ void collect(LIST list, const float *row, int64_t cols, key64 least, 
 template <bool SHARED>
 __global__ void __launch_bounds__(TOP_THREADS) top_k_kernel(float *values, int32_t *ids, b2_tensor x, int k)
 {
-    B2_DYNAMIC_SHARED(key64, kept);
+    B2_DYNAMIC_SHARED(b2_key, kept);
     __shared__ unsigned counts[DIGITS], digit, rest, collected;
     const float *row = x.data + (int64_t)blockIdx.x * x.ld;
     values += (int64_t)blockIdx.x * k;
     ids += (int64_t)blockIdx.x * k;
-    key64 prefix = 0, known = 0; /* the digits of the k-th key that are found, and where they are */
+    b2_key prefix = 0, known = 0; /* the digits of the k-th key that are found, and where they are */
     unsigned wanted = (unsigned)k;
     for (int shift = 56; shift >= 0; shift -= 8) {
         for (int d = (int)threadIdx.x; d < DIGITS; d += (int)blockDim.x)
             counts[d] = 0;
         __syncthreads();
         for (int64_t j = threadIdx.x; j < x.cols; j += blockDim.x) {
-            key64 key = key_of(row[j], j);
+            b2_key key = b2_key_of(row[j], j);
             if ((key & known) == prefix)
                 atomicAdd(counts + (unsigned)(key >> shift & (DIGITS - 1)), 1u);
         }
@@ -132,8 +92,8 @@ __global__ void __launch_bounds__(TOP_THREADS) top_k_kernel(float *values, int32
         if (threadIdx.x < B2_WARP)
             find_digit(counts, wanted, &digit, &rest);
         __syncthreads();
-        prefix |= (key64)digit << shift;
-        known |= (key64)(DIGITS - 1) << shift;
+        prefix |= (b2_key)digit << shift;
+        known |= (b2_key)(DIGITS - 1) << shift;
         wanted = rest;
         bool all = wanted == counts[digit]; /* every key that begins so is among the k */
         __syncthreads();
@@ -145,14 +105,14 @@ __global__ void __launch_bounds__(TOP_THREADS) top_k_kernel(float *values, int32
     __syncthreads();
     keys_in_outputs outputs = {values, ids};
     if (SHARED) {
-        keys_in_shared list = {kept};
+        b2_shared_keys list = {kept};
         collect(list, row, x.cols, prefix, &collected);
-        sort_keys(list, k);
+        b2_sort_keys(list, k);
         for (int i = (int)threadIdx.x; i < k; i += (int)blockDim.x)
             outputs.put(i, list.get(i));
     } else {
         collect(outputs, row, x.cols, prefix, &collected);
-        sort_keys(outputs, k);
+        b2_sort_keys(outputs, k);
     }
     __syncthreads();
     for (int i = (int)threadIdx.x; i < k; i += (int)blockDim.x) {
@@ -166,14 +126,14 @@ __global__ void __launch_bounds__(TOP_THREADS) top_k_kernel(float *values, int32
 
 enum { THREADS = 256 };
 
-__global__ void __launch_bounds__(THREADS) check_finite_kernel(key64 *first_bad, b2_tensor x)
+__global__ void __launch_bounds__(THREADS) check_finite_kernel(b2_key *first_bad, b2_tensor x)
 {
     const float *row = x.data + (int64_t)blockIdx.x * x.ld;
     int bad = 0;
     for (int64_t j = threadIdx.x; j < x.cols; j += blockDim.x)
         bad |= (__float_as_uint(row[j]) & 0x7f800000u) == 0x7f800000u;
     if (__syncthreads_or(bad) && threadIdx.x == 0)
-        atomicMin(first_bad, (key64)blockIdx.x);
+        atomicMin(first_bad, (b2_key)blockIdx.x);
 }
 
 /* ---- texts and pictures ---- */
@@ -331,7 +291,7 @@ int b2_cuda_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, 
 {
     dim3 grid((unsigned)x.rows), block(b2_threads_for(x.cols / 4, TOP_THREADS));
     if (k <= SORTED_MOST)
-        B2_LAUNCH(top_k_kernel<true>, grid, block, (size_t)k * sizeof(key64), b2_cuda_stream(ctx), values, ids, x, k);
+        B2_LAUNCH(top_k_kernel<true>, grid, block, (size_t)k * sizeof(b2_key), b2_cuda_stream(ctx), values, ids, x, k);
     else
         B2_LAUNCH(top_k_kernel<false>, grid, block, 0, b2_cuda_stream(ctx), values, ids, x, k);
     return b2_cuda_launched("top_k", err);
@@ -340,7 +300,7 @@ int b2_cuda_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, 
 int b2_cuda_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err)
 {
     size_t mark = b2_arena_mark(ctx->activations);
-    key64 *device = (key64 *)b2_cuda_take(ctx, 1, sizeof *device, err), found = 0;
+    b2_key *device = (b2_key *)b2_cuda_take(ctx, 1, sizeof *device, err), found = 0;
     int status = -1;
     if (device && b2_cuda_check(cudaMemsetAsync(device, 0xff, sizeof *device, b2_cuda_stream(ctx)), "check_finite", err) == 0) {
         B2_LAUNCH(check_finite_kernel, dim3((unsigned)x.rows), dim3(b2_threads_for(x.cols, THREADS)), 0, b2_cuda_stream(ctx),
@@ -348,14 +308,14 @@ int b2_cuda_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_er
         status = b2_cuda_launched("check_finite", err) < 0 ? -1 : b2_cuda_download(ctx, &found, device, sizeof found, err);
     }
     b2_arena_reset(ctx->activations, mark);
-    *first_bad_row = found == ~(key64)0 || status < 0 ? -1 : (int64_t)found;
+    *first_bad_row = found == ~(b2_key)0 || status < 0 ? -1 : (int64_t)found;
     return status;
 }
 
 size_t b2_cuda_rows_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width)
 {
     (void)ctx, (void)max_rows, (void)max_width;
-    return b2_arena_cost(1, sizeof(key64));
+    return b2_arena_cost(1, sizeof(b2_key));
 }
 
 int b2_cuda_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_records *given, b2_err *err)
