@@ -82,6 +82,7 @@ def read_rate() -> float:
 
 def run_blip2c(folder: str, dtype: str) -> dict[str, float]:
     import blip2c
+    from blip2c.generation import core_options
 
     row: dict[str, float] = {}
     packed = packed_folder(folder, dtype)
@@ -96,7 +97,7 @@ def run_blip2c(folder: str, dtype: str) -> dict[str, float]:
     row["qformer"] = several(lambda: core.read(vision))
     ids = np.array([-1] * model.config.num_query_tokens + [2], np.int32)
     offsets = np.array([0, len(ids)], np.int64)
-    one_token = model._options({"max_new_tokens": 1}, [len(ids)])
+    one_token = core_options(model.generation_config, {"max_new_tokens": 1}, [len(ids)])
     core.generate(features, ids, offsets, None, ids, one_token)
     row["prefill_33"] = several(lambda: core.generate(features, ids, offsets, None, ids, one_token))
     captions(

@@ -2,11 +2,15 @@
 
     python benchmarks/kernels.py [--threads 2] [--rounds 7] [--only fc1,decode]
 
+    pip install ctranslate2 for its int8 products as well
+
 Ceilings: multiply-adds in registers (the instruction set in use), int8 products in registers, and reading 512 MB of
 memory. Weights of int8 and int4 are measured against the second, all others against the first ("pairs": bfloat16
-arithmetic, where the processor has it). Peers: torch's float32 and bfloat16 linear (its threads spin after their work:
-run it with OMP_WAIT_POLICY=passive), and OpenBLAS as blip2c calls it for mapped float32 weights. Weights are rotated
-over at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take
+arithmetic, where the processor has it). Peers: torch's float32, bfloat16 and dynamically quantised int8 linear (oneDNN;
+its threads spin after their work: run it with OMP_WAIT_POLICY=passive), OpenBLAS as blip2c calls it for mapped float32
+weights, and CTranslate2's int8, which can be asked for whole layers only: what fc1 and fc2 together take is a third of
+the difference between three layers with feed-forwards twice as wide and as wide as OPT-2.7B's. Weights are rotated over
+at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take
 turns within each round; the medians of all calls are printed.
 
 Other work on the machine shows in every figure: ratios between engines of one run mean more than rates.
@@ -16,9 +20,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +114,28 @@ def torch_linear(
     return run
 
 
+def torch_int8(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[float]]:
+    """oneDNN's products of bytes: x is rounded on the way."""
+    warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
+    torch.backends.quantized.engine = "onednn"
+    row, layers = torch.from_numpy(x), []
+    for w in weights:
+        scale = float(np.abs(w).max()) / 127
+        rounded = torch.quantize_per_tensor(torch.from_numpy(w), scale, 0, torch.qint8)
+        layers.append(torch.ops.quantized.linear_prepack(rounded, None))
+
+    def run() -> list[float]:
+        times = []
+        with torch.inference_mode():
+            for layer in layers:
+                start = time.perf_counter()
+                torch.ops.quantized.linear_dynamic(row, layer, False)
+                times.append(time.perf_counter() - start)
+        return times
+
+    return run
+
+
 def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[[], list[float]], float]]:
     """Name: (what runs it over all its weights once and returns seconds, bytes of one weight)."""
     x = rng.standard_normal((shape.rows, shape.inner)).astype(F32)
@@ -123,6 +153,7 @@ def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[
         found[f"blip2c {name}"] = own(x, packed), elements * size
     found["torch float32"] = torch_linear(x, plain), elements * 4
     found["torch bfloat16"] = torch_linear(x, plain, torch.bfloat16), elements * 2
+    found["torch int8"] = torch_int8(x, plain), elements
     found["OpenBLAS float32"] = own(x, plain, shape.rows), elements * 4
     return found
 
@@ -145,6 +176,75 @@ def measure(shape: Shape, rounds: int, peaks: dict[str, float], read: float) -> 
         )
 
 
+LAYERS = 3
+
+
+def feed_forwards(folder: str, width: int, inner: int, threads: int) -> Any:
+    """CTranslate2's generator for LAYERS random OPT layers, int8."""
+    import ctranslate2
+    from ctranslate2.specs import common_spec, transformer_spec
+
+    rng = np.random.default_rng(0)  # equal weights would become one
+
+    def fill(spec: Any, out: int, into: int) -> None:
+        spec.weight = rng.standard_normal((out, into), dtype=F32) * F32(0.02)
+        spec.bias = np.zeros(out, F32)
+
+    def norm(spec: Any) -> None:
+        spec.gamma, spec.beta = np.ones(width, F32), np.zeros(width, F32)
+
+    model = transformer_spec.TransformerDecoderModelSpec.from_config(
+        LAYERS, width // 80, pre_norm=True, activation=common_spec.Activation.RELU
+    )
+    decoder = model.decoder
+    decoder.scale_embeddings = False
+    decoder.embeddings.weight = np.ones((64, width), F32)
+    decoder.position_encodings.encodings = np.zeros((64, width), F32)
+    decoder.projection.weight = decoder.embeddings.weight
+    norm(decoder.layer_norm)
+    for layer in decoder.layer:
+        fill(layer.self_attention.linear[0], 3 * width, width)
+        fill(layer.self_attention.linear[1], width, width)
+        fill(layer.ffn.linear_0, inner, width)
+        fill(layer.ffn.linear_1, width, inner)
+        norm(layer.self_attention.layer_norm)
+        norm(layer.ffn.layer_norm)
+    model.register_vocabulary([f"<{i}>" for i in range(64)])
+    model.config.bos_token = model.config.eos_token = model.config.unk_token = "<2>"
+    model.validate()
+    model.optimize(quantization="int8")
+    model.save(folder)
+    return ctranslate2.Generator(folder, compute_type="int8", intra_threads=threads)
+
+
+def beside_ctranslate2(rounds: int, threads: int, width: int = 2560, inner: int = 10240) -> None:
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        narrow, wide = feed_forwards(one, width, inner, threads), feed_forwards(two, width, 2 * inner, threads)
+        rng, ours = np.random.default_rng(0), []
+        for out, into in ((inner, width), (width, inner)):
+            w = rng.standard_normal((out, into), dtype=F32)
+            ours.append((into, [kernels.PackedWeight(w, "int8")._capsule for _ in range(LAYERS)]))
+        print(f"\nfc1 and fc2, {width} and {inner}, int8")
+        for name, prompts in (("33 rows", [["<3>"] * 33]), ("1 row", [["<3>"]]), ("5 rows", [["<3>"]] * 5)):
+            rows = sum(map(len, prompts))
+            times: list[list[float]] = [[], [], []]
+            for i in range(rounds + 1):
+                taken = []
+                for model in (narrow, wide):
+                    start = time.perf_counter()
+                    model.forward_batch(prompts)
+                    taken.append(time.perf_counter() - start)
+                own_times = [_core._time_linear(np.ones((rows, into), F32), weights, 0) for into, weights in ours]
+                if i > 0:
+                    for kept, value in zip(times, [*taken, sum(map(sum, own_times))], strict=True):
+                        kept.append(value / LAYERS)
+            low, high, own_time = map(statistics.median, times)
+            print(
+                f"  {name}: CTranslate2 {(high - low) * 1e3:.3f} ms, blip2c {own_time * 1e3:.3f} ms:"
+                f" {(high - low) / own_time:.2f} x"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -161,6 +261,8 @@ def main() -> None:
     for shape in SHAPES:
         if any(part in shape.name for part in arguments.only.split(",")):
             measure(shape, arguments.rounds, peaks, read)
+    if find_spec("ctranslate2") and not arguments.only:
+        beside_ctranslate2(arguments.rounds, arguments.threads)
     again = flops_ceiling(), int8_ceiling(), read_ceiling()
     print("\nceilings again: {:.0f} GF/s, int8 {:.0f} Gop/s, reading {:.1f} GB/s".format(*(c / 1e9 for c in again)))
 

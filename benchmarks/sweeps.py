@@ -22,6 +22,7 @@ import numpy as np
 
 import blip2c
 from blip2c import _core, kernels
+from blip2c.generation import core_options
 
 NEW_TOKENS, PROMPT = 20, 33
 Curve = list[tuple[float, float, float]]  # (x, seconds, seconds at the floor)
@@ -74,6 +75,7 @@ class Model:
         layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
         self.vision = vision.num_hidden_layers * layer
         self.queries = self.model.config.num_query_tokens
+        self.positions = text.max_position_embeddings
 
     def pixels(self, batch: int, side: int | None = None) -> np.ndarray:
         side = side or self.side
@@ -92,7 +94,11 @@ class Model:
         rows = [[-1] * self.queries + [2 + i % 1000 for i in range(prompt - self.queries)]] * batch
         ids = np.array(rows, np.int32).ravel()
         offsets = np.arange(0, len(ids) + 1, prompt, dtype=np.int64)
-        options = self.model._options({"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams}, [prompt])
+        options = core_options(
+            self.model.generation_config,
+            {"max_new_tokens": new, "min_new_tokens": new, "num_beams": beams},
+            [prompt],
+        )
         return median_time(lambda: self.core.generate(features, ids, offsets, None, ids, options), 1 if new > 20 else 3)
 
     def generate_floor(self, batch: int, prompt: int, new: int, beams: int = 1) -> float:
@@ -119,10 +125,12 @@ def sweeps(m: Model) -> dict[str, Curve]:
             lambda k: m.generate(1, PROMPT, NEW_TOKENS, k), lambda k: m.generate_floor(1, PROMPT, NEW_TOKENS, k),
         ),
         "new tokens": curve(
-            (1, 4, 16, 64, 256), lambda n: m.generate(1, PROMPT, n), lambda n: m.generate_floor(1, PROMPT, n)
+            [n for n in (1, 4, 16, 64, 256) if PROMPT + n <= m.positions],
+            lambda n: m.generate(1, PROMPT, n), lambda n: m.generate_floor(1, PROMPT, n),
         ),
         "prompt tokens": curve(
-            (33, 64, 128, 256, 512), lambda p: m.generate(1, p, 1), lambda p: m.generate_floor(1, p, 1)
+            [p for p in (33, 64, 128, 256, 512) if p < m.positions],
+            lambda p: m.generate(1, p, 1), lambda p: m.generate_floor(1, p, 1),
         ),
     }  # fmt: skip
     return found | thread_sweeps(m)

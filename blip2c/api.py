@@ -215,7 +215,10 @@ class Captioner:
         _check_template(template)
         if not _is_one(image):
             raise TypeError(f"a chat is about one picture, found {type(image).__name__}")
-        return Chat(self, self.encode(image), template, _options(None, None, ANSWER_TOKENS, generate_options), history)
+        options = _options(None, None, ANSWER_TOKENS, generate_options)
+        # A wrong option shows now, not with the first question; no seed is drawn for that.
+        self.prompts.plan({**options, "seed": 0})
+        return Chat(self, self.encode(image), template, options, history)
 
     def stream(
         self,
@@ -235,7 +238,11 @@ class Captioner:
 
         What is drawn (do_sample) depends on the seed and the number of the row, not on what runs beside it.
         """
-        check_batch_size(batch_size)
+        batch_size = check_batch_size(batch_size)
+        for row in rows:
+            index = row[0] if isinstance(row, tuple | list) and len(row) == 2 else None
+            if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index < len(pictures):
+                raise ValueError(f"rows: expected (number of one of {len(pictures)} pictures, prompt), found {row!r}")
         plan = self.prompts.plan(generate_options)
         if plan.call["streamer"] is not None and len(rows) > 1:
             raise ValueError(f"streamer: it takes one text, {len(rows)} were asked for")
@@ -318,9 +325,7 @@ def _check_template(template: Any) -> None:
 
 def check_batch_size(value: Any) -> int:
     """The number, or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"batch_size must be a positive integer, found {value!r}")
-    return value
+    return check_count("batch_size", value, 1)
 
 
 def check_count(name: str, value: Any, least: int) -> int:

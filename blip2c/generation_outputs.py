@@ -109,8 +109,11 @@ def compute_transition_scores(
         raise ValueError(
             f"beam_indices {list(beams.shape)} do not belong to sequences {list(ids.shape)} and {len(steps)} scores"
         )
-    rows = np.where(beams < 0, 0, beams)
-    result = stacked[np.arange(new)[None, :], rows, ids[:, ids.shape[1] - new :]]
+    chosen, rows = ids[:, ids.shape[1] - new :], np.where(beams < 0, 0, beams)
+    for name, found, end in (("sequences", chosen, stacked.shape[2]), ("beam_indices", rows, stacked.shape[1])):
+        if found.size and not 0 <= found.min() <= found.max() < end:
+            raise ValueError(f"{name}: expected 0 to {end - 1}, found {found.min()} to {found.max()}")
+    result = stacked[np.arange(new)[None, :], rows, chosen]
     result[beams < 0] = 0
     if not is_torch(sequences):
         return result

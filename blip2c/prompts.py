@@ -63,7 +63,9 @@ class Prompts:
 
     def plan(self, generate_options: dict[str, Any]) -> Plan:
         """What generate()'s options mean here. Raises for what is unknown, wrong or not done."""
-        options = {"tokenizer": self.processor.tokenizer, **generate_options}
+        options = dict(generate_options)
+        if options.get("tokenizer") is None:
+            options["tokenizer"] = self.processor.tokenizer
         decoder = self.model._begin_decoder(options, 1) if self.model.config.is_encoder_decoder else None
         call = self.model._call(options, [])
         if call.outputs is not None:

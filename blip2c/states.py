@@ -131,6 +131,13 @@ class Chat:
 
     def prompt(self, question: str) -> str:
         """The whole prompt with which the next question would be asked."""
+        for place, entry in enumerate(self.history):
+            if (
+                not isinstance(entry, tuple | list)
+                or len(entry) != 2
+                or not all(isinstance(part, str) for part in entry)
+            ):
+                raise ValueError(f"history[{place}]: expected (question, answer), found {entry!r}")
         said = [f"{self.template.replace('{}', asked)} {answer}." for asked, answer in self.history]
         return " ".join([*said, self.template.replace("{}", question)])
 

@@ -20,7 +20,7 @@ class StopStrings:
     """Asks `ends(ids)` of rows of token ids.
 
     strings: a str or several. tokenizer: blip2c's or transformers'. Raises ValueError without a tokenizer or for
-    anything but non-empty strings.
+    anything but non-empty strings, TypeError for what is no tokenizer.
     """
 
     def __init__(self, strings: Any, tokenizer: Any) -> None:
@@ -33,6 +33,8 @@ class StopStrings:
                 " config, but we could not locate a tokenizer. When generating with stop strings, you must pass the"
                 " model's tokenizer to the `tokenizer` argument of `generate`."
             )
+        if not callable(tokenizer) or not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise TypeError(f"tokenizer: expected a tokenizer, found {type(tokenizer).__name__}")
         self._tokenizer = tokenizer
         self._mode = _decoder_kind(tokenizer)
         self._wanted = [string.encode() for string in self.strings]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import blip2c
-from blip2c import Caption, NumericError, PictureError, UnsupportedError, api
+from blip2c import Caption, NumericError, PictureError, UnsupportedError, api, hub
 from helpers import edit_config, random_checkpoint
 from running import run_python
 
@@ -297,7 +297,7 @@ def test_printing(model: Any, pictures: list[Any], folder: Path) -> None:
 
 
 def test_load_without_a_sample_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(api, "__file__", str(tmp_path / "api.py"))
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "hub.py"))
     with pytest.raises(FileNotFoundError, match="no sample checkpoint"):
         blip2c.load()
     with pytest.raises(TypeError, match="no option dtpye"):

@@ -216,3 +216,29 @@ def test_pipelines_return_every_sequence(model: Any) -> None:
     assert [row["answer"] for row in rows] == model.caption(
         PICTURES[0], PROMPT, max_new_tokens=6, logits_processor=[wave], **options
     )
+
+
+def test_wrong_calls_are_named(model: Any) -> None:
+    for row in [(9, None), (-1, None), ("0", None), 0, (0, PROMPT, 1), (True, None)]:
+        with pytest.raises(ValueError, match=r"rows: expected .number of one of 4 pictures, prompt., found"):
+            model.stream(PICTURES, [row], max_new_tokens=3)
+    with pytest.raises(ValueError, match="max_new_tokns"):
+        model.chat(PICTURES[0], max_new_tokns=3)
+    chat = model.chat(PICTURES[0], max_new_tokens=3)
+    for entry in ("x", ("x", 5), ("a", "b", "c")):
+        chat.history = [("what?", "that"), entry]
+        with pytest.raises(ValueError, match=r"history\[1\]: expected \(question, answer\), found"):
+            chat.ask("why?")
+    with pytest.raises(TypeError, match="tokenizer: expected a tokenizer, found int"):
+        model.caption(PICTURES[0], PROMPT, stop_strings="a", tokenizer=5, max_new_tokens=3)
+    found = model.caption(PICTURES[:3], PROMPT, max_new_tokens=3, batch_size=np.int64(2))
+    assert found == model.caption(PICTURES[:3], PROMPT, max_new_tokens=3)
+    scores = (np.zeros((2, 320), np.float32),)
+    for ids, beams, words in (
+        ([[3], [320]], None, "sequences: expected 0 to 319, found 3 to 320"),
+        ([[3], [-1]], None, "sequences: expected 0 to 319, found -1 to 3"),
+        ([[3], [4]], [[0], [2]], "beam_indices: expected 0 to 1, found 0 to 2"),
+    ):
+        given = None if beams is None else np.array(beams)
+        with pytest.raises(ValueError, match=words):
+            model.model.compute_transition_scores(np.array(ids), scores, given)

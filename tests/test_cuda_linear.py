@@ -354,18 +354,22 @@ def test_products_by_cublaslt(
     case = Case(20, 33, 72, dtype, "gelu", bias=residual != "none", residual=residual, views=views)
     arrays = arrays_of(case)
     arrays["x"] = arrays["x"] * F32(2.0**20) if dtype == "float16" else arrays["x"]
+    before = library.cublas_standin_products()
     check(library, case, arrays=arrays)
     _, peak, name = run(library, case, arrays)
     assert name == "cuBLASLt 130000"
+    assert library.cublas_standin_products() == before + 2
     assert peak >= 1 << 20, "the algorithm's work space"
     assert library.cublas_standin_alive() == 0
 
 
 def test_what_cublaslt_does_not_know_own_kernels_compute(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(library, monkeypatch)
-    for case in (Case(20, 33, 70, "float32"), Case(20, 33, 72, "int8"), Case(20, 33, 72, "int4")):
+    before = library.cublas_standin_products()
+    for case in (Case(20, 33, 70, "float32"), Case(20, 13, 72), Case(20, 33, 72, "int8"), Case(20, 33, 72, "int4")):
         check(library, case)
     check(library, Case(20, 40, 72, residual="out", arena=20 * (96 * 2 + 4) + 256))
+    assert library.cublas_standin_products() == before
     assert library.cublas_standin_alive() == 0
 
 

@@ -66,7 +66,7 @@ struct lt_way {
     int usable;               /* 0: the library knows no way for this shape */
 };
 
-enum { WAYS = 256 };
+enum { WAYS = 256, WEIGHT_ALIGNMENT = 256 };
 
 struct b2_cuda_products {
     void *library; /* from dlopen, or NULL */
@@ -272,7 +272,7 @@ static int alignment_of(const void *data, size_t row_bytes)
 
 static int prefer(const lt_functions *lt, void *preference, const lt_shape *s)
 {
-    uint32_t w = 256, x = (uint32_t)s->x_alignment, out = (uint32_t)s->out_alignment;
+    uint32_t w = WEIGHT_ALIGNMENT, x = (uint32_t)s->x_alignment, out = (uint32_t)s->out_alignment;
     uint64_t space = s->space;
     return lt->preference_set(preference, LT_PREFERENCE_SPACE, &space, sizeof space) ||
            lt->preference_set(preference, LT_PREFERENCE_ALIGNMENT_A, &w, sizeof w) ||
@@ -356,7 +356,7 @@ int b2_cublas_multiply(b2_ctx *ctx, const b2_cublas_product *p, b2_err *err)
         return 1; /* opening a library is no work for a stream that is being recorded */
     if (prepare(cuda, err) < 0)
         return -1;
-    if (!cuda->products->library)
+    if (!cuda->products->library || (uintptr_t)p->w % WEIGHT_ALIGNMENT != 0)
         return 1;
     size_t size = b2_dtype_size(p->dtype);
     lt_shape shape;
