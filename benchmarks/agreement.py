@@ -3,7 +3,8 @@
     python benchmarks/agreement.py [--options 500] [--seed 2] [FAMILY ...]      # opt llama t5 instructblip
 
 Models, pictures, option sets and what counts as a tie are those of tests/test_generate.py. Logits and loss are compared
-in float32 on two batches a model. Differences of logits are told beside the logits' own spread.
+in float32 on two batches a model. Beside the difference of the two stand each one's own from transformers in float64,
+and the logits' standard deviation: random models magnify rounding.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import test_generate as cases
-from helpers import prompt_ids
+from helpers import prompt_ids, reference_model
 
-COLUMNS = ("family", "models", "logits max error", "logits spread", "loss error", "tried", "equal", "tie", "refused")
+COLUMNS = (
+    "family", "models", "logits max error", "ours from float64", "theirs from float64", "logits spread", "loss error",
+    "tried", "equal", "tie", "refused",
+)  # fmt: skip
 
 
 class Folders:
@@ -40,8 +44,8 @@ class Folders:
         return folder
 
 
-def forward_errors(model: Any, reference: Any, seed: int) -> tuple[float, float, float]:
-    """Largest error of logits, their standard deviation, error of the loss."""
+def forward_errors(model: Any, reference: Any, folder: Path, seed: int) -> tuple[float, ...]:
+    """Largest difference of logits, of ours and of theirs from float64, their standard deviation, that of the loss."""
     rng = np.random.default_rng(seed)
     inputs: dict[str, Any] = {}
     while "input_ids" not in inputs:
@@ -55,21 +59,33 @@ def forward_errors(model: Any, reference: Any, seed: int) -> tuple[float, float,
     ours = model(**inputs, labels=labels)
     with torch.no_grad():
         theirs = reference(**cases.torch_inputs(inputs), labels=torch.from_numpy(labels))
+        wide = {**inputs, "pixel_values": inputs["pixel_values"].astype(np.float64)}
+        exact = reference_model(folder, torch.float64)(
+            **cases.torch_inputs(wide), labels=torch.from_numpy(labels)
+        ).logits.numpy()
     logits = theirs.logits.numpy()
-    return np.abs(ours.logits - logits).max(), logits.std(), abs(float(ours.loss) - float(theirs.loss))
+    distances = (np.abs(a - b).max() for a, b in ((ours.logits, logits), (ours.logits, exact), (logits, exact)))
+    return *distances, logits.std(), abs(float(ours.loss) - float(theirs.loss))
 
 
 def row(family: str, count: int, seed: int) -> tuple[str, ...]:
     with tempfile.TemporaryDirectory() as root, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pairs = cases.make_pairs(Folders(root), family)  # type: ignore[arg-type]
-        errors = [forward_errors(*pair[:2], seed + i) for pair in pairs for i in range(2)]
+        errors = [forward_errors(*pair, seed + i) for pair in pairs for i in range(2)]
         tally = cases.run_cases(pairs, count, seed)
     for wrong in tally.wrong:
         print(wrong, file=sys.stderr)
-    logits, spread, loss = (max(values) for values in zip(*errors, strict=True))
+    *logits, spread, loss = (max(values) for values in zip(*errors, strict=True))
     counts = (tally.cases, tally.equal, tally.excused, tally.refused)
-    return (family, str(len(pairs)), f"{logits:.1e}", f"{spread:.1f}", f"{loss:.1e}", *map(str, counts))
+    return (
+        family,
+        str(len(pairs)),
+        *(f"{error:.1e}" for error in logits),
+        f"{spread:.1f}",
+        f"{loss:.1e}",
+        *map(str, counts),
+    )
 
 
 def main() -> None:

@@ -50,6 +50,17 @@ static b2_ops make_table(void)
 
 const b2_ops b2_cuda_table = make_table();
 
+static int fail_driver(b2_err *err)
+{
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (driver == 0)
+        return b2_fail(err, B2_E_UNSUPPORTED, "cuda: this machine has no NVIDIA driver");
+    return b2_fail(err, B2_E_UNSUPPORTED, "cuda: the NVIDIA driver knows CUDA %d.%d, needed is %d.%d", driver / 1000,
+                   driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+}
+
 int b2_cuda_check(cudaError_t status, const char *what, b2_err *err)
 {
     if (status == cudaSuccess)
@@ -57,7 +68,9 @@ int b2_cuda_check(cudaError_t status, const char *what, b2_err *err)
     cudaGetLastError(); /* the next call is not to see it again */
     if (status == cudaErrorMemoryAllocation)
         return b2_fail(err, B2_E_MEMORY, "%s: CUDA is out of memory", what);
-    if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver)
+    if (status == cudaErrorInsufficientDriver)
+        return fail_driver(err);
+    if (status == cudaErrorNoDevice)
         return b2_fail(err, B2_E_UNSUPPORTED, "cuda: %s", cudaGetErrorString(status));
     return b2_fail(err, B2_E_INTERNAL, "%s: CUDA says %s: %s", what, cudaGetErrorName(status), cudaGetErrorString(status));
 }
