@@ -43,12 +43,17 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Before any test runs, because a process keeps the first library that it opens. With BLIP2C_TEST_CARD=1 devices are
+    the cards of this machine, through the library that was installed."""
+    wanted = any("cuda" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not session.config.option.collectonly and os.environ.get("BLIP2C_TEST_CARD") != "1":
+        os.environ["BLIP2C_CUDA_LIBRARY"] = str(host_library(backend_sources()))
+
+
 @pytest.fixture(scope="session")
 def cuda() -> str:
-    """The device of tests that need one: the backend as compiled for the host, once per run. With BLIP2C_TEST_CARD=1 it
-    is the card of this machine, through the library that was installed."""
-    if os.environ.get("BLIP2C_TEST_CARD") != "1":
-        os.environ["BLIP2C_CUDA_LIBRARY"] = str(host_library(backend_sources()))
+    """The device of tests that need one: the backend as compiled for the host, once per run, or a card."""
     return "cuda"
 
 

@@ -8,9 +8,6 @@ because with many rows the processor rounds the activations too.
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import torch
 import blip2c
 from blip2c import _core
 from helpers import prompt_ids, random_checkpoint, random_pixels
+from running import run_python
 
 # What the checkpoint is, and what the weights are held as.
 CASES: dict[str, tuple[dict[str, Any], str]] = {
@@ -261,7 +259,7 @@ except blip2c.UnsupportedError as error:
     ("library", "words"), [("/none/_cuda.so", "/none/_cuda.so"), (_core.__file__, "no library of")]
 )
 def test_without_a_library_the_reason_is_said(library: str, words: str) -> None:
-    env = {**os.environ, "BLIP2C_CUDA_LIBRARY": library}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+    done = run_python(SCRIPT, BLIP2C_CUDA_LIBRARY=library)
+    assert done.returncode == 0, done.stderr
     assert words in done.stdout
     assert done.stdout.startswith("cuda: ")
