@@ -44,8 +44,8 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Before any test runs, because a process keeps the first library that it opens. With BLIP2C_TEST_CARD=1 devices are
-    the cards of this machine, through the library that was installed."""
+    """Before any test runs, because a process keeps the first library that it opens. With BLIP2C_TEST_CARD=1 devices
+    are the cards of this machine, through the library that was installed."""
     wanted = any("cuda" in getattr(item, "fixturenames", ()) for item in session.items)
     if wanted and not session.config.option.collectonly and os.environ.get("BLIP2C_TEST_CARD") != "1":
         os.environ["BLIP2C_CUDA_LIBRARY"] = str(host_library(backend_sources()))
