@@ -406,13 +406,18 @@ cudaError_t fill_on(void *data, int value, size_t bytes, cudaStream_t handle)
 
 /* ---- launches ---- */
 
-/* A word of an argument that is the address of mapped memory of the host is a pointer that a card could not follow. But for
- * a small number beside the padding of a struct, in which anything may be left. */
+/* A small number beside the padding of a struct, in which anything may be left, the upper half of an address too. */
+static bool may_be_padded(uintptr_t word)
+{
+    return (word & 0xffffffffu) < 1u << 16;
+}
+
+/* A word of an argument that is the address of mapped memory of the host is a pointer that a card could not follow. */
 static bool is_host_address(uintptr_t word)
 {
     static const uintptr_t lowest = (uintptr_t)1 << 40, page = (uintptr_t)sysconf(_SC_PAGESIZE);
     unsigned char resident;
-    if (word < lowest || word >> 47 || (word & 0xffffffffu) < 1u << 16 || device_of(reinterpret_cast<void *>(word)) >= 0 ||
+    if (word < lowest || word >> 47 || device_of(reinterpret_cast<void *>(word)) >= 0 ||
         is_pinned(reinterpret_cast<void *>(word)))
         return false;
     return mincore(reinterpret_cast<void *>(word & ~(page - 1)), 1, &resident) == 0;
@@ -426,9 +431,10 @@ int cuda_host_check_argument(const char *kernel, int index, const void *argument
         uintptr_t word;
         memcpy(&word, static_cast<const char *>(argument) + at, sizeof word);
         int owner = device_of(reinterpret_cast<void *>(word));
-        const char *what = owner >= 0 && owner != stream->device ? "a pointer into another device"
-                           : is_host_address(word)               ? "a pointer of the host"
-                                                                 : nullptr;
+        const char *what = may_be_padded(word)                     ? nullptr
+                           : owner >= 0 && owner != stream->device ? "a pointer into another device"
+                           : is_host_address(word)                 ? "a pointer of the host"
+                                                                   : nullptr;
         if (!what)
             continue;
         launch_failed(std::string(kernel) + ": argument " + std::to_string(index) + ": " + what);
