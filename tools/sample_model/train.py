@@ -499,14 +499,19 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Run the stages that are not done and write the checkpoint."""
-    options = parse()
+def begin(options: argparse.Namespace) -> None:
+    """Log to the terminal and to `options.log`, make the work folder, set threads and seed."""
     handlers = [logging.StreamHandler(), *([logging.FileHandler(options.log)] if options.log else [])]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+
+
+def main() -> None:
+    """Run the stages that are not done and write the checkpoint."""
+    options = parse()
+    begin(options)
     parts = Parts.fresh()
     size = sum(p.numel() for p in parts.model.parameters()) / 1e6
     log.info("%.2f M parameters, seed %d", size, options.seed)

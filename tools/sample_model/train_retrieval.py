@@ -30,7 +30,7 @@ from transformers import Blip2ForConditionalGeneration
 import checkpoint
 import scenes
 from feed import shrink
-from train import Stage, Trained, bf16, features
+from train import Stage, Trained, begin, bf16, features
 
 log = logging.getLogger("train")
 
@@ -272,11 +272,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Train and write the checkpoint."""
     options = parse()
-    handlers = [logging.StreamHandler(), *([logging.FileHandler(options.log)] if options.log else [])]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
-    options.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
+    begin(options)
     twin = Twin.fresh(options.sample)
     log.info("%.2f M parameters, seed %d", sum(p.numel() for p in twin.model.parameters()) / 1e6, options.seed)
     train(twin, options)
