@@ -62,6 +62,11 @@ void b2_cuda_device_close(b2_device *device);
 /* Waits for uploads that are under way. */
 int b2_cuda_uploads_done(b2_cuda_device *device, b2_err *err);
 
+/* pace.cu */
+void b2_cuda_pace_release(b2_cuda *queue);
+/* Before work that has nothing to do with what was counted so far. */
+void b2_cuda_pace_restart(b2_cuda *queue);
+
 /* step.cu: the recorded steps of a queue. */
 void b2_cuda_steps_release(b2_cuda *queue);
 
