@@ -44,6 +44,7 @@ struct b2_cuda_device {
     cudaStream_t copies;  /* of upload and download */
     void *stage[B2_CUDA_STAGES];        /* pinned, of b2_cuda_stage_bytes each; NULL before the first upload */
     cudaEvent_t staged[B2_CUDA_STAGES]; /* when the stage may be written again */
+    int stage_now;        /* the one to write to next */
 };
 
 static inline b2_cuda_device *b2_cuda_device_of(const b2_cuda *queue)
