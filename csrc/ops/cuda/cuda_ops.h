@@ -46,6 +46,7 @@ int b2_cuda_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, 
 int b2_cuda_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
 int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err);
 void b2_cuda_wait(b2_ctx *ctx);
+int b2_cuda_finish(b2_ctx *ctx, b2_err *err);
 /* step.cu */
 int b2_cuda_step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err);
 
