@@ -797,6 +797,15 @@ static PyObject *fma_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
     return run_peak(state, b2_cpu_kernels_of(&ctx)->fma_peak);
 }
 
+/* Where the processor has no products of bfloat16, they are computed in fp32. */
+static PyObject *bf16_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    b2py_state *state = b2py_state_of_module(module);
+    const b2_ctx ctx = {.ops = state->ops};
+    const b2_pair_kernels *pairs = b2_cpu_pairs_of(&ctx);
+    return run_peak(state, pairs ? pairs->peak : b2_cpu_kernels_of(&ctx)->fma_peak);
+}
+
 static PyObject *int8_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     b2py_state *state = b2py_state_of_module(module);
@@ -824,6 +833,7 @@ static PyMethodDef kernel_methods[] = {
     {"_attention", attention, METH_VARARGS, "_attention(...) -> array; see blip2c.kernels.packed_attention"},
     {"_take", take, METH_VARARGS, "_take(array, name, device) -> DeviceArray: as Model.take"},
     {"_fma_peak", fma_peak, METH_NOARGS, "_fma_peak() -> flops per second of multiply-adds in registers"},
+    {"_bf16_peak", bf16_peak, METH_NOARGS, "_bf16_peak() -> operations per second of bfloat16 products in registers"},
     {"_int8_peak", int8_peak, METH_NOARGS, "_int8_peak() -> operations per second of int8 products in registers"},
     {0},
 };
