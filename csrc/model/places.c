@@ -596,7 +596,7 @@ static int advance_step(b2_step *step, int64_t n, const int32_t *row, const int3
     fill_call(p, &call, n, x, inner);
     b2_rows_are before = ctx->rows_are;
     ctx->rows_are = B2_ROWS_APART;
-    int status = b2_step_run(ctx, (b2_step_shape){&call, sizeof call}, run_step, &call, err);
+    int status = b2_step_run(ctx, (b2_step_shape){.key = &call, .bytes = sizeof call}, run_step, &call, err);
     ctx->rows_are = before;
     if (status < 0 || (!p->logits_stay && b2_hand_over(ctx, outer, inner, err) < 0))
         return -1;

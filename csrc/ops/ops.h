@@ -176,6 +176,8 @@ enum { B2_SHORTLIST_MOST = 64 };
 typedef struct b2_step_shape {
     const void *key; /* [bytes]: differs whenever anything else does */
     size_t bytes;
+    int constant;    /* 1: the body makes the host arrays itself, and makes the same ones whenever the key is the same; then their
+                      * addresses do not matter */
 } b2_step_shape;
 
 typedef int (*b2_step_fn)(b2_ctx *ctx, void *argument, b2_err *err);

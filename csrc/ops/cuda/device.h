@@ -74,6 +74,11 @@ void b2_cuda_give_back(b2_device *device, void *block, int exported);
 /* arrays.cu */
 int b2_cuda_convert(b2_device *device, const b2_device_array *to, const b2_device_array *from, b2_err *err);
 
+/* pace.cu */
+void b2_cuda_pace_release(b2_cuda *queue);
+/* Before work that has nothing to do with what was counted so far. */
+void b2_cuda_pace_restart(b2_cuda *queue);
+
 /* step.cu: the recorded steps of a queue. */
 void b2_cuda_steps_release(b2_cuda *queue);
 

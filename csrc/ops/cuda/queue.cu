@@ -130,14 +130,20 @@ static const void *copy_now(b2_cuda *q, const void *host, size_t bytes, b2_err *
 
 static const void *record(b2_cuda_recording *r, const void *host, size_t bytes, b2_err *err)
 {
-    for (int i = 0; i < r->count; i++)
-        if (r->arrays[i].host == host && r->arrays[i].bytes == bytes) {
-            if (memcmp(r->host + r->arrays[i].at, host, bytes) == 0)
-                return r->device + r->arrays[i].at;
+    for (int i = 0; i < r->count; i++) {
+        int same = r->arrays[i].bytes == bytes && memcmp(r->host + r->arrays[i].at, host, bytes) == 0;
+        if (same && (r->constant || r->arrays[i].host == host))
+            return r->device + r->arrays[i].at;
+        if (!r->constant && r->arrays[i].host == host && r->arrays[i].bytes == bytes) {
             b2_fail(err, B2_E_INTERNAL, "step: an array of indices changes within it");
             return NULL;
         }
-    if (r->count == B2_CUDA_RECORDED || r->used + bytes > r->size) {
+    }
+    if (r->count == B2_CUDA_RECORDED) {
+        b2_fail(err, B2_E_INTERNAL, "step: more than %d arrays of indices", (int)B2_CUDA_RECORDED);
+        return NULL;
+    }
+    if (r->used + bytes > r->size) {
         r->overflowed = 1;
         b2_fail(err, B2_E_INTERNAL, "step: %zu bytes of indices, room for %zu", r->used + bytes, r->size);
         return NULL;
@@ -282,6 +288,7 @@ static void destroy(b2_cuda *q)
     if (q->stream)
         cudaStreamSynchronize(q->stream);
     b2_cuda_steps_release(q);
+    b2_cuda_pace_release(q);
     b2_cuda_products_release(q->products);
     for (int i = 0; q->indices && i < CHUNKS; i++)
         chunk_release(d, &q->indices->chunks[i]);
@@ -366,6 +373,7 @@ void *b2_cuda_queue_take(b2_device *device, b2_err *err)
     }
     q->next = NULL;
     q->before = before;
+    b2_cuda_pace_restart(q);
     return q;
 }
 
