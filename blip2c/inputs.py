@@ -298,7 +298,8 @@ def _with_features(embeds: Floats, places: NDArray[np.bool_], features: Floats) 
         rows = _core._copy_rows(
             embeds.reshape(-1, width), at, features.reshape(-1, width), None, len(at), embeds.device
         )
-        return rows.reshape(*embeds.shape)
+        filled: DeviceArray = rows.reshape(*embeds.shape)
+        return filled
     changed = np.array(to_numpy(embeds))
     changed[places] = to_numpy(features).reshape(-1, features.shape[2])
     return changed

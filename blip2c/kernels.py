@@ -358,7 +358,8 @@ def copy_rows(
     """A copy of out [M, D] in which row out_rows[i] is row x_rows[i] of x [N, D]; None: i itself."""
     lists = [a for a in (out_rows, x_rows) if isinstance(a, np.ndarray)]
     n = len(lists[0]) if lists else len(_array(x, "x", np.float32, 2))
-    return _core._copy_rows(out, out_rows, x, x_rows, n, device)
+    copied: F32 = _core._copy_rows(out, out_rows, x, x_rows, n, device)
+    return copied
 
 
 @_arrays

@@ -246,7 +246,8 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         """The pictures as the language model reads them, [B, Q, D_lm], from pixels or precomputed."""
         if outputs is None:
             pixels = self._pixels(pixel_values, bool(interpolate))
-            return self._core.encode(pixels, bool(interpolate), texts, on_device=self._core.device != "cpu")
+            features: Floats = self._core.encode(pixels, bool(interpolate), texts, on_device=self._core.device != "cpu")
+            return features
         if pixel_values is not None:
             raise ValueError("expected one of pixel_values and mm_encoder_outputs, found both")
         return self._given_pictures(outputs).features

@@ -57,6 +57,14 @@ void b2py_holding_drop(b2py_holding *h)
     b2_free(h);
 }
 
+void b2py_holding_let_go(b2py_holding *h)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    b2py_holding_drop(h);
+    PyErr_Restore(type, value, trace);
+}
+
 void *b2py_holding_block(const b2py_holding *h)
 {
     return h->block;
@@ -76,7 +84,7 @@ void b2py_holding_export(b2py_holding *h)
 
 static void drop_capsule(PyObject *capsule)
 {
-    b2py_holding_drop(PyCapsule_GetPointer(capsule, memory_capsule));
+    b2py_holding_let_go(PyCapsule_GetPointer(capsule, memory_capsule));
 }
 
 PyArrayObject *b2py_array_at(b2py_holding *h, void *data, int ndim, const npy_intp *shape)
@@ -116,7 +124,7 @@ static PyArrayObject *new_there(b2py_state *state, b2py_place place, int ndim, c
     b2py_holding *h = b2py_holding_new(state, place, bytes, NULL, NULL, 0);
     PyArrayObject *array = h ? b2py_array_at(h, h->block, ndim, shape) : NULL;
     if (h)
-        b2py_holding_drop(h);
+        b2py_holding_let_go(h);
     return array;
 }
 

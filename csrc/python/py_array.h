@@ -28,6 +28,8 @@ b2py_holding *b2py_holding_new(b2py_state *state, b2py_place place, size_t bytes
                                int read_only);
 b2py_holding *b2py_holding_keep(b2py_holding *holding);
 void b2py_holding_drop(b2py_holding *holding);
+/* The same with the GIL, where an exception may be set: somebody's deleter is not to see it. */
+void b2py_holding_let_go(b2py_holding *holding);
 /* The block of `bytes`. */
 void *b2py_holding_block(const b2py_holding *holding);
 int b2py_holding_read_only(const b2py_holding *holding);

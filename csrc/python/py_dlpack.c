@@ -215,6 +215,15 @@ static int convert(b2py_state *state, b2py_place place, void *to, const b2_devic
     return -1;
 }
 
+/* Before anything else holds it; an exception may be set, which a deleter is not to see. */
+static void release_given(given *g)
+{
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    g->release(g->source);
+    PyErr_Restore(type, value, trace);
+}
+
 /* Takes over what `g` holds. */
 static PyObject *view_given(b2py_state *state, given *g, const char *name, b2py_place place)
 {
@@ -233,9 +242,9 @@ static PyObject *view_given(b2py_state *state, given *g, const char *name, b2py_
             array = b2py_array_at(h, data, from.ndim, shape);
     }
     if (h)
-        b2py_holding_drop(h); /* an array has its own reference; without one this gives the source back */
+        b2py_holding_let_go(h); /* an array has its own reference; without one this gives the source back */
     else
-        g->release(g->source);
+        release_given(g);
     return b2py_give(state, (PyObject *)array);
 }
 
@@ -306,10 +315,13 @@ static void delete_versioned(dl_versioned *managed)
 /* Of a capsule that nobody has used. */
 static void drop_capsule(PyObject *capsule)
 {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
     if (PyCapsule_IsValid(capsule, old_name))
         release_old(PyCapsule_GetPointer(capsule, old_name));
     else if (PyCapsule_IsValid(capsule, versioned_name))
         release_versioned(PyCapsule_GetPointer(capsule, versioned_name));
+    PyErr_Restore(type, value, trace);
 }
 
 static void fill_tensor(dl_tensor *t, int64_t *axes, PyArrayObject *array)

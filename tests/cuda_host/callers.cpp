@@ -29,9 +29,9 @@ EXPORT int caller_fill(void *to, const void *from, size_t bytes, cudaStream_t st
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
 }
 
-EXPORT int caller_clear(void *to, size_t bytes, cudaStream_t stream)
+EXPORT int caller_move(void *to, const void *from, size_t bytes, cudaStream_t stream)
 {
-    return cudaMemsetAsync(to, 0xff, bytes, stream);
+    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
 }
 
 /* `later` goes on when `first` has done what it has been given. */

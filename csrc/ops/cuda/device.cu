@@ -337,6 +337,8 @@ void b2_cuda_device_close(b2_device *device)
         }
         cudaEventDestroy(d->arrived);
         cudaStreamDestroy(d->copies);
+        d->copies = NULL; /* what is still lent is copied in the default stream */
+        d->arrived = NULL;
         locked hold(&d->lock);
         d->closed = 2;
         lent = d->live != NULL;
