@@ -196,8 +196,8 @@ int upload(b2_memory *memory, void *to, const void *from, size_t bytes, b2_err *
     b2_cuda_device_guard on(d->base.index);
     if (b2_cuda_check(on.status, "upload", err) < 0 || open_stages(d, err) < 0)
         return -1;
-    int i = 0;
-    for (size_t at = 0; at < bytes; at += stage_bytes, i = (i + 1) % B2_CUDA_STAGES) {
+    for (size_t at = 0; at < bytes; at += stage_bytes, d->stage_now = (d->stage_now + 1) % B2_CUDA_STAGES) {
+        int i = d->stage_now; /* goes on from call to call: most tensors fill less than one */
         size_t count = bytes - at < stage_bytes ? bytes - at : stage_bytes;
         if (b2_cuda_check(cudaEventSynchronize(d->staged[i]), "upload", err) < 0)
             return -1;

@@ -47,6 +47,7 @@ struct b2_cuda_device {
                            * takes the device along */
     void *stage[B2_CUDA_STAGES];        /* pinned, of b2_cuda_stage_bytes each; NULL before the first upload */
     cudaEvent_t staged[B2_CUDA_STAGES]; /* when the stage may be written again */
+    int stage_now;        /* the one to write to next */
 };
 
 static inline b2_cuda_device *b2_cuda_device_of(const b2_cuda *queue)

@@ -238,11 +238,13 @@ static int read_notes(b2_cuda *q, b2_err *err)
 int b2_cuda_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
 {
     b2_cuda *q = b2_cuda_of(ctx);
-    return b2_cuda_check(cudaSetDevice(q->device->index), "cuda", err) < 0 ||
-                   b2_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), "upload", err) < 0 ||
-                   b2_cuda_check(cudaStreamSynchronize(q->stream), "upload", err) < 0
-               ? -1
-               : 0;
+    cudaPointerAttributes where;
+    if (b2_cuda_check(cudaSetDevice(q->device->index), "cuda", err) < 0 ||
+        b2_cuda_check(cudaPointerGetAttributes(&where, from), "upload", err) < 0 ||
+        b2_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), "upload", err) < 0)
+        return -1;
+    /* What lies on the device stays as it is until the queue is given back. */
+    return where.type == cudaMemoryTypeDevice ? 0 : b2_cuda_check(cudaStreamSynchronize(q->stream), "upload", err);
 }
 
 int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
