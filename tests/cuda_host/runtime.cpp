@@ -64,6 +64,7 @@ struct host {
     cudaError_t last = cudaSuccess;
     std::string failure; /* of the last launch that failed */
     std::map<pthread_t, int> current;
+    size_t copied[4] = {}; /* bytes, by kind */
     unsigned long long counts[CUDA_HOST_COUNTS] = {};
 };
 
@@ -368,6 +369,7 @@ cudaError_t copy_on(const copy &c, cudaMemcpyKind kind, cudaStream_t handle, boo
     if (c.width > c.to_pitch || c.width > c.from_pitch || (to_device && !in_allocation(c.to, to_bytes)) ||
         (from_device && !in_allocation(c.from, from_bytes)))
         return error(cudaErrorInvalidValue);
+    the().copied[2 * from_device + to_device] += c.width * c.height;
     work job;
     if (!from_device && !is_pinned(c.from) && !stream->capture) {
         /* Pageable: the bytes that are there now. */
@@ -406,6 +408,12 @@ cudaError_t fill_on(void *data, int value, size_t bytes, cudaStream_t handle)
 }
 
 } /* namespace */
+
+extern "C" size_t cuda_host_bytes_copied(cudaMemcpyKind kind)
+{
+    locked guard;
+    return the().copied[kind];
+}
 
 /* ---- launches ---- */
 

@@ -266,6 +266,17 @@ int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_e
     return read_notes(q, err);
 }
 
+int b2_cuda_finish(b2_ctx *ctx, b2_err *err)
+{
+    b2_cuda *q = b2_cuda_of(ctx);
+    return b2_cuda_check(cudaSetDevice(q->device->index), "cuda", err) < 0 ||
+                   b2_cuda_check(cudaMemcpyAsync(q->notes->host, q->notes->device, sizeof NOTHING, cudaMemcpyDeviceToHost,
+                                                 q->stream), "notes", err) < 0 ||
+                   b2_cuda_check(cudaStreamSynchronize(q->stream), "work on the device", err) < 0
+               ? -1
+               : read_notes(q, err);
+}
+
 void b2_cuda_wait(b2_ctx *ctx)
 {
     cudaStreamSynchronize(b2_cuda_of(ctx)->stream); /* what has failed is said by the next call that can */
@@ -349,11 +360,14 @@ void *b2_cuda_queue_take(b2_device *device, b2_err *err)
     b2_cuda *q = d->queues;
     if (q)
         d->queues = q->next;
-    int status = b2_cuda_uploads_done(d, err);
     pthread_mutex_unlock(&d->lock);
-    if (status == 0 && !q)
-        q = create(device, err);
-    if (status < 0 || !q) {
+    int status = q || (q = create(device, err)) ? 0 : -1;
+    if (status == 0) {
+        pthread_mutex_lock(&d->lock);
+        status = b2_cuda_after_arrivals(d, q->stream, err);
+        pthread_mutex_unlock(&d->lock);
+    }
+    if (status < 0) {
         if (q)
             destroy(q);
         cudaSetDevice(before);
