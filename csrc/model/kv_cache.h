@@ -13,10 +13,10 @@
 
 typedef struct b2_kv_cache {
     int layers;
+    b2_dtype dtype; /* B2_F32; on devices B2_F16 or B2_BF16 too */
     int64_t width; /* Hkv * Dh */
     int64_t rows;
     b2_memory *memory; /* where keys and values lie */
-    b2_dtype dtype;    /* B2_F32; on devices B2_F16 or B2_BF16 too */
     char *k, *v;   /* [layers, rows, width], owned */
 } b2_kv_cache;
 
