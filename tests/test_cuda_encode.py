@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import blip2c
-from blip2c import _core
+from blip2c import _core, flow
 from helpers import random_checkpoint, random_instruct_config, random_pixels
 from test_kernels import interrupted
 
@@ -126,7 +126,7 @@ def test_captions_of_many_pictures_leave_their_features_on_the_device(
 ) -> None:
     folder, seen = random_checkpoint(tmp_path, seed=8, dtype="float16", tokenizer=True), []
 
-    class Watched(blip2c.flow.State):
+    class Watched(flow.State):
         def __init__(self, prompts: Any, encoded: Any, name: str) -> None:
             seen.append(type(encoded))
             super().__init__(prompts, encoded, name)
@@ -135,6 +135,6 @@ def test_captions_of_many_pictures_leave_their_features_on_the_device(
     here, there = (blip2c.Captioner(load(folder, device), processor) for device in ("cpu", cuda))
     images = list((np.random.default_rng(0).random((3, 28, 28, 3)) * 255).astype(np.uint8))
     want = [caption.ids for caption in here.caption(images, max_new_tokens=3)]
-    monkeypatch.setattr(blip2c.flow, "State", Watched)
+    monkeypatch.setattr(flow, "State", Watched)
     assert [caption.ids for caption in there.caption(images, max_new_tokens=3)] == want
     assert seen == [_core.DeviceArray] * 3
