@@ -42,7 +42,7 @@ typedef struct b2_quad_block {
 
 /* Two panels of weights as the tile reads them, from some unit on. */
 typedef struct b2_quad_operand {
-    const char *values[2]; /* [units][32 / u][16][u] of q + zero: bytes or int16 */
+    const char *values[2]; /* [units][32 / u][16][u]: bytes of q + zero, or int16 of q */
     const void *scales[2]; /* int4: float16 bits [units][16] */
 } b2_quad_operand;
 

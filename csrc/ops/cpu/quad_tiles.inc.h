@@ -1,5 +1,5 @@
-/* Rounded weights as int16: products of pairs are summed exactly in int32 (pmaddwd), beginning with the offset that takes the
- * part of zero away. The including file names the instruction set; plain C computes the same integers. */
+/* Rounded weights as int16: products of pairs are summed exactly in int32 (pmaddwd). The including file names the
+ * instruction set; plain C computes the same integers. */
 #include <math.h>
 #include <string.h>
 
@@ -9,22 +9,24 @@
 #define VALUE_BYTES 2
 #include "ops/cpu/quad_rows.inc.h"
 
-#if !defined(B2_SIMD_AVX2)
 /* Half of `units` stored units from `next`. */
 B2_INLINE void ask_ahead(const char *next, b2_dtype dtype, int64_t units)
 {
     for (int64_t at = 0; next && at < units * b2_quad_unit_bytes(dtype) / 2; at += 64)
         __builtin_prefetch(next + at, 0, 3);
 }
-#endif
 
 #if defined(B2_SIMD_AVX512)
 enum { TILE_ROWS = 8, TILE_PANELS = 2 };
 typedef __m512i vi;
 B2_INLINE vi i_load(const void *p) { return _mm512_loadu_si512(p); }
 B2_INLINE void i_store(void *p, vi a) { _mm512_storeu_si512(p, a); }
+B2_INLINE vi i_zero(void) { return _mm512_setzero_si512(); }
 B2_INLINE vi i_shift(vi a, const int bits) { return _mm512_srli_epi16(a, bits); }
-B2_INLINE vi i_mask(vi a, int mask) { return _mm512_and_si512(a, _mm512_set1_epi16((short)mask)); }
+B2_INLINE vi i_centre(vi a, int mask, int zero)
+{
+    return _mm512_sub_epi16(_mm512_and_si512(a, _mm512_set1_epi16((short)mask)), _mm512_set1_epi16((short)zero));
+}
 B2_INLINE vi i_pair(const char *p)
 {
     int32_t pair;
@@ -37,7 +39,7 @@ enum { TILE_VECTORS = TILE_PANELS * NV, VECTOR_BYTES = VW * 4, UNIT_BYTES = B2_Q
 
 /* One group of `channels`: c [rows][32] += t * (scale *) sums. The number of channels is no constant on purpose: an
  * unrolled loop spills the sums. */
-B2_INLINE void tile_group(float *c, const char *x, const float *scales, const int32_t *offsets, const char *const w[2],
+B2_INLINE void tile_group(float *c, const char *x, const float *scales, const char *const w[2],
                           const uint16_t *const half[2], int64_t channels, const int rows)
 {
     vi acc[TILE_ROWS][TILE_VECTORS];
@@ -45,7 +47,7 @@ B2_INLINE void tile_group(float *c, const char *x, const float *scales, const in
     for (int r = 0; r < rows; r++) {
         B2_UNROLL
         for (int v = 0; v < TILE_VECTORS; v++)
-            acc[r][v] = _mm512_set1_epi32(offsets[r]);
+            acc[r][v] = i_zero();
     }
     for (int64_t i = 0; i < channels / 2; i++) {
         vi b[TILE_VECTORS];
@@ -82,8 +84,8 @@ B2_INLINE void tile_rows(float *c, const b2_quad_block *x, const b2_quad_operand
         for (int i = 0; i < 2 && dtype == B2_I4; i++)
             half[i] = (const uint16_t *)o->scales[i] + u * B2_PANEL;
         ask_ahead(next ? next + u * b2_quad_unit_bytes(dtype) / 2 : NULL, dtype, step);
-        tile_group(c, x->values + u * B2_QUAD_UNIT * 2 * rows, x->scales + u / step * rows,
-                   x->offsets + u / step * rows, w, half, (u + step <= units ? step : units - u) * B2_QUAD_UNIT, rows);
+        tile_group(c, x->values + u * B2_QUAD_UNIT * 2 * rows, x->scales + u / step * rows, w, half,
+                   (u + step <= units ? step : units - u) * B2_QUAD_UNIT, rows);
     }
 }
 
@@ -127,7 +129,10 @@ typedef __m256i vi;
 B2_INLINE vi i_load(const void *p) { return _mm256_loadu_si256(p); }
 B2_INLINE void i_store(void *p, vi a) { _mm256_storeu_si256(p, a); }
 B2_INLINE vi i_shift(vi a, const int bits) { return _mm256_srli_epi16(a, bits); }
-B2_INLINE vi i_mask(vi a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi16((short)mask)); }
+B2_INLINE vi i_centre(vi a, int mask, int zero)
+{
+    return _mm256_sub_epi16(_mm256_and_si256(a, _mm256_set1_epi16((short)mask)), _mm256_set1_epi16((short)zero));
+}
 
 /* DO(rows, row, its two sums) for each row. */
 #define ROWS_1(DO, R) DO(R, 0, 0, 1)
@@ -138,8 +143,8 @@ B2_INLINE vi i_mask(vi a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi
 #define ROWS_6(DO, R) ROWS_5(DO, R) DO(R, 5, 10, 11)
 
 #define BEGIN(R, r, i0, i1)                                                                                         \
-    "vpbroadcastd 4*" #r "(%[offsets]), %%ymm" #i0 "\n\t"                                                          \
-    "vmovdqa %%ymm" #i0 ", %%ymm" #i1 "\n\t"
+    "vpxor %%xmm" #i0 ", %%xmm" #i0 ", %%xmm" #i0 "\n\t"                                                            \
+    "vpxor %%xmm" #i1 ", %%xmm" #i1 ", %%xmm" #i1 "\n\t"
 #define MULTIPLY(R, r, i0, i1)                                                                                      \
     "vpbroadcastd 4*(\\s*" #R "+" #r ")(%[x]), %%ymm14\n\t"                                                         \
     "vpmaddwd %%ymm12, %%ymm14, %%ymm15\n\t"                                                                        \
@@ -158,18 +163,13 @@ B2_INLINE vi i_mask(vi a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi
     "vfmadd213ps 128*" #r "+32(%[c]), %%ymm14, %%ymm" #i1 "\n\t"                                                    \
     "vmovups %%ymm" #i0 ", 128*" #r "(%[c])\n\t"                                                                    \
     "vmovups %%ymm" #i1 ", 128*" #r "+32(%[c])\n\t"
-/* Eight steps of two channels, a line of what is read next with every EACH-th. */
-#define SUMS(R, EACH)                                                                                               \
+#define SUMS(R)                                                                                                     \
     ROWS_##R(BEGIN, R) "1:\n\t"                                                                                     \
     ".irp s,0,1,2,3,4,5,6,7\n\t"                                                                                    \
-    ".if \\s %% " #EACH " == 0\n\t"                                                                                 \
-    "prefetcht0 \\s * 64 / " #EACH "(%[next])\n\t"                                                                  \
-    ".endif\n\t"                                                                                                    \
     "vmovdqu 64*\\s(%[w]), %%ymm12\n\t"                                                                             \
     "vmovdqu 64*\\s+32(%[w]), %%ymm13\n\t"                                                                          \
     ROWS_##R(MULTIPLY, R)                                                                                           \
     ".endr\n\t"                                                                                                     \
-    "add $8 * 64 / " #EACH ", %[next]\n\t"                                                                          \
     "add $32*" #R ", %[x]\n\t"                                                                                      \
     "add $512, %[w]\n\t"                                                                                            \
     "dec %[count]\n\t"                                                                                              \
@@ -178,23 +178,21 @@ B2_INLINE vi i_mask(vi a, int mask) { return _mm256_and_si256(a, _mm256_set1_epi
     "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",        \
         "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 
-/* A group of `count` times eight steps. */
 #define DEFINE_TILE(R)                                                                                              \
-    static void tile_i8_##R(float *c, const char *x, const float *scales, const int32_t *offsets, const char *w,    \
-                            int64_t count, const char *next)                                                        \
+    static void tile_i8_##R(float *c, const char *x, const float *scales, const char *w, int64_t count)             \
     {                                                                                                               \
-        __asm__ volatile(SUMS(R, 4) ROWS_##R(ADD, R)                                                                \
-                         : [x] "+r"(x), [w] "+r"(w), [count] "+r"(count), [next] "+r"(next)                         \
-                         : [c] "r"(c), [scales] "r"(scales), [offsets] "r"(offsets)                                 \
+        __asm__ volatile(SUMS(R) ROWS_##R(ADD, R)                                                                   \
+                         : [x] "+r"(x), [w] "+r"(w), [count] "+r"(count)                                            \
+                         : [c] "r"(c), [scales] "r"(scales)                                                         \
                          : CLOBBERED);                                                                              \
     }                                                                                                               \
-    static void tile_i4_##R(float *c, const char *x, const float *scales, const int32_t *offsets, const char *w,    \
-                            int64_t count, const char *next, const uint16_t *half)                                  \
+    static void tile_i4_##R(float *c, const char *x, const float *scales, const char *w, int64_t count,             \
+                            const uint16_t *half)                                                                   \
     {                                                                                                               \
-        __asm__ volatile(SUMS(R, 8) "vcvtph2ps (%[half]), %%ymm12\n\t"                                              \
-                                    "vcvtph2ps 16(%[half]), %%ymm13\n\t" ROWS_##R(SCALE, R) ROWS_##R(ADD, R)        \
-                         : [x] "+r"(x), [w] "+r"(w), [count] "+r"(count), [next] "+r"(next)                         \
-                         : [c] "r"(c), [scales] "r"(scales), [offsets] "r"(offsets), [half] "r"(half)               \
+        __asm__ volatile(SUMS(R) "vcvtph2ps (%[half]), %%ymm12\n\t"                                                 \
+                                 "vcvtph2ps 16(%[half]), %%ymm13\n\t" ROWS_##R(SCALE, R) ROWS_##R(ADD, R)           \
+                         : [x] "+r"(x), [w] "+r"(w), [count] "+r"(count)                                            \
+                         : [c] "r"(c), [scales] "r"(scales), [half] "r"(half)                                       \
                          : CLOBBERED);                                                                              \
     }
 
@@ -210,22 +208,20 @@ static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_
 {
     if (first)
         memset(c, 0, (size_t)(rows * B2_QUAD_TILE_COLUMNS) * sizeof *c);
-    static void (*const i8[])(float *, const char *, const float *, const int32_t *, const char *, int64_t,
-                              const char *) = {tile_i8_1, tile_i8_2, tile_i8_3, tile_i8_4, tile_i8_5, tile_i8_6};
-    static void (*const i4[])(float *, const char *, const float *, const int32_t *, const char *, int64_t, const char *,
-                              const uint16_t *) = {tile_i4_1, tile_i4_2, tile_i4_3, tile_i4_4, tile_i4_5, tile_i4_6};
+    static void (*const i8[])(float *, const char *, const float *, const char *, int64_t) = {
+        tile_i8_1, tile_i8_2, tile_i8_3, tile_i8_4, tile_i8_5, tile_i8_6};
+    static void (*const i4[])(float *, const char *, const float *, const char *, int64_t, const uint16_t *) = {
+        tile_i4_1, tile_i4_2, tile_i4_3, tile_i4_4, tile_i4_5, tile_i4_6};
     int64_t step = b2_quad_group(dtype) / B2_QUAD_UNIT;
     for (int64_t u = 0; u < units; u += step) {
         const char *values = x->values + u * B2_QUAD_UNIT * 2 * rows, *weights = w->values[0] + u * UNIT_BYTES;
-        const char *ask = next ? next + u * b2_quad_unit_bytes(dtype) / 2 : values;
         const float *scales = x->scales + u / step * rows;
-        const int32_t *offsets = x->offsets + u / step * rows;
         int64_t count = (u + step <= units ? step : units - u) * B2_QUAD_UNIT / (2 * STEP_UNROLL);
+        ask_ahead(next ? next + u * b2_quad_unit_bytes(dtype) / 2 : NULL, dtype, step);
         if (dtype == B2_I8)
-            i8[rows - 1](c, values, scales, offsets, weights, count, ask);
+            i8[rows - 1](c, values, scales, weights, count);
         else
-            i4[rows - 1](c, values, scales, offsets, weights, count, ask,
-                         (const uint16_t *)w->scales[0] + u * B2_PANEL);
+            i4[rows - 1](c, values, scales, weights, count, (const uint16_t *)w->scales[0] + u * B2_PANEL);
     }
 }
 
@@ -254,9 +250,7 @@ static void tile(float *c, const b2_quad_block *x, const b2_quad_operand *w, b2_
     ask_ahead(next, dtype, units);
     for (int64_t k = 0; k < units * B2_QUAD_UNIT; k += group)
         for (int r = 0; r < rows; r++) {
-            int32_t sum[B2_PANEL];
-            for (int j = 0; j < B2_PANEL; j++)
-                sum[j] = x->offsets[k / group * rows + r];
+            int32_t sum[B2_PANEL] = {0};
             const int16_t *weights = (const int16_t *)(const void *)w->values[0] + k * B2_PANEL;
             for (int64_t i = 0; i < group && k + i < units * B2_QUAD_UNIT; i += 2, weights += 2 * B2_PANEL) {
                 int16_t a[2];
@@ -296,8 +290,8 @@ static void unpack_i8(char *dst, const uint8_t *panel, int64_t units)
         B2_UNROLL
         for (int at = 0; at < 64; at += VECTOR_BYTES) {
             vi both = i_load(panel + at);
-            i_store(dst + at, i_mask(both, 255));
-            i_store(dst + 64 + at, i_shift(both, 8));
+            i_store(dst + at, i_centre(both, 255, 128));
+            i_store(dst + 64 + at, i_centre(i_shift(both, 8), 255, 128));
         }
 }
 
@@ -307,10 +301,10 @@ static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)
         B2_UNROLL
         for (int at = 0; at < 64; at += VECTOR_BYTES) {
             vi four = i_load(panel + at);
-            i_store(dst + at, i_mask(four, 15));
-            i_store(dst + 64 + at, i_mask(i_shift(four, 8), 15));
-            i_store(dst + 128 + at, i_mask(i_shift(four, 4), 15));
-            i_store(dst + 192 + at, i_shift(four, 12));
+            i_store(dst + at, i_centre(four, 15, 8));
+            i_store(dst + 64 + at, i_centre(i_shift(four, 8), 15, 8));
+            i_store(dst + 128 + at, i_centre(i_shift(four, 4), 15, 8));
+            i_store(dst + 192 + at, i_centre(i_shift(four, 12), 15, 8));
         }
 }
 #else
@@ -319,8 +313,8 @@ static void unpack_i8(char *dst, const uint8_t *panel, int64_t units)
     int16_t *to = (int16_t *)(void *)dst;
     for (int64_t quad = 0; quad < units * 8; quad++, panel += 64, to += 64)
         for (int i = 0; i < 32; i++) {
-            to[i] = panel[2 * i];
-            to[32 + i] = panel[2 * i + 1];
+            to[i] = (int16_t)(panel[2 * i] - 128);
+            to[32 + i] = (int16_t)(panel[2 * i + 1] - 128);
         }
 }
 
@@ -329,10 +323,10 @@ static void unpack_i4(char *dst, const uint8_t *panel, int64_t units)
     int16_t *to = (int16_t *)(void *)dst;
     for (int64_t quads = 0; quads < units * 4; quads++, panel += 64, to += 128)
         for (int i = 0; i < 32; i++) {
-            to[i] = panel[2 * i] & 15;
-            to[32 + i] = panel[2 * i + 1] & 15;
-            to[64 + i] = panel[2 * i] >> 4;
-            to[96 + i] = panel[2 * i + 1] >> 4;
+            to[i] = (int16_t)((panel[2 * i] & 15) - 8);
+            to[32 + i] = (int16_t)((panel[2 * i + 1] & 15) - 8);
+            to[64 + i] = (int16_t)((panel[2 * i] >> 4) - 8);
+            to[96 + i] = (int16_t)((panel[2 * i + 1] >> 4) - 8);
         }
 }
 #endif

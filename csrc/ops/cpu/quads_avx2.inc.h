@@ -29,8 +29,8 @@ static int stream_panels(b2_dtype dtype, int rows)
 }
 
 /* Ten sums, two operands of weights, x, a product and a mask are fifteen of sixteen registers, and GCC spills half of them:
- * written out. Sums in ymm0 to ymm9, weights in ymm12 and ymm13, x in ymm14, a product in ymm15, the mask in one of the others. Weights are
- * read once for each pair of their channels and unpacked for all rows.
+ * written out. Sums in ymm0 to ymm9, weights in ymm12 and ymm13, x in ymm14, a product in ymm15, the mask in one of the
+ * others. Weights are unpacked once for all rows.
  *
  * DO(row, its two sums) for each row. */
 #define ROWS_1(DO, AT) DO(AT, 0, 0, 1)
