@@ -7,7 +7,7 @@
     python benchmarks/caption.py /tmp/blip2-opt-2.7b-random --dtypes int8 int4 --ctranslate2 /tmp/opt-2.7b-ct2
 
     pip install llama-cpp-python gguf && python benchmarks/make_peers.py LLAMA_CHECKPOINT /tmp/llama-2.7b.gguf
-    python benchmarks/caption.py LLAMA_CHECKPOINT --dtypes int8 int4 --llama /tmp/llama-2.7b.gguf --no-transformers
+    python benchmarks/caption.py LLAMA_CHECKPOINT --dtypes int8 int4 --llama /tmp/llama-2.7b.gguf --transformers
 
 Every round starts each engine once in a fresh process, which loads the checkpoint and runs every piece of work. Rows:
 load, ViT, Q-Former with projection, prefill of 33 tokens, one decoded token, one step of 5 beams, captions of 20
@@ -46,6 +46,7 @@ ROWS = {
 }  # fmt: skip
 OF_THE_MACHINE = ("vit_of_peak", "read_rate", "decode_of_read")
 NEW_TOKENS, PROMPT = 20, 33
+TRANSFORMERS = ["float32", "bfloat16"]
 # blip2c, and what imports it, is imported where it is needed: the processes of peers are to have nothing of it.
 Medians = dict[str, dict[str, float]]  # engine: row: median
 
@@ -333,7 +334,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", default=["auto"], help="of blip2c: auto bfloat16 int8 int4")
     parser.add_argument("--ctranslate2", metavar="FOLDER", help="the language model for CTranslate2")
     parser.add_argument("--llama", metavar="FILE", help="the language model for llama.cpp, Q8_0")
-    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument(
+        "--transformers", nargs="*", metavar="DTYPE", choices=TRANSFORMERS, default=TRANSFORMERS,
+        help="none for not at all; float32 bfloat16 is the default, of bfloat16 only where the processor has "
+        "products of it: torch computes them tens of times slower elsewhere",
+    )  # fmt: skip
     parser.add_argument("--engine", help="run one engine in this process and print its figures as JSON")
     arguments = parser.parse_args()
     if arguments.engine:
@@ -343,10 +348,8 @@ def main() -> None:
     import targets
 
     engines = [f"blip2c-{dtype}" for dtype in arguments.dtypes]
-    if not arguments.no_transformers:
-        # Without products of bfloat16 torch computes it tens of times slower than float32.
-        bfloat16 = machine.arithmetic_of("bfloat16") == "bfloat16"
-        engines += ["transformers-float32", *(["transformers-bfloat16"] if bfloat16 else [])]
+    computed = machine.arithmetic_of("bfloat16") == "bfloat16" or arguments.transformers is not TRANSFORMERS
+    engines += [f"transformers-{dtype}" for dtype in arguments.transformers if computed or dtype != "bfloat16"]
     engines += ["ctranslate2-int8"] if arguments.ctranslate2 else []
     engines += ["llama.cpp-Q8_0", "llama.cpp-Q4_0"] if arguments.llama else []
     for dtype in arguments.dtypes:
