@@ -10,8 +10,8 @@ many rows meet them. Peers: torch's float32, bfloat16 and dynamically quantised 
 after their work: run it with OMP_WAIT_POLICY=passive) and its attention, OpenBLAS as blip2c calls it for mapped float32
 weights, and CTranslate2's int8, which can be asked for whole layers only: what fc1 and fc2 together take is a third of
 the difference between three layers with feed-forwards twice as wide and as wide as OPT-2.7B's. Weights are rotated over
-at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit, keys and values
-over 32 layers where one token is decoded. Engines take turns within each round; the medians of all calls are printed.
+at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit, queries, keys and
+values over as many layers as a model has. Engines take turns within each round; the medians of all calls are printed.
 
 Other work on the machine shows in every figure: ratios between engines of one run mean more than rates.
 """
@@ -104,10 +104,10 @@ class Attention:
 
 
 ATTENTIONS = [
-    Attention("ViT attention", 1, 257, 257, 16, 88),
-    Attention("Q-Former attention", 1, 32, 32, 12, 64),
-    Attention("Q-Former cross attention", 1, 32, 257, 12, 64),
-    Attention("OPT prefill attention", 1, 33, 33, 32, 80, causal=True),
+    Attention("ViT attention", 1, 257, 257, 16, 88, layers=39),
+    Attention("Q-Former attention", 1, 32, 32, 12, 64, layers=12),
+    Attention("Q-Former cross attention", 1, 32, 257, 12, 64, layers=6),
+    Attention("OPT prefill attention", 1, 33, 33, 32, 80, causal=True, layers=32),
     Attention("OPT decode attention", 1, 1, 53, 32, 80, layers=32),
     Attention("OPT decode attention, 5 rows", 5, 1, 53, 32, 80, layers=32),
 ]
