@@ -195,6 +195,20 @@ def run(sweep: Sweep, model: Model, dtype: str) -> list[Point]:
 COLOURS = {"float16": "#1f77b4", "float32": "#17becf", "bfloat16": "#2ca02c", "int8": "#d62728", "int4": "#9467bd"}
 
 
+def label_ends(axes: Any, curves: dict[str, list[Point]]) -> None:
+    """How far above their floors the last points are, beside them, one under the other where they are close."""
+    free = float("inf")  # pixels: below the label above
+    for dtype, points in sorted(curves.items(), key=lambda curve: -curve[1][-1][1]):
+        x, seconds, floor = points[-1]
+        at = axes.transData.transform((x, seconds))[1]
+        shift = min(0.0, free - at)
+        free = at + shift - 14
+        axes.annotate(
+            f"{seconds / floor:.2f} x", (x, seconds), xytext=(7, shift * 72 / axes.figure.dpi),
+            textcoords="offset points", va="center", fontsize=8, color=COLOURS.get(dtype, "black"),
+        )  # fmt: skip
+
+
 def plot(sweep: Sweep, curves: dict[str, list[Point]], where: str, file: Path) -> None:
     """Measured: lines with dots; floors: dashed in the same colour. The last dot says how far above its floor it is."""
     import matplotlib
@@ -210,10 +224,6 @@ def plot(sweep: Sweep, curves: dict[str, list[Point]], where: str, file: Path) -
         colour = COLOURS.get(dtype, "black")
         axes.plot(xs, seconds, "o-", color=colour, label=dtype, linewidth=1.8, markersize=5)
         axes.plot(xs, floors, "--", color=colour, linewidth=1.3, alpha=0.75)
-        axes.annotate(
-            f"{seconds[-1] / floors[-1]:.2f} x", (xs[-1], seconds[-1]), xytext=(7, 0), textcoords="offset points",
-            va="center", fontsize=8, color=colour,
-        )  # fmt: skip
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     if sweep.log:
         axes.set_xscale("log", base=2)
@@ -233,6 +243,7 @@ def plot(sweep: Sweep, curves: dict[str, list[Point]], where: str, file: Path) -
     axes.set_title(sweep.title, fontsize=12, loc="left", pad=22)
     axes.text(0, 1.025, where, transform=axes.transAxes, fontsize=8, color="0.35")
     axes.grid(which="major", alpha=0.3)
+    label_ends(axes, curves)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     handles, _ = axes.get_legend_handles_labels()
