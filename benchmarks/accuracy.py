@@ -132,16 +132,13 @@ def planted_table(family: str, dtypes: list[str]) -> None:
 # -- a checkpoint ------------------------------------------------------------------------------------------------------
 
 
-def random_tokens(vocabulary: int, count: int) -> NDArray[np.int32]:
-    return np.random.default_rng(1).integers(4, vocabulary - 1, count).astype(np.int32)
-
-
 def logits_of(folder: Path, dtype: str, positions: int) -> Logits:
     """[positions, V]: one picture, then random tokens, read at once. An encoder-decoder decodes those tokens."""
     model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=parse_dtype(dtype), cache=False)
     core, config = model._core, model._core_config
-    side, text = config["vision"]["image_size"], random_tokens(config["text"]["vocab_size"], positions)
-    pixels = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
+    rng, side = np.random.default_rng(0), config["vision"]["image_size"]
+    pixels = rng.normal(size=(1, 3, side, side)).astype(np.float32)
+    text = rng.integers(4, config["text"]["vocab_size"] - 1, positions).astype(np.int32)
     ids = np.concatenate([np.full(config["num_query_tokens"], -1, np.int32), text])
     features = core.encode(pixels)
     queries, logits = config["num_query_tokens"], None
@@ -163,8 +160,8 @@ def checkpoint_table(folder: Path, others: list[str], positions: int, kept: Path
         reference = logits_of(folder, "auto", positions)
         if kept is not None:
             np.save(kept, reference)
-    echoes = (reference.argmax(-1) == random_tokens(reference.shape[1], positions)).mean()
-    print(f"The first choice as stored is the token just read: {100 * echoes:.1f} %\n")
+    choices = len(np.unique(reference.argmax(-1)))
+    print(f"As stored: {choices} different first choices at {positions} positions\n")
     header("dtype", "relative error", "largest error", f"same first choice of {positions}")
     for name in others:
         packed = Path(name).is_dir()
