@@ -107,6 +107,7 @@ typedef struct b2_attention_args {
     const float *distance_bias;  /* [H, 2L - 1] or NULL: entry clamp(j - (keys_b - T_b + i), -(L-1), L-1) + L - 1 is added
                                   * to the score of query i and key j: T5's relative position bias */
     int64_t distance_limit;      /* L */
+    b2_dtype keys;               /* what k, v, k_suffix and v_suffix hold: B2_F32; on devices B2_F16 or B2_BF16 too */
     int64_t window;              /* 0: all; else query i sees only keys j > keys_b - T_b + i - window (sliding window) */
     b2_dtype operands;           /* B2_F16 or B2_BF16: q, k, v and the softmax may be rounded to this before they are
                                   * multiplied, as models stored so do upstream (sums are fp32); B2_F32: they may not */
@@ -176,6 +177,8 @@ enum { B2_SHORTLIST_MOST = 64 };
 typedef struct b2_step_shape {
     const void *key; /* [bytes]: differs whenever anything else does */
     size_t bytes;
+    int constant;    /* 1: the body makes the host arrays itself, and makes the same ones whenever the key is the same; then their
+                      * addresses do not matter */
 } b2_step_shape;
 
 typedef int (*b2_step_fn)(b2_ctx *ctx, void *argument, b2_err *err);
@@ -197,6 +200,8 @@ struct b2_ops {
     int (*patches)(b2_ctx *, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *);
     int (*copy_rows)(b2_ctx *, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *);
+    /* NULL where nothing is kept in 16 bits. */
+    int (*store_rows)(b2_ctx *, b2_tensor out, b2_dtype dtype, const int32_t *out_rows, b2_tensor x, b2_err *);
     int (*add_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
     int (*reduce_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *);
     int (*unit_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
@@ -210,6 +215,8 @@ struct b2_ops {
     int (*upload)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
     int (*download)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
     void (*wait)(b2_ctx *);
+    /* NULL where backend memory is the host's. */
+    int (*finish)(b2_ctx *, b2_err *);
     int (*step)(b2_ctx *, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *);
     size_t (*scratch_bytes)(const b2_ctx *, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim);
 };
@@ -265,6 +272,11 @@ int b2_patches(b2_ctx *ctx, b2_tensor out, b2_pictures pictures, int64_t patch, 
 int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                  b2_err *err);
 
+/* The same with out[out_rows[i]] = x[i] for all rows of x, `out` being of elements of `dtype` (B2_F32; on devices B2_F16 or B2_BF16
+ * too). What lies beyond the range of B2_F16 becomes NaN, which nobody overlooks (b2_note_finite): an Inf among keys may look like a key
+ * that is not seen. */
+int b2_store_rows(b2_ctx *ctx, b2_tensor out, b2_dtype dtype, const int32_t *out_rows, b2_tensor x, b2_err *err);
+
 /* out[i] += x[i mod x.rows]: the same rows (position embeddings) onto every picture. */
 int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
 
@@ -292,7 +304,7 @@ int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *er
  * the backend has a queue. `stage` is a constant. */
 int b2_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err);
 
-enum { B2_LOGITS = -1 };
+enum { B2_LOGITS = -1, B2_GIVEN = -2 /* an argument of a caller, `stage` its name */ };
 
 /* -1 with the error of b2_note_finite, for backends. */
 int b2_fail_finite(b2_err *err, const char *stage, int layer, int64_t row);
@@ -320,7 +332,9 @@ int b2_download_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err);
 
 /* What comes from outside and goes there (arrays of NumPy, logits of a search) is on the host, or on the very device. On the
  * CPU it is used where it lies.
+ * What lies on the device, row behind row from a multiple of B2_OUTER_ALIGNMENT, is used where it lies there too.
  * *in: what `outer` holds, in backend memory: from ctx->activations where that is not where it is. */
+enum { B2_OUTER_ALIGNMENT = 256 };
 int b2_bring_in(b2_ctx *ctx, b2_tensor *in, b2_tensor outer, b2_err *err);
 /* *inner: room for what `outer` is to hold, which b2_hand_over puts there. */
 int b2_room_for(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err);
@@ -330,6 +344,10 @@ size_t b2_outer_bytes(const b2_ctx *ctx, int64_t rows, int64_t cols);
 
 /* Returns when nothing that was asked for is under way: before memory is freed that it may use. */
 void b2_wait(b2_ctx *ctx);
+
+/* The same at the end of a call whose results stay in backend memory; -1 where the work has failed, or with the error of
+ * b2_note_finite. */
+int b2_finish(b2_ctx *ctx, b2_err *err);
 
 /* Room for `bytes` in both arenas; nothing may be in use. */
 int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err);

@@ -1,6 +1,10 @@
 /* Steps as graphs. The first time that a step of some shape is asked for it runs as it is; the second time it is recorded; from
  * then on the recording is launched, after the host arrays that it reads have been copied to where it reads them.
  *
+ * A step that makes its host arrays itself (b2_step_shape.constant) reads what they held when it was recorded. Of those only the
+ * short ones are recorded (MOST_WORK): what takes longer than launching its operations gains nothing, and a launched graph can
+ * not be cancelled.
+ *
  * A shape's key holds every pointer and number that the step's operations are given, so an equal key means an equal recording.
  * What cannot be recorded (a backend operation that waits, an array that changes within the step) runs as it is for ever. */
 #include <string.h>
@@ -9,6 +13,9 @@
 #include "ops/cuda/device.h"
 #include "ops/cuda/indices.h"
 
+/* The first two pictures of BLIP-2's ViT-g: 3 ms of an H100, 20 ms of a card a sixth as fast. */
+static const double MOST_WORK = 1e12;
+
 enum { STEPS = 32 }; /* shapes that are remembered: the one not used for longest makes way */
 
 struct step {
@@ -16,6 +23,7 @@ struct step {
     size_t bytes;
     uint64_t used;       /* when */
     size_t room;         /* for arrays, to begin with */
+    double work;         /* as pace.cu counts it */
     int refused;         /* not to be recorded */
     cudaGraphExec_t exec;/* NULL: not recorded yet */
     b2_cuda_recording recording;
@@ -82,7 +90,9 @@ static int make_room(b2_cuda *q, step *s, b2_err *err)
 {
     b2_cuda_recording *r = &s->recording;
     b2_cuda_device *d = b2_cuda_device_of(q);
+    int constant = r->constant;
     release_recording(d, r);
+    r->constant = constant;
     if (b2_cuda_check(cudaMallocHost((void **)&r->host, s->room), "pinned memory", err) < 0 ||
         !(r->device = (char *)d->memory.alloc(&d->memory, s->room, "arrays of a step", err)))
         return -1;
@@ -99,10 +109,11 @@ static int record(b2_ctx *ctx, step *s, b2_step_fn body, void *argument, b2_err 
         b2_cuda_check(cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal), "step", err) < 0)
         return -1;
     q->capturing = 1;
+    q->arrays_change = !s->recording.constant;
     b2_cuda_record_into(q, &s->recording);
     int status = body(ctx, argument, err);
     b2_cuda_record_into(q, NULL);
-    q->capturing = 0;
+    q->capturing = q->arrays_change = 0;
     cudaError_t ended = cudaStreamEndCapture(q->stream, &graph); /* always, or the stream stays as it is */
     if (status == 0)
         status = b2_cuda_check(ended, "step", err);
@@ -116,16 +127,32 @@ static int record(b2_ctx *ctx, step *s, b2_step_fn body, void *argument, b2_err 
     return status;
 }
 
-static int replay(b2_cuda *q, step *s, b2_err *err)
+static int replay(b2_ctx *ctx, step *s, b2_err *err)
 {
+    b2_cuda *q = b2_cuda_of(ctx);
     b2_cuda_recording *r = &s->recording;
     /* The copy of the arrays of the step before has been made: whoever asks for a step has read its predecessor's results. */
-    for (int i = 0; i < r->count; i++)
+    for (int i = 0; !r->constant && i < r->count; i++)
         memcpy(r->host + r->arrays[i].at, r->arrays[i].host, r->arrays[i].bytes);
-    if (r->used > 0 && b2_cuda_check(cudaMemcpyAsync(r->device, r->host, r->used, cudaMemcpyHostToDevice, q->stream),
+    if (r->used > 0 && !r->sent && b2_cuda_check(cudaMemcpyAsync(r->device, r->host, r->used, cudaMemcpyHostToDevice, q->stream),
                                      "arrays of a step", err) < 0)
         return -1;
-    return b2_cuda_check(cudaGraphLaunch(s->exec, q->stream), "step", err);
+    r->sent = r->constant;
+    return b2_cuda_check(cudaGraphLaunch(s->exec, q->stream), "step", err) < 0 ? -1 : b2_cuda_pace_on(ctx, s->work, err);
+}
+
+/* The first time: what it costs decides whether it is worth a recording. */
+static int run_first(b2_ctx *ctx, step *s, b2_step_fn body, void *argument, b2_err *err)
+{
+    b2_cuda *q = b2_cuda_of(ctx);
+    double before = q->work;
+    if (body(ctx, argument, err) < 0) {
+        release_step(b2_cuda_device_of(q), s); /* it may have been cancelled halfway */
+        return -1;
+    }
+    s->work = q->work - before;
+    s->refused = s->recording.constant && s->work > MOST_WORK;
+    return 0;
 }
 
 int b2_cuda_step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err)
@@ -137,10 +164,14 @@ int b2_cuda_step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argume
     step *s = ctx->tap ? NULL : find(q, shape, &fresh, err);
     if (!s && !ctx->tap)
         return -1;
-    if (!s || fresh || s->refused)
+    if (!s || s->refused)
         return body(ctx, argument, err);
+    if (fresh) {
+        s->recording.constant = shape.constant;
+        return run_first(ctx, s, body, argument, err);
+    }
     if (s->exec)
-        return replay(q, s, err);
+        return replay(ctx, s, err);
     b2_err why = {};
     int status = record(ctx, s, body, argument, &why);
     while (status < 0 && s->recording.overflowed) {
@@ -149,7 +180,7 @@ int b2_cuda_step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argume
         status = record(ctx, s, body, argument, &why);
     }
     if (status == 0)
-        return replay(q, s, err);
+        return replay(ctx, s, err);
     s->refused = 1;
     release_recording(b2_cuda_device_of(q), &s->recording);
     return body(ctx, argument, err);
