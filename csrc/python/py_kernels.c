@@ -676,14 +676,16 @@ static b2py_plan attention_plan(const b2_attention_args *a)
     return (b2py_plan){a->q.rows, a->q.cols, keys < most ? keys : most, a->head_dim > 0 ? a->head_dim : 1};
 }
 
-/* Floats of all rows' weights, [H, T_b, keys_b] each; 0 where the rows make no sense, which the operation refuses. */
+/* Floats of all rows' weights, [H, T_b, keys_b] each; 0 where there are more of something than there is, which the operation
+ * refuses. */
 static npy_intp weights_size(const b2_attention_args *a)
 {
     npy_intp size = 0;
+    int64_t most = a->k.rows + a->suffix_ld;
     for (int64_t b = 0; b < a->rows; b++) {
         int64_t queries = (int64_t)a->q_offsets[b + 1] - a->q_offsets[b];
         int64_t keys = (int64_t)a->prefix_lens[b] + (a->suffix_lens ? a->suffix_lens[b] : 0);
-        if (queries < 0 || keys < 0 || a->heads < 1)
+        if (queries < 0 || queries > a->q.rows || keys < 0 || keys > most || a->heads < 1 || a->heads > a->q.cols)
             return 0;
         size += (npy_intp)(a->heads * queries * keys);
     }
