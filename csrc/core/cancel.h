@@ -15,6 +15,9 @@ typedef struct b2_cancel {
 
 enum { B2_POLL_INTERVAL_NS = 25 * 1000 * 1000 };
 
+/* Monotonic time. */
+int64_t b2_now_ns(void);
+
 /* The flag alone: for worker threads. */
 static inline int b2_cancelled(const b2_cancel *cancel)
 {
