@@ -11,9 +11,16 @@
 
 Every round starts each engine once in a fresh process, which loads the checkpoint and runs every piece of work. Rows:
 load, ViT, Q-Former with projection, prefill of 33 tokens, one decoded token, one step of 5 beams, captions of 20
-tokens, greedy and with 5 beams; the rate at which this process read memory just then; peak resident memory of the
-process after a greedy caption and after everything. CTranslate2 and llama.cpp have the language model alone. int8 and
-int4 are first written to a packed folder beside the checkpoint (`blip2c quantize`), and load from there.
+tokens, greedy and with 5 beams; the ViT's share of the peak of its arithmetic; the rate at which the process read
+memory in turns with decoding, and the share of it at which a token reads its weights; peak resident memory of the
+process after a greedy caption and after everything. CTranslate2 has the language model, and the layers of the ViT as
+those of its text encoder (make_peers.py), llama.cpp the language model alone. int8 and int4 are first written to a
+packed folder beside the checkpoint (`blip2c quantize`), and load from there.
+
+At the end the table of targets (targets.py) of the instruction set in force, AVX-512 or AVX2, with what was measured.
+The AVX2 column on a processor that has more:
+
+    export BLIP2C_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CT2_FORCE_CPU_ISA=AVX2
 """
 
 from __future__ import annotations
@@ -21,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -35,9 +41,17 @@ import numpy as np
 
 ROWS = {
     "load": "s", "vit": "s", "qformer": "s", "prefill_33": "s", "decode_token": "s", "beam5_step": "s",
-    "greedy_20": "s", "beam5_20": "s", "read_rate": "GB/s", "peak_rss_greedy": "GB", "peak_rss": "GB",
+    "greedy_20": "s", "beam5_20": "s", "peak_rss_greedy": "GB", "peak_rss": "GB",
+    "vit_of_peak": "%", "read_rate": "GB/s", "decode_of_read": "%",
 }  # fmt: skip
+OF_THE_MACHINE = ("vit_of_peak", "read_rate", "decode_of_read")
 NEW_TOKENS, PROMPT = 20, 33
+# blip2c, and what imports it, is imported where it is needed: the processes of peers are to have nothing of it.
+Medians = dict[str, dict[str, float]]  # engine: row: median
+
+
+def processors() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def peak_rss() -> float:
@@ -72,17 +86,45 @@ def captions(row: dict[str, float], generate: Callable[[int, int], Any]) -> None
     row["peak_rss"] = peak_rss()
 
 
-def read_rate() -> float:
-    """GB/s at which both threads read memory: the check for NaN does nothing else."""
-    from blip2c import kernels
+def memory_rows(row: dict[str, float], size: float, generate: Callable[[int], Any]) -> None:
+    """generate(new_tokens), each after the first reading `size` bytes of weights: in turns with plain reading."""
+    import machine
 
-    memory = np.ones((8192, 8192), np.float32)
-    return max(memory.nbytes / timed(lambda: kernels.first_bad_row(memory))[0] for _ in range(5)) / 1e9
+    rates, shares = [], []
+    for _ in range(3):
+        rates.append(machine.read_rate(3, 256))
+        one, _ = timed(lambda: generate(1))
+        more, _ = timed(lambda: generate(11))
+        shares.append(100 * size * 10 / (more - one) / rates[-1])
+    row["read_rate"], row["decode_of_read"] = statistics.median(rates) / 1e9, statistics.median(shares)
+
+
+def generation(model: Any, features: np.ndarray, text: int = 1, beams: int = 1) -> Callable[[int], Any]:
+    """new_tokens to ids: the language model alone, exactly so many behind features [B, Q, D] and `text` tokens."""
+    from blip2c.generation import core_options
+
+    batch, queries = features.shape[:2]
+    prompt = queries + text
+    row = [-1] * queries + [2 + i % (model.config.text_config.vocab_size - 2) for i in range(text)]
+    ids, offsets = np.array(row * batch, np.int32), np.arange(batch + 1, dtype=np.int64) * prompt
+    decoded: tuple[np.ndarray, ...] = ()
+    read, read_length = ids, prompt  # what the search goes on from
+    if model.config.text_config.model_type == "t5":
+        read, read_length = np.zeros(batch, np.int32), 1
+        decoded = read, np.arange(batch + 1, dtype=np.int64)
+
+    def run(tokens: int) -> Any:
+        exactly = {"max_new_tokens": tokens, "min_new_tokens": tokens, "num_beams": beams}
+        options = core_options(model.generation_config, exactly, [read_length] * batch)
+        return model._core.generate(features, ids, offsets, None, read, options, *decoded)
+
+    return run
 
 
 def run_blip2c(folder: str, dtype: str) -> dict[str, float]:
+    import machine
+
     import blip2c
-    from blip2c.generation import core_options
 
     row: dict[str, float] = {}
     packed = packed_folder(folder, dtype)
@@ -95,18 +137,18 @@ def run_blip2c(folder: str, dtype: str) -> dict[str, float]:
     row["vit"] = several(lambda: core.vision(pixels))
     vision = core.vision(pixels)
     row["qformer"] = several(lambda: core.read(vision))
-    ids = np.array([-1] * model.config.num_query_tokens + [2], np.int32)
-    offsets = np.array([0, len(ids)], np.int64)
-    one_token = core_options(model.generation_config, {"max_new_tokens": 1}, [len(ids)])
-    core.generate(features, ids, offsets, None, ids, one_token)
-    row["prefill_33"] = several(lambda: core.generate(features, ids, offsets, None, ids, one_token))
+    decode = generation(model, features)
+    decode(1)
+    row["prefill_33"] = several(lambda: decode(1))
     captions(
         row,
         lambda tokens, beams: model.generate(
             pixel_values=pixels, max_new_tokens=tokens, min_new_tokens=tokens, num_beams=beams
         ),
     )
-    row["read_rate"] = read_rate()
+    memory_rows(row, machine.token_bytes(model.config.text_config, model.dtypes["language"]), decode)
+    reached = machine.vision_operations(model.config.vision_config) / row["vit"]
+    row["vit_of_peak"] = 100 * reached / machine.peak(machine.arithmetic_of(model.dtypes["vision"]))
     return row
 
 
@@ -155,21 +197,27 @@ def language_rows(generate: Callable[[int, int], Any]) -> dict[str, float]:
 def run_ctranslate2(folder: str) -> dict[str, float]:
     import ctranslate2
 
-    threads = len(os.sched_getaffinity(0))
-    load, model = timed(lambda: ctranslate2.Generator(folder, compute_type="int8", intra_threads=threads))
+    load, model = timed(lambda: ctranslate2.Generator(folder, compute_type="int8", intra_threads=processors()))
     prompt = [f"<{i}>" for i in range(100, 100 + PROMPT)]
-    return {"load": load} | language_rows(
+    row = {"load": load} | language_rows(
         lambda tokens, beams: model.generate_batch(
             [prompt], max_length=tokens, min_length=tokens, beam_size=beams, include_prompt_in_result=False
         )
     )
+    vision = Path(folder, "vision")
+    if vision.is_dir():
+        encoder = ctranslate2.Encoder(str(vision), compute_type="int8", intra_threads=processors())
+        patches = [[f"<{i}>" for i in range(len(json.loads((vision / "vocabulary.json").read_text())))]]
+        encoder.forward_batch(patches)
+        row["vit"] = several(lambda: encoder.forward_batch(patches).last_hidden_state)
+    return row
 
 
 def run_llama(file: str) -> dict[str, float]:
     """Greedy alone: the library has no beam search."""
     from llama_cpp import Llama
 
-    threads = len(os.sched_getaffinity(0))
+    threads = processors()
     load, model = timed(
         lambda: Llama(file, n_ctx=256, n_threads=threads, n_threads_batch=threads, use_mmap=True, verbose=False)
     )
@@ -192,7 +240,7 @@ def run_transformers(folder: str, dtype: str) -> dict[str, float]:
     import torch
     from transformers import Blip2ForConditionalGeneration
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(processors())
     row: dict[str, float] = {}
     kind = getattr(torch, dtype)
     row["load"], model = timed(lambda: Blip2ForConditionalGeneration.from_pretrained(folder, dtype=kind).eval())
@@ -209,7 +257,9 @@ def run_transformers(folder: str, dtype: str) -> dict[str, float]:
 
         row["qformer"] = several(qformer)
         embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor([[2]]))], 1)
-        row["prefill_33"], _ = timed(lambda: model.language_model(inputs_embeds=embeds, logits_to_keep=1))
+        t5 = model.config.text_config.model_type == "t5"
+        read = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if t5 else {"logits_to_keep": 1}
+        row["prefill_33"], _ = timed(lambda: model.language_model(inputs_embeds=embeds, **read))
         captions(
             row,
             lambda tokens, beams: model.generate(
@@ -217,19 +267,6 @@ def run_transformers(folder: str, dtype: str) -> dict[str, float]:
             ),
         )
     return row
-
-
-def has_bf16() -> bool:
-    with open("/proc/cpuinfo") as file:
-        return "avx512_bf16" in file.read()
-
-
-def cpu_name() -> str:
-    with open("/proc/cpuinfo") as file:
-        fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
-    values = {key.strip(): value.strip() for key, value in fields.items()}
-    name = values.get("model name", platform.processor())
-    return f"{name} (family {values.get('cpu family')}, model {values.get('model')})"
 
 
 def run_engine(engine: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -250,39 +287,43 @@ def start_engine(engine: str, arguments: argparse.Namespace) -> dict[str, float]
     for option in ("ctranslate2", "llama"):
         if getattr(arguments, option):
             command += [f"--{option}", getattr(arguments, option)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{done.stderr}\n{engine}: ended with status {done.returncode}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def table(found: Medians) -> str:
     """Markdown: the median of each piece of work in each engine."""
-    engines = list(results)
+    engines = list(found)
     lines = ["| work | " + " | ".join(engines) + " |", "|---" * (len(engines) + 1) + "|"]
     for key, unit in ROWS.items():
-        medians = [median(results[engine], key) for engine in engines]
-        lines.append(f"| {key} | " + " | ".join("" if m is None else f"{m:.3g} {unit}" for m in medians) + " |")
-    return "\n".join(lines)
-
-
-def ratios(results: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: how many times as long (or as much) each peer took as each of ours; above 1, blip2c is better."""
-    ours = [engine for engine in results if engine.startswith("blip2c")]
-    peers = [engine for engine in results if engine not in ours]
-    pairs = [(peer, own) for own in ours for peer in peers]
-    lines = ["| work | " + " | ".join(f"{peer} / {own}" for peer, own in pairs) + " |", "|---" * (len(pairs) + 1) + "|"]
-    for key in (key for key in ROWS if key != "read_rate"):
-        cells = []
-        for peer, own in pairs:
-            m, n = median(results[peer], key), median(results[own], key)
-            cells.append(f"{m / n:.2f} x" if m is not None and n else "")
+        cells = [f"{found[engine][key]:.3g} {unit}" if key in found[engine] else "" for engine in engines]
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def median(runs: list[dict[str, float]], key: str) -> float | None:
-    found = [run[key] for run in runs if key in run]
-    return statistics.median(found) if found else None
+def ratios(found: Medians) -> str:
+    """Markdown: how many times as long (or as much) each peer took as each of ours; above 1, blip2c is better."""
+    ours = [engine for engine in found if engine.startswith("blip2c")]
+    peers = [engine for engine in found if engine not in ours]
+    pairs = [(peer, own) for own in ours for peer in peers]
+    lines = ["| work | " + " | ".join(f"{peer} / {own}" for peer, own in pairs) + " |", "|---" * (len(pairs) + 1) + "|"]
+    for key in (key for key in ROWS if key not in OF_THE_MACHINE):
+        cells = [
+            f"{found[peer][key] / found[own][key]:.2f} x" if key in found[peer] and key in found[own] else ""
+            for peer, own in pairs
+        ]
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def medians_of(results: dict[str, list[dict[str, float]]]) -> Medians:
+    return {
+        engine: {key: statistics.median(run[key] for run in runs) for key in ROWS if runs and key in runs[0]}
+        for engine, runs in results.items()
+    }
 
 
 def main() -> None:
@@ -298,9 +339,14 @@ def main() -> None:
     if arguments.engine:
         print(json.dumps(run_engine(arguments.engine, arguments)))
         return
+    import machine
+    import targets
+
     engines = [f"blip2c-{dtype}" for dtype in arguments.dtypes]
     if not arguments.no_transformers:
-        engines += ["transformers-float32", *(["transformers-bfloat16"] if has_bf16() else [])]
+        # Without products of bfloat16 torch computes it tens of times slower than float32.
+        bfloat16 = machine.arithmetic_of("bfloat16") == "bfloat16"
+        engines += ["transformers-float32", *(["transformers-bfloat16"] if bfloat16 else [])]
     engines += ["ctranslate2-int8"] if arguments.ctranslate2 else []
     engines += ["llama.cpp-Q8_0", "llama.cpp-Q4_0"] if arguments.llama else []
     for dtype in arguments.dtypes:
@@ -310,8 +356,10 @@ def main() -> None:
         for engine in engines:
             results[engine].append(start_engine(engine, arguments))
             print(f"round {i + 1}: {engine}: {json.dumps(results[engine][-1])}", file=sys.stderr, flush=True)
-    print(f"{cpu_name()}, {len(os.sched_getaffinity(0))} processors, medians of {arguments.rounds}\n")
-    print(table(results), "\n\n", ratios(results), sep="")
+    found, text = medians_of(results), json.loads(Path(arguments.folder, "config.json").read_text())["text_config"]
+    print(f"{machine.title()}, medians of {arguments.rounds}\n")
+    print(table(found), ratios(found), targets.target_table(found, text["model_type"]), sep="\n\n")
+    print("\n" + targets.memory_lines(found))
 
 
 if __name__ == "__main__":

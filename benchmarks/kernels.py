@@ -1,17 +1,17 @@
-"""Rates of the linear kernels beside the machine's ceilings and peers, all measured in the same run.
+"""Rates of the kernels at blip2-opt-2.7b's sizes beside the machine's ceilings and peers, all measured in the same run.
 
     python benchmarks/kernels.py [--threads 2] [--rounds 7] [--only fc1,decode]
 
     pip install ctranslate2 for its int8 products as well
 
-Ceilings: multiply-adds in registers (the instruction set in use), int8 products in registers, and reading 512 MB of
-memory. Weights of int8 and int4 are measured against the second, all others against the first ("pairs": bfloat16
-arithmetic, where the processor has it). Peers: torch's float32, bfloat16 and dynamically quantised int8 linear (oneDNN;
-its threads spin after their work: run it with OMP_WAIT_POLICY=passive), OpenBLAS as blip2c calls it for mapped float32
+Ceilings: products in registers (multiply-adds of float32, pairs of bfloat16 where the processor has them, int8; of the
+instruction set in use) and reading 512 MB of memory. "pairs" is bfloat16 arithmetic, which bfloat16 weights get when
+many rows meet them. Peers: torch's float32, bfloat16 and dynamically quantised int8 linear (oneDNN; its threads spin
+after their work: run it with OMP_WAIT_POLICY=passive) and its attention, OpenBLAS as blip2c calls it for mapped float32
 weights, and CTranslate2's int8, which can be asked for whole layers only: what fc1 and fc2 together take is a third of
 the difference between three layers with feed-forwards twice as wide and as wide as OPT-2.7B's. Weights are rotated over
-at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit. Engines take
-turns within each round; the medians of all calls are printed.
+at least 320 MB (rounded ones, which take long to make: 100 MB) where few rows make memory the limit, keys and values
+over 32 layers where one token is decoded. Engines take turns within each round; the medians of all calls are printed.
 
 Other work on the machine shows in every figure: ratios between engines of one run mean more than rates.
 """
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import machine
 import numpy as np
 import torch
 
@@ -36,14 +37,14 @@ from blip2c import _core, kernels
 F32 = np.float32
 ROTATED_BYTES = 320e6
 ROTATED_BYTES_ROUNDED = 100e6
-# Name, dtype, whether bfloat16 pairs are meant, bytes of an element with its share of the scales.
+# Name, dtype, whether bfloat16 pairs are meant, arithmetic.
 FORMATS = [
-    ("float32", "float32", False, 4.0),
-    ("float16", "float16", False, 2.0),
-    ("bfloat16", "bfloat16", False, 2.0),
-    ("bfloat16 pairs", "bfloat16", True, 2.0),
-    ("int8", "int8", False, 1.0),
-    ("int4", "int4", False, 0.5625),
+    ("float32", "float32", False, "float32"),
+    ("float16", "float16", False, "float32"),
+    ("bfloat16", "bfloat16", False, "float32"),
+    *([("bfloat16 pairs", "bfloat16", True, "bfloat16")] if machine.arithmetic_of("bfloat16") == "bfloat16" else []),
+    ("int8", "int8", False, "int8"),
+    ("int4", "int4", False, "int8"),
 ]
 
 
@@ -66,40 +67,70 @@ SHAPES = [
     Shape("ViT fc2", 257, 1408, 6144),
     Shape("Q-Former", 32, 768, 768),
     Shape("Q-Former fc", 32, 3072, 768),
+    Shape("Q-Former cross key", 257, 768, 1408),
+    Shape("OPT prefill query", 33, 2560, 2560),
     Shape("OPT prefill fc1", 33, 10240, 2560),
     Shape("OPT prefill fc2", 33, 2560, 10240),
+    Shape("OPT decode query", 1, 2560, 2560),
     Shape("OPT decode fc1", 1, 10240, 2560),
     Shape("OPT decode fc2", 1, 2560, 10240),
+    Shape("OPT decode head", 1, 50304, 2560),
     Shape("OPT decode fc1, 5 beams", 5, 10240, 2560),
+    Shape("OPT decode fc2, 5 beams", 5, 2560, 10240),
+    Shape("OPT decode head, 5 beams", 5, 50304, 2560),
 ]
 
 
-def flops_ceiling() -> float:
-    return max(_core._fma_peak() for _ in range(5))
+@dataclass(frozen=True)
+class Attention:
+    name: str
+    batch: int
+    queries: int  # of a row
+    keys: int
+    heads: int
+    width: int  # of a head
+    causal: bool = False
+    layers: int = 1  # whose keys and values take turns
+
+    @property
+    def flops(self) -> float:
+        seen = (self.keys + 1) / 2 if self.causal else self.keys
+        return 4.0 * self.batch * self.queries * seen * self.heads * self.width
+
+    @property
+    def bytes(self) -> float:
+        return 8.0 * self.batch * self.keys * self.heads * self.width
 
 
-def int8_ceiling() -> float:
-    return max(_core._int8_peak() for _ in range(5))
+ATTENTIONS = [
+    Attention("ViT attention", 1, 257, 257, 16, 88),
+    Attention("Q-Former attention", 1, 32, 32, 12, 64),
+    Attention("Q-Former cross attention", 1, 32, 257, 12, 64),
+    Attention("OPT prefill attention", 1, 33, 33, 32, 80, causal=True),
+    Attention("OPT decode attention", 1, 1, 53, 32, 80, layers=32),
+    Attention("OPT decode attention, 5 rows", 5, 1, 53, 32, 80, layers=32),
+]
+
+Engine = Callable[[], list[float]]  # does its work once with each of its weights, returns the seconds of each
+Ceilings = dict[str, float]  # "float32", "bfloat16", "int8": operations per second; "read": bytes per second
 
 
-def read_ceiling() -> float:
-    """Bytes per second of the check for NaN, which does nothing but read."""
-    memory = np.ones((8192, 16384), F32)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        kernels.first_bad_row(memory)
-        times.append(time.perf_counter() - start)
-    return memory.nbytes / min(times)
+def ceilings() -> Ceilings:
+    return {name: machine.peak(name) for name in ("float32", "bfloat16", "int8")} | {"read": machine.read_rate()}
 
 
-def own(x: np.ndarray, weights: list[object], item_rows: int = 0) -> Callable[[], list[float]]:
+def ceiling_line(found: Ceilings) -> str:
+    return (
+        f"{found['float32'] / 1e9:.0f} GF/s float32, {found['bfloat16'] / 1e9:.0f} bfloat16, "
+        f"{found['int8'] / 1e9:.0f} Gop/s int8, reading {found['read'] / 1e9:.1f} GB/s"
+    )
+
+
+def own(x: np.ndarray, weights: list[Any], item_rows: int = 0) -> Engine:
     return lambda: _core._time_linear(x, weights, item_rows)
 
 
-def torch_linear(
-    x: np.ndarray, weights: list[np.ndarray], dtype: torch.dtype = torch.float32
-) -> Callable[[], list[float]]:
+def torch_linear(x: np.ndarray, weights: list[np.ndarray], dtype: torch.dtype = torch.float32) -> Engine:
     tensors, row = [torch.from_numpy(w).to(dtype) for w in weights], torch.from_numpy(x).to(dtype)
 
     def run() -> list[float]:
@@ -114,7 +145,7 @@ def torch_linear(
     return run
 
 
-def torch_int8(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[float]]:
+def torch_int8(x: np.ndarray, weights: list[np.ndarray]) -> Engine:
     """oneDNN's products of bytes: x is rounded on the way."""
     warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
     torch.backends.quantized.engine = "onednn"
@@ -136,8 +167,8 @@ def torch_int8(x: np.ndarray, weights: list[np.ndarray]) -> Callable[[], list[fl
     return run
 
 
-def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[[], list[float]], float]]:
-    """Name: (what runs it over all its weights once and returns seconds, bytes of one weight)."""
+def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Engine, str, float]]:
+    """Name: (what runs it, arithmetic, bytes of one weight)."""
     x = rng.standard_normal((shape.rows, shape.inner)).astype(F32)
     elements = shape.out * shape.inner
 
@@ -145,34 +176,85 @@ def engines(shape: Shape, rng: np.random.Generator) -> dict[str, tuple[Callable[
         return 1 + int(rotated // (elements * size)) if shape.rows < 16 else 1
 
     w = rng.standard_normal((shape.out, shape.inner), dtype=F32)
-    plain = [w.copy() for _ in range(copies(4))]
-    found: dict[str, tuple[Callable[[], list[float]], float]] = {}
-    for name, dtype, pairs, size in FORMATS:
+    plain: list[Any] = [w.copy() for _ in range(copies(4))]
+    found: dict[str, tuple[Engine, str, float]] = {}
+    for name, dtype, pairs, arithmetic in FORMATS:
+        size = machine.HELD[dtype]
         count = copies(size, ROTATED_BYTES_ROUNDED if dtype.startswith("int") else ROTATED_BYTES)
-        packed = [kernels.PackedWeight(w, dtype, pairs)._capsule for _ in range(count)]
-        found[f"blip2c {name}"] = own(x, packed), elements * size
-    found["torch float32"] = torch_linear(x, plain), elements * 4
-    found["torch bfloat16"] = torch_linear(x, plain, torch.bfloat16), elements * 2
-    found["torch int8"] = torch_int8(x, plain), elements
-    found["OpenBLAS float32"] = own(x, plain, shape.rows), elements * 4
+        packed: list[Any] = [kernels.PackedWeight(w, dtype, pairs)._capsule for _ in range(count)]
+        few = shape.rows < 16 and arithmetic == "bfloat16"
+        found[f"blip2c {name}"] = own(x, packed), "float32" if few else arithmetic, elements * size
+    found["torch float32"] = torch_linear(x, plain), "float32", elements * 4
+    if machine.arithmetic_of("bfloat16") == "bfloat16":
+        found["torch bfloat16"] = torch_linear(x, plain, torch.bfloat16), "bfloat16", elements * 2
+    found["torch int8"] = torch_int8(x, plain), "int8", elements
+    found["OpenBLAS float32"] = own(x, plain, shape.rows), "float32", elements * 4
     return found
 
 
-def measure(shape: Shape, rounds: int, peaks: dict[str, float], read: float) -> None:
-    running = engines(shape, np.random.default_rng(0))
+def attention_engines(shape: Attention, rng: np.random.Generator) -> dict[str, tuple[Engine, str, float]]:
+    """As engines(). torch gets every head's rows side by side in memory, as they lie behind a product."""
+    inner = shape.heads * shape.width
+    layers = [
+        [
+            rng.standard_normal((shape.batch, n, inner), dtype=F32) * F32(0.5)
+            for n in (shape.queries, shape.keys, shape.keys)
+        ]
+        for _ in range(shape.layers)
+    ]
+
+    def timed(work: Callable[..., Any], inputs: list[list[Any]]) -> Engine:
+        def run() -> list[float]:
+            times = []
+            with torch.inference_mode():
+                for q, k, v in inputs:
+                    start = time.perf_counter()
+                    work(q, k, v)
+                    times.append(time.perf_counter() - start)
+            return times
+
+        return run
+
+    def own_attention(q: Any, k: Any, v: Any) -> None:
+        kernels.attention(q, k, v, shape.heads, causal=shape.causal)
+
+    def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
+
+    def split(dtype: torch.dtype) -> list[list[Any]]:
+        return [
+            [torch.from_numpy(x).to(dtype).view(*x.shape[:2], shape.heads, -1).transpose(1, 2) for x in layer]
+            for layer in layers
+        ]
+
+    found = {
+        "blip2c float32": (timed(own_attention, layers), "float32", shape.bytes),
+        "torch float32": (timed(torch_attention, split(torch.float32)), "float32", shape.bytes),
+    }
+    if machine.arithmetic_of("bfloat16") == "bfloat16":
+        found["torch bfloat16"] = (
+            timed(torch_attention, split(torch.bfloat16)), "bfloat16", shape.bytes / 2,
+        )  # fmt: skip
+    return found
+
+
+def measure(
+    title: str, flops: float, running: dict[str, tuple[Engine, str, float]], rounds: int, limits: Ceilings
+) -> None:
     times: dict[str, list[float]] = {name: [] for name in running}
     for i in range(rounds + 1):
-        for name, (run, _) in running.items():
+        for name, (run, _, _) in running.items():
             taken = run()
             if i > 0:
                 times[name] += taken
-    print(f"\n{shape.name}: {shape.rows} x {shape.inner} -> {shape.out}")
+    print(f"\n{title}")
     reference = statistics.median(times["torch float32"])
-    for name, (_, size) in running.items():
-        t, peak = statistics.median(times[name]), peaks["int8" if "int" in name else "float"]
+    for name, (_, arithmetic, size) in running.items():
+        t = statistics.median(times[name])
         print(
-            f"  {name:21} {t * 1e3:8.3f} ms  {shape.flops / t / 1e9:5.0f} GF/s ({shape.flops / t / peak:4.0%})"
-            f"  {size / t / 1e9:5.1f} GB/s ({size / t / read:4.0%})  {reference / t:5.2f} x torch"
+            f"  {name:21} {t * 1e3:8.3f} ms  {flops / t / 1e9:5.0f} Gop/s ({flops / t / limits[arithmetic]:4.0%})"
+            f"  {size / t / 1e9:5.1f} GB/s ({size / t / limits['read']:4.0%})  {reference / t:5.2f} x torch float32",
+            flush=True,
         )
 
 
@@ -253,18 +335,24 @@ def main() -> None:
     arguments = parser.parse_args()
     _core.set_num_threads(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    peaks, read = {"float": flops_ceiling(), "int8": int8_ceiling()}, read_ceiling()
-    info = _core.cpu_info()
-    print(f"{info['brand']}, {info['isa']}, {arguments.threads} threads, torch {torch.__version__}")
-    ceilings = peaks["float"], peaks["int8"], read
-    print("ceilings: {:.0f} GF/s, int8 {:.0f} Gop/s, reading {:.1f} GB/s".format(*(c / 1e9 for c in ceilings)))
+    limits, rng = ceilings(), np.random.default_rng(0)
+    print(f"{machine.title()}, torch {torch.__version__}")
+    print(f"ceilings: {ceiling_line(limits)}")
+
+    def asked(name: str) -> bool:
+        return any(part in name for part in arguments.only.split(","))
+
     for shape in SHAPES:
-        if any(part in shape.name for part in arguments.only.split(",")):
-            measure(shape, arguments.rounds, peaks, read)
+        if asked(shape.name):
+            title = f"{shape.name}: {shape.rows} x {shape.inner} -> {shape.out}"
+            measure(title, shape.flops, engines(shape, rng), arguments.rounds, limits)
+    for seen in ATTENTIONS:
+        if asked(seen.name):
+            title = f"{seen.name}: {seen.batch} x {seen.queries} queries, {seen.keys} keys, {seen.heads} x {seen.width}"
+            measure(title, seen.flops, attention_engines(seen, rng), arguments.rounds, limits)
     if find_spec("ctranslate2") and not arguments.only:
         beside_ctranslate2(arguments.rounds, arguments.threads)
-    again = flops_ceiling(), int8_ceiling(), read_ceiling()
-    print("\nceilings again: {:.0f} GF/s, int8 {:.0f} Gop/s, reading {:.1f} GB/s".format(*(c / 1e9 for c in again)))
+    print(f"\nceilings again: {ceiling_line(ceilings())}")
 
 
 if __name__ == "__main__":

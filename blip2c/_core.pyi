@@ -36,13 +36,51 @@ def _policies(dtype: str | dict[str, str], /) -> str: ...
 
 """How a dtype holds each part: "vision=int8,qformer=half,language=int4"."""
 
+class DeviceArray:
+    """A float32 array on a device, which results are where inputs were. torch.from_dlpack, cupy.from_dlpack and others
+    take it without a copy; numpy() copies it to the host. An index is of integers and slices. It outlives its model.
+
+    Raises TypeError for another index, BufferError for what DLPack cannot say, MemoryError.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype[np.float32]: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def T(self) -> DeviceArray: ...  # noqa: N802 - NumPy's name
+    def __len__(self) -> int: ...
+    def __getitem__(self, key: Any, /) -> DeviceArray: ...
+    def reshape(self, *shape: Any) -> DeviceArray: ...
+    def numpy(self) -> NDArray[np.float32]: ...
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+def _join(arrays: tuple[DeviceArray, ...], axis: int, /) -> DeviceArray: ...
+def _take(array: Any, name: str, device: str, /) -> DeviceArray: ...
+
 class Model:
     """Immutable weights and the computations on them; may be shared by threads.
 
     paths: the safetensors files. config: see blip2c.config.core_config(). dtype: how the matrices are held, "auto" (as
     stored), "float32", "float16", "bfloat16", "int8" or "int4", or a dict of such names for "vision", "qformer",
     "language" (one that is missing: "auto"). docs/DTYPES.md says what each computes. device: "cpu", "cuda" or
-    "cuda:1" ...; what goes in and comes out is on the host wherever the weights are.
+    "cuda:1" ...; float arrays that go in are NumPy's or lie on that device. on_device: results stay there, as
+    DeviceArrays.
     """
 
     def __init__(
@@ -73,25 +111,38 @@ class Model:
     @property
     def nbytes(self) -> int: ...
     """Bytes of all weights as held."""
+    def take(self, array: Any, name: str, /) -> DeviceArray: ...
+    """float32 of any floats that lie on the model's device and have __dlpack__: where they lie, or converted there.
+    The caller's stream is waited for by what the model does next. Raises TypeError (no floats), ValueError (another
+    device), BufferError, MemoryError."""
+    def put(self, array: NDArray[np.float32], /) -> DeviceArray: ...
+    """A copy on the model's device."""
     def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
     """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
-    def read(self, image_embeds: NDArray[np.float32], text: PackedTexts | None = None) -> NDArray[np.float32]: ...
+    def read(
+        self, image_embeds: NDArray[np.float32] | DeviceArray, text: PackedTexts | None = None
+    ) -> NDArray[np.float32]: ...
     """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone. text: what the Q-Former
     reads beside each picture, where it reads one (InstructBLIP)."""
     def encode(
-        self, pixel_values: NDArray[np.float32], interpolate: bool = False, text: PackedTexts | None = None
-    ) -> NDArray[np.float32]: ...
+        self,
+        pixel_values: NDArray[np.float32] | DeviceArray,
+        interpolate: bool = False,
+        text: PackedTexts | None = None,
+        on_device: bool = False,
+    ) -> Any: ...
     """[B, 3, S, S] -> projected queries [B, Q, D_lm]: vision, Q-Former, projection. interpolate: pictures of any size,
     [B, 3, height, width] of at least a patch, through interpolated positions. text: as in read()."""
     def encode_stages(
         self,
-        pixel_values: NDArray[np.float32] | None = None,
+        pixel_values: NDArray[np.float32] | DeviceArray | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
         interpolate: bool = False,
-        image_embeds: NDArray[np.float32] | None = None,
+        image_embeds: NDArray[np.float32] | DeviceArray | None = None,
         qformer: bool = True,
         text: PackedTexts | None = None,
+        on_device: bool = False,
     ) -> dict[str, Any]: ...
     """{"vision": [B, T, Dv] (after post_layernorm), "pooled": [B, Dv], "qformer": [B, Q, Dq],
     "image_features": [B, Q, D_lm] (with a language model), "text": [N, Dq] (with texts), "embeds": [B, Q, P], rows of
@@ -102,22 +153,23 @@ class Model:
     read(); those of one length N can be watched as well: "qformer_text_hidden_states" and "qformer_text_attentions"
     [B, H, N, Q + N], and the queries' attentions are [B, H, Q, Q + N]."""
     def read_texts(
-        self, text: PackedTexts, hidden_states: bool = False, attentions: bool = False
+        self, text: PackedTexts, hidden_states: bool = False, attentions: bool = False, on_device: bool = False
     ) -> dict[str, Any]: ...
     """Texts through the Q-Former alone: {"text": [N, Dq], "embeds": [N, P], rows of length 1 (text_projection)}; when
     asked (all of one length T), lists "qformer_text_hidden_states" [B, T, Dq] and "qformer_text_attentions"
     [B, H, T, T]."""
     def run_qformer(
         self,
-        queries: NDArray[np.float32],
-        text: NDArray[np.float32] | None = None,
+        queries: NDArray[np.float32] | DeviceArray,
+        text: NDArray[np.float32] | DeviceArray | None = None,
         query_mask: NDArray[np.uint8] | None = None,
         text_mask: NDArray[np.uint8] | None = None,
-        image_embeds: NDArray[np.float32] | None = None,
+        image_embeds: NDArray[np.float32] | DeviceArray | None = None,
         image_mask: NDArray[np.uint8] | None = None,
         hidden_states: bool = False,
         attentions: bool = False,
         sees: str = "all",
+        on_device: bool = False,
     ) -> dict[str, Any]: ...
     """The Q-Former on any embeddings, before their norm: queries [B, Q, Dq] (Q may be 0), text [B, T, Dq], pictures
     [B, Tv, Dv]; masks of the same [B, ...] (0: not seen). {"qformer": [B, Q, Dq], "text": [B, T, Dq]}, each where there
@@ -125,7 +177,7 @@ class Model:
     other), "before" (ITG: queries see queries, text the queries and what stands before it) or "own" (ITC: each its
     own)."""
     def match(
-        self, image_embeds: NDArray[np.float32], text: PackedTexts, picture_of: NDArray[np.int32], /
+        self, image_embeds: NDArray[np.float32] | DeviceArray, text: PackedTexts, picture_of: NDArray[np.int32], /
     ) -> NDArray[np.float32]: ...
     """Logits [N, 2] (no, yes) of whether text n belongs to picture picture_of[n]: image_embeds [M, T, Dv] as
     encode_stages() gives "vision"; picture_of [N] ascends below M."""
@@ -134,7 +186,7 @@ class Model:
     picture i."""
     def forward(
         self,
-        image_features: NDArray[np.float32] | None,
+        image_features: NDArray[np.float32] | DeviceArray | None,
         ids: NDArray[np.int32],
         offsets: NDArray[np.int64],
         mask: NDArray[np.uint8] | None = None,
@@ -143,6 +195,7 @@ class Model:
         decoder_ids: NDArray[np.int32] | None = None,
         decoder_offsets: NDArray[np.int64] | None = None,
         decoder_mask: NDArray[np.uint8] | None = None,
+        on_device: bool = False,
     ) -> dict[str, Any]: ...
     """Packed rows: ids [N], row b is ids[offsets[b]:offsets[b+1]], mask [N] (0: a pad). An id -1 takes its row's next
     embedding of image_features [B, P, D_lm]; a row must hold exactly P of them, none if it is None. Encoder-decoders:
@@ -152,13 +205,13 @@ class Model:
     [B, H, T, T] (rows of one length); of an encoder-decoder "encoder_last_hidden_state" always, then
     "decoder_hidden_states", "encoder_hidden_states",
     "decoder_attentions" [B, H, Td, Td], "cross_attentions" [B, H, Td, T], "encoder_attentions" [B, H, T, T]."""
-    def project(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def project(self, x: NDArray[np.float32] | DeviceArray, on_device: bool = False) -> Any: ...
     """[N, Dq] -> [N, D_lm]: language_projection alone."""
-    def embed(self, ids: NDArray[np.int32]) -> NDArray[np.float32]: ...
+    def embed(self, ids: NDArray[np.int32], on_device: bool = False) -> Any: ...
     """[N] -> [N, D_lm]: the language model's token embeddings."""
     def generate(
         self,
-        image_features: NDArray[np.float32] | None,
+        image_features: NDArray[np.float32] | DeviceArray | None,
         ids: NDArray[np.int32],
         offsets: NDArray[np.int64],
         mask: NDArray[np.uint8] | None,
@@ -205,7 +258,7 @@ class Model:
     steps * places."""
     def prefill(
         self,
-        image_features: NDArray[np.float32] | None,
+        image_features: NDArray[np.float32] | DeviceArray | None,
         ids: NDArray[np.int32],
         rule_ids: NDArray[np.int32],
         prefix: Prefix | None = None,
@@ -343,14 +396,14 @@ def _embedding(
 ) -> NDArray[np.float32]: ...
 def _patches(pixels: NDArray[np.float32], patch: int, device: str, /) -> NDArray[np.float32]: ...
 def _copy_rows(
-    out: NDArray[np.float32],
+    out: NDArray[np.float32] | DeviceArray,
     out_rows: NDArray[np.int32] | None,
-    x: NDArray[np.float32],
+    x: NDArray[np.float32] | DeviceArray,
     x_rows: NDArray[np.int32] | None,
     n: int,
     device: str,
     /,
-) -> NDArray[np.float32]: ...
+) -> Any: ...
 def _add_rows(x: NDArray[np.float32], rows: NDArray[np.float32], device: str, /) -> NDArray[np.float32]: ...
 def _distance_bias(table: NDArray[np.float32], max_distance: int, bidirectional: bool, /) -> NDArray[np.float32]: ...
 def _attention(
@@ -377,6 +430,7 @@ def _attention(
     /,
 ) -> NDArray[np.float32]: ...
 def _fma_peak() -> float: ...
+def _bf16_peak() -> float: ...
 def _int8_peak() -> float: ...
 def _picture_scores(
     texts: NDArray[np.float32], records: NDArray[np.uint8], queries: int, dtype: str, device: str = "cpu", /

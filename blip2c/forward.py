@@ -1,7 +1,8 @@
 """What the models with a language model share: checked inputs, one pass through every part, outputs in upstream's form.
 
-NumPy in, NumPy out; torch in, torch out. Results come in the order and shapes of transformers 5.23; hidden states and
-attention weights are given for every part when asked for: more than its Blip2ForConditionalGeneration passes on.
+NumPy in, NumPy out; torch in, torch out; what lies on the model's device stays there. Results come in the order and
+shapes of transformers 5.23; hidden states and attention weights are given for every part when asked for: more than
+its Blip2ForConditionalGeneration passes on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from blip2c._core import UnsupportedError
 from blip2c.inputs import (
     NO_POSITIONS,
     DecoderRows,
+    Floats,
     PackedRows,
     check_embeds,
     check_ids,
@@ -25,6 +27,7 @@ from blip2c.inputs import (
     check_pixels,
     check_positions,
     decoder_rows,
+    joined,
     pack,
     pack_embeds,
     shift_right,
@@ -64,7 +67,7 @@ class Wishes(NamedTuple):
 class Pictures(NamedTuple):
     """Pictures on their way to the language model: features [B, Q, D_lm] and the outputs of what they came through."""
 
-    features: F32
+    features: Floats
     vision: Any
     qformer: Any
 
@@ -73,7 +76,7 @@ class Prompt(NamedTuple):
     """Rows for the language model: `embeds` [B, P, D_lm] take the places of ids that are -1; ids [B, T] or None."""
 
     rows: PackedRows
-    embeds: F32 | None
+    embeds: Floats | None
     ids: NDArray[np.int64] | None
 
 
@@ -84,8 +87,9 @@ class Labels(NamedTuple):
     ignore_index: int
     items: float | None
 
-    def loss(self, logits: F32, shift: bool) -> np.float32:
+    def loss(self, logits: Any, shift: bool) -> np.float32:
         """Cross entropy in float32 of logits [B, T, V] as transformers 5.23 computes it; shift: of the next token."""
+        logits = to_numpy(logits)
         batch, length, vocabulary = logits.shape
         if self.ids.shape != (batch, length):
             raise ValueError(f"labels have shape {self.ids.shape}, expected {(batch, length)} as the logits have")
@@ -130,9 +134,10 @@ class Blip2WithQFormer(Blip2PreTrainedModel):
         """The learned queries [1, Q, D_q], a copy: a tensor where torch is loaded, else an array. float32."""
         return Like.loaded("float32").floats(self._core.weights("query_tokens")["query_tokens"])
 
-    def _pixels(self, value: Any, interpolate: bool = False) -> F32:
+    def _pixels(self, value: Any, interpolate: bool = False) -> Any:
         vision = self._core_config["vision"]
-        return check_pixels(value, int(vision["image_size"]), int(vision["patch_size"]) if interpolate else None)
+        patch = int(vision["patch_size"]) if interpolate else None
+        return check_pixels(value, int(vision["image_size"]), patch, self._core)
 
     @property
     def _queries(self) -> int:
@@ -222,6 +227,7 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
             attentions=wishes.attentions,
             interpolate=bool(interpolate),
             text=texts,
+            on_device=like.stays,
         )
         if texts is not None:
             join_text(stages, len(stages["vision"]))
@@ -239,7 +245,7 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
             raise ValueError('mm_encoder_outputs must be {"image": output of get_image_features()}')
         core, text = self._core_config, self.config.text_config
         shape = (int(core["num_query_tokens"]), int(text.hidden_size))
-        array = check_embeds(features, shape, "mm_encoder_outputs['image'].pooler_output")
+        array = check_embeds(features, shape, "mm_encoder_outputs['image'].pooler_output", self._core)
         return Pictures(array, getattr(image, "vision_outputs", None), getattr(image, "qformer_outputs", None))
 
     # -- rows ----------------------------------------------------------------------------------------------------
@@ -271,7 +277,7 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
         mask = None if attention_mask is None else check_mask(attention_mask, ids.shape)
         return pack(ids, mask, self._image_token, self._queries, pictures)
 
-    def _prompt(self, features: F32 | None, input_ids: Any, inputs_embeds: Any, attention_mask: Any) -> Prompt:
+    def _prompt(self, features: Floats | None, input_ids: Any, inputs_embeds: Any, attention_mask: Any) -> Prompt:
         """Prompts with the pictures' features in their places; features None: prompts alone."""
         ids = None if input_ids is None else self._ids(input_ids)
         if inputs_embeds is None:
@@ -281,7 +287,8 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
                 return Prompt(self._rows(ids, attention_mask, features.shape[0]), features, ids)
             mask = None if attention_mask is None else check_mask(attention_mask, ids.shape)
             return Prompt(pack(ids, mask, -1, 0, ids.shape[0]), None, ids)
-        embeds = check_embeds(inputs_embeds, (None, int(self.config.text_config.hidden_size)), "inputs_embeds")
+        width = int(self.config.text_config.hidden_size)
+        embeds = check_embeds(inputs_embeds, (None, width), "inputs_embeds", self._core)
         if ids is not None and ids.shape != embeds.shape[:2]:
             raise ValueError(f"inputs_embeds are for {embeds.shape[:2]} tokens, input_ids has {ids.shape}")
         mask = None if attention_mask is None else check_mask(attention_mask, embeds.shape[:2])
@@ -289,7 +296,7 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
         rows, embeds = pack_embeds(embeds, mask, ids, places, features)
         return Prompt(rows, embeds, ids)
 
-    def _image_places(self, embeds: F32, ids: NDArray[np.int64] | None) -> NDArray[np.bool_] | None:
+    def _image_places(self, embeds: Any, ids: NDArray[np.int64] | None) -> NDArray[np.bool_] | None:
         """[B, T]: where the image token stands, by its id or, without ids, by its embedding; None: there is none."""
         token = self._image_token
         if token is None:
@@ -299,6 +306,7 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
         own = self._core.embed(np.array([token], np.int32))[0]
         # Tensors of get_input_embeddings() came through the model's dtype, arrays did not.
         rounded = to_numpy(Like.loaded(self._dtype).floats(own))
+        embeds = to_numpy(embeds)
         places: NDArray[np.bool_] = (embeds == own).all(axis=-1) | (embeds == rounded).all(axis=-1)
         return places
 
@@ -338,7 +346,7 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
         wishes: Wishes,
         labels: Labels | None = None,
         logits_to_keep: Any = None,
-    ) -> tuple[ModelOutput, F32]:
+    ) -> tuple[ModelOutput, Any]:
         """The language model's output as transformers' class of it gives it, and its logits [B, T, V] in float32."""
         rows = prompt.rows
         self._check_length(rows)
@@ -350,10 +358,11 @@ class Blip2WithLanguageModel(Blip2WithQFormer):
             rows.mask,
             wishes.hidden_states is not False,
             wishes.attentions,
+            on_device=like.stays,
             **beside,
         )
         batch = len(rows.offsets) - 1
-        logits: F32 = out["logits"].reshape(batch, -1, out["logits"].shape[-1])
+        logits = out["logits"].reshape(batch, -1, out["logits"].shape[-1])
 
         def states(key: str) -> tuple[Any, ...] | None:
             arrays = out.get(key)
@@ -430,7 +439,7 @@ def decoder_arguments(rows: DecoderRows) -> dict[str, Any]:
     return {"decoder_ids": rows.ids, "decoder_offsets": rows.offsets, "decoder_mask": rows.mask}
 
 
-def kept(logits: F32, keep: Any) -> F32:
+def kept(logits: Any, keep: Any) -> Any:
     """The last `keep` positions (0 or None: all), or those that an index array names."""
     if keep is None:
         return logits
@@ -441,7 +450,7 @@ def kept(logits: F32, keep: Any) -> F32:
     places = to_numpy(keep)
     if places.ndim != 1 or not (np.issubdtype(places.dtype, np.integer) or places.dtype == bool):
         raise TypeError(f"logits_to_keep must be a number or a list of positions, found {places.dtype} {places.shape}")
-    return logits[:, places]
+    return to_numpy(logits)[:, places]
 
 
 def vision_output(stages: Mapping[str, Any], like: Like, wishes: Wishes) -> ModelOutput:
@@ -459,11 +468,11 @@ def join_text(stages: dict[str, Any], batch: int) -> None:
     """A Q-Former's queries (where there are any) and texts, apart in the C part, become one as upstream has it."""
     text = stages.pop("text")
     text = text.reshape(batch, -1, text.shape[-1])
-    stages["qformer"] = np.concatenate([stages["qformer"], text], axis=1) if "qformer" in stages else text
+    stages["qformer"] = joined([stages["qformer"], text], 1) if "qformer" in stages else text
     for key, axis in (("hidden_states", 1), ("attentions", 2)):
         words, queries = stages.pop(f"qformer_text_{key}", None), stages.get(f"qformer_{key}")
         if words is not None and queries is not None:
-            words = [np.concatenate(pair, axis=axis) for pair in zip(queries, words, strict=True)]
+            words = [joined(pair, axis) for pair in zip(queries, words, strict=True)]
         if words is not None:
             stages[f"qformer_{key}"] = words
 
@@ -471,7 +480,7 @@ def join_text(stages: dict[str, Any], batch: int) -> None:
 def qformer_output(stages: Mapping[str, Any], like: Like, wishes: Wishes, stays_float32: bool = True) -> ModelOutput:
     """BaseModelOutputWithPoolingAndCrossAttentions of the Q-Former."""
 
-    def floats(array: F32) -> Any:
+    def floats(array: Any) -> Any:
         return like.floats(array, keep=stays_float32 and like.dtype == "float16")
 
     def many(key: str) -> tuple[Any, ...] | None:

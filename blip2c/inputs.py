@@ -6,12 +6,14 @@ the wrong row, truncates position embeddings. Here each of these raises and name
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c._core import NumericError
+from blip2c import _core
+from blip2c._core import DeviceArray, NumericError
 from blip2c.config import MAX_IMAGE_TOKENS
 from blip2c.images import is_torch
 
@@ -38,7 +40,11 @@ class DecoderRows(NamedTuple):
     shown: NDArray[np.int64]
 
 
-_ON_HOST = 1  # DLPack's kDLCPU
+# DLPack's kinds of memory.
+_ON_HOST, _ON_CUDA, _PINNED, _MANAGED = 1, 2, 3, 13
+
+Floats = NDArray[np.float32] | DeviceArray
+"""float32 on the host, or on the model's device."""
 
 
 class _FromDevice:
@@ -57,24 +63,63 @@ class _FromDevice:
 def to_numpy(value: Any) -> NDArray[Any]:
     """An array of an array, list or tensor; bfloat16 tensors, which NumPy has no type for, become float32.
 
-    What lies on another device comes to the host, through torch or through DLPack (of 2023 or later).
+    What lies on another device comes to the host, through torch or through DLPack (of 2023 or later); arrays on the
+    host are read where they lie.
     """
     if is_torch(value):
         tensor = value.detach().cpu()
         return np.asarray(tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy())
     if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
-        return np.from_dlpack(value if value.__dlpack_device__()[0] == _ON_HOST else _FromDevice(value))
+        return np.from_dlpack(value if value.__dlpack_device__()[0] in (_ON_HOST, _PINNED) else _FromDevice(value))
     return np.asarray(value)
 
 
-def check_pixels(value: Any, image_size: int, patch: int | None = None) -> NDArray[np.float32]:
+def is_on_cuda(value: Any) -> bool:
+    """Whether its elements are in the memory of a CUDA device, as far as DLPack can say it."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
+        return False
+    return int(value.__dlpack_device__()[0]) in (_ON_CUDA, _MANAGED)
+
+
+def given_floats(value: Any, core: _core.Model | None, name: str) -> NDArray[Any] | DeviceArray:
+    """What a caller hands over: where it lies, where that is the device of `core`; else as to_numpy() has it.
+
+    Float tensors of any dtype and layout become float32 on the device. Raises ValueError for one on another device than
+    the model's, TypeError for what holds no floats.
+    """
+    if core is None or core.device == "cpu" or not is_on_cuda(value):
+        return to_numpy(value)
+    return core.take(value.detach() if is_torch(value) else value, name)
+
+
+def in_order(value: NDArray[Any] | DeviceArray, name: str, what: str = "row") -> Floats:
+    """float32, C-contiguous; NumericError of the first entry on the host that is not finite; a device looks itself."""
+    if isinstance(value, DeviceArray):
+        return value
+    array = np.ascontiguousarray(value, dtype=np.float32)
+    finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    if not finite.all():
+        raise NumericError(f"{name}: {what} {int(np.argmin(finite))} holds values that are not finite")
+    return array
+
+
+def joined(arrays: Sequence[Any], axis: int) -> Any:
+    """Beside each other along an axis, on the device where one of them is there."""
+    if all(isinstance(a, DeviceArray) for a in arrays):
+        return _core._join(tuple(arrays), axis)
+    return np.concatenate([to_numpy(a) for a in arrays], axis=axis)
+
+
+def check_pixels(value: Any, image_size: int, patch: int | None = None, core: _core.Model | None = None) -> Any:
     """pixel_values as C-contiguous float32 [B, 3, S, S]; with a patch side: of any height and width of at least that.
+
+    With the model's `core` they stay on its device where they are there.
 
     Raises TypeError, ValueError or NumericError (NaN).
     """
     if value is None:
         raise ValueError("pixel_values must be given")
-    pixels = to_numpy(value)
+    pixels = given_floats(value, core, "pixel_values")
     if not np.issubdtype(pixels.dtype, np.floating):
         raise TypeError(f"pixel_values must be floats (the processor's), found {pixels.dtype}")
     if pixels.ndim != 4 or pixels.shape[1] != 3:
@@ -91,27 +136,22 @@ def check_pixels(value: Any, image_size: int, patch: int | None = None) -> NDArr
         raise ValueError(
             f"pixel_values are {height}x{width}, expected at least {patch}x{patch}, at most {MAX_IMAGE_TOKENS} patches"
         )
-    pixels = np.ascontiguousarray(pixels, dtype=np.float32)
-    finite = np.isfinite(pixels).all(axis=(1, 2, 3))
-    if not finite.all():
-        raise NumericError(f"pixel_values: picture {int(np.argmin(finite))} holds values that are not finite")
-    return pixels
+    return in_order(pixels, "pixel_values", "picture")
 
 
-def check_embeds(value: Any, shape: tuple[int | None, int], name: str) -> NDArray[np.float32]:
-    """Embeddings [B, *shape] as C-contiguous float32; None: any length. Raises TypeError, ValueError, NumericError."""
-    embeds = to_numpy(value)
+def check_embeds(value: Any, shape: tuple[int | None, int], name: str, core: _core.Model | None = None) -> Any:
+    """Embeddings [B, *shape] as C-contiguous float32; None: any length. Raises TypeError, ValueError, NumericError.
+
+    With the model's `core` they stay on its device where they are there.
+    """
+    embeds = given_floats(value, core, name)
     if not np.issubdtype(embeds.dtype, np.floating):
         raise TypeError(f"{name} must be floats, found {embeds.dtype}")
     fits = embeds.ndim == 3 and embeds.shape[2] == shape[1] and shape[0] in (None, embeds.shape[1])
     if not fits or 0 in embeds.shape:
         length = "length" if shape[0] is None else shape[0]
         raise ValueError(f"{name} must be [batch, {length}, {shape[1]}], found shape {embeds.shape}")
-    embeds = np.ascontiguousarray(embeds, dtype=np.float32)
-    finite = np.isfinite(embeds).all(axis=(1, 2))
-    if not finite.all():
-        raise NumericError(f"{name}: row {int(np.argmin(finite))} holds values that are not finite")
-    return embeds
+    return in_order(embeds, name)
 
 
 def check_labels(value: Any, vocabulary: int, ignore_index: int) -> NDArray[np.int64]:
@@ -251,13 +291,27 @@ def pack(
     )
 
 
+def _with_features(embeds: Floats, places: NDArray[np.bool_], features: Floats) -> Floats:
+    """A copy of embeds [B, T, D] in which features [B, Q, D] stand in `places` [B, T]."""
+    if isinstance(embeds, DeviceArray) and isinstance(features, DeviceArray):
+        width, at = embeds.shape[2], np.flatnonzero(places).astype(np.int32)
+        rows = _core._copy_rows(
+            embeds.reshape(-1, width), at, features.reshape(-1, width), None, len(at), embeds.device
+        )
+        filled: DeviceArray = rows.reshape(*embeds.shape)
+        return filled
+    changed = np.array(to_numpy(embeds))
+    changed[places] = to_numpy(features).reshape(-1, features.shape[2])
+    return changed
+
+
 def pack_embeds(
-    embeds: NDArray[np.float32],
+    embeds: Floats,
     mask: NDArray[np.uint8] | None,
     ids: NDArray[np.int64] | None,
     places: NDArray[np.bool_] | None,
-    features: NDArray[np.float32] | None,
-) -> tuple[PackedRows, NDArray[np.float32]]:
+    features: Floats | None,
+) -> tuple[PackedRows, Floats]:
     """Prompts that come as embeddings [B, T, D] (and, for the rules, ids [B, T]), with features [B, Q, D] in their
     places [B, T], in front where places is None. Gives rows in which every token is an embedding, and these.
 
@@ -270,7 +324,7 @@ def pack_embeds(
             raise ValueError(f"inputs_embeds has {batch} rows, there are {features.shape[0]} pictures")
         queries = features.shape[1]
         if places is None:
-            embeds = np.concatenate([features, embeds], axis=1)
+            embeds = joined([features, embeds], 1)
             rules = np.concatenate([np.full((batch, queries), -1, np.int64), rules], axis=1)
             if mask is not None:
                 mask = np.concatenate([np.ones((batch, queries), np.uint8), mask], axis=1)
@@ -281,8 +335,7 @@ def pack_embeds(
                 raise ValueError(
                     f"inputs_embeds row {row} holds {int(found[row])} image placeholders, expected {queries}"
                 )
-            embeds = embeds.copy()
-            embeds[places] = features.reshape(-1, features.shape[2])
+            embeds = _with_features(embeds, places, features)
     length = embeds.shape[1]
     rows = PackedRows(
         ids=np.full(batch * length, -1, np.int32),

@@ -4,22 +4,35 @@ Arithmetic is float32. Weights may be stored in float32, float16, bfloat16 (NumP
 uint16), int8 or int4 (see PackedWeight). A result does not depend on the number of threads, nor on what else is in the
 batch.
 
-Errors, everywhere: ``TypeError`` for something that is no array or has another dtype (nothing is converted silently),
+Arrays are NumPy's or anything with ``__dlpack__``: torch tensors, CuPy arrays. What the first of those is comes back: a
+tensor for tensors. Nothing on the host is copied that is contiguous already.
+
+Errors, everywhere: ``TypeError`` for something that is no array or has another dtype (NumPy's are never converted),
 ``ValueError`` for shapes and names, ``IndexError`` for ids outside their table. Arrays need not be contiguous or
 writable.
 
-``device="cuda"`` (or "cuda:1" ...) runs the kernel of that backend instead: arrays are copied there, the result back.
-``UnsupportedError`` says why where there is none. A PackedWeight made with that device stays there.
+``device="cuda"`` (or "cuda:1" ...) runs the kernel of that backend instead: arrays of the host are copied there, the
+result back. Floats that lie on that device are used where they lie (other dtypes and layouts are converted there), and
+a result is where the kernel's first array is: a tensor, or a ``DeviceArray``; ids come back as NumPy's. A weight that
+lies on the device is read there where its width is a multiple of 32. ``UnsupportedError`` says why where there is no
+CUDA, ``ValueError`` names an array on another device. A PackedWeight made with that device stays there.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blip2c import _core
+from blip2c._core import DeviceArray
+from blip2c.images import is_torch
+from blip2c.inputs import is_on_cuda, to_numpy
 from blip2c.search import beam_search, greedy_search
 
 __all__ = [
@@ -61,9 +74,56 @@ def _activation_index(name: str) -> int:
     return ACTIVATIONS.index(name)
 
 
-def _array(value: Any, name: str, dtype: Any, ndim: int) -> NDArray[Any]:
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+
+# What kernels read on the host, wherever they compute.
+_FOR_THE_HOST = ("distance_bias", "inv_freq")
+
+
+def _own(value: Any, name: str, device: str) -> Any:
+    """An argument as the C part takes it: NumPy's, or a DeviceArray; what is no foreign array as it is."""
+    if isinstance(value, tuple):
+        return tuple(_own(item, name, device) for item in value)
+    if isinstance(value, np.ndarray | np.generic | DeviceArray) or not hasattr(value, "__dlpack__"):
+        return value
+    if (
+        is_on_cuda(value)
+        and name not in _FOR_THE_HOST
+        and not any(kind in str(value.dtype) for kind in ("int", "bool"))
+    ):
+        return _core._take(value.detach() if is_torch(value) else value, name, device)
+    return to_numpy(value)
+
+
+def _as_tensor(result: Any, device: Any) -> Any:
+    """Results for somebody who works with torch, on `device`."""
+    torch = sys.modules["torch"]
+    if isinstance(result, tuple):
+        return tuple(_as_tensor(item, device) for item in result)
+    if isinstance(result, DeviceArray):
+        return torch.from_dlpack(result)
+    return torch.from_numpy(result).to(device) if isinstance(result, np.ndarray) else result
+
+
+def _arrays(function: Kernel) -> Kernel:
+    """Lets a kernel on NumPy's arrays and DeviceArrays take those of other libraries."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        device = given.get("device", "cpu")
+        result = function(**{name: _own(value, name, device) for name, value in given.items()})
+        first = next((v for v in given.values() if isinstance(v, np.ndarray) or hasattr(v, "__dlpack__")), None)
+        return _as_tensor(result, first.device) if first is not None and is_torch(first) else result
+
+    return kernel  # type: ignore[return-value]
+
+
+def _array(value: Any, name: str, dtype: Any, ndim: int) -> Any:
     """What is sliced here, before C sees it, is checked here, with the same words."""
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray | DeviceArray):
         raise TypeError(f"{name}: expected a numpy array, found {type(value).__name__}")
     if value.dtype != dtype:
         raise TypeError(f"{name}: expected an array of {np.dtype(dtype)}, found {value.dtype}")
@@ -80,10 +140,11 @@ def _expect(name: str, found: Any, expected: Any) -> None:
 class PackedWeight:
     """A weight matrix [Dout, Din] in the layout that the kernels read: panels of 16 output channels.
 
-    weight: float32, float16, or uint16 holding bfloat16 bits. dtype: "float32", "float16" or "bfloat16" to store it so
-    (rounded to nearest even; ``NumericError`` where a value is too large for float16), "int8" or "int4" to round it to
-    integers with scales (``NumericError`` where a value is not finite), None: as it is. pairs: a bfloat16 weight that
-    asks for bfloat16 arithmetic where many rows meet it and the processor has it.
+    weight: float32, float16, or uint16 holding bfloat16 bits (tensors come by way of the host). dtype: "float32",
+    "float16" or "bfloat16" to store it so (rounded to nearest even; ``NumericError`` where a value is too large for
+    float16), "int8" or "int4" to round it to integers with scales (``NumericError`` where a value is not finite),
+    None: as it is. pairs: a bfloat16 weight that asks for bfloat16 arithmetic where many rows meet it and the
+    processor has it.
 
     Rounded weights are column_scales[j] * scale * q[i][j]. A column scale is the size of a column (its root mean
     square), so that all columns are rounded alike. int8: one scale per output channel, |q| <= 127. int4: a float16
@@ -95,6 +156,7 @@ class PackedWeight:
     def __init__(
         self, weight: NDArray[Any], dtype: str | None = None, pairs: bool = False, device: str = "cpu"
     ) -> None:
+        weight = weight if isinstance(weight, np.ndarray) or not hasattr(weight, "__dlpack__") else to_numpy(weight)
         self._capsule = _core._pack_weight(weight, dtype, pairs, device)
         self.device = device
         self.shape: tuple[int, int] = (weight.shape[0], weight.shape[1])
@@ -125,6 +187,7 @@ class PackedWeight:
         return f"PackedWeight(shape={self.shape})"
 
 
+@_arrays
 def linear(
     x: F32,
     weight: NDArray[Any] | PackedWeight,
@@ -174,6 +237,7 @@ def linear(
     return _core._linear(x, weight, bias, residual, act, item_rows, device)
 
 
+@_arrays
 def layer_norm(
     x: F32, weight: F32 | None = None, bias: F32 | None = None, eps: float = 1e-5, device: str = "cpu"
 ) -> F32:
@@ -184,6 +248,7 @@ def layer_norm(
     return _core._layer_norm(x, weight, bias, eps, device)
 
 
+@_arrays
 def rms_norm(x: F32, weight: F32, eps: float = 1e-6, device: str = "cpu") -> F32:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, as T5LayerNorm (Zhang and Sennrich 2019).
 
@@ -192,6 +257,7 @@ def rms_norm(x: F32, weight: F32, eps: float = 1e-6, device: str = "cpu") -> F32
     return _core._rms_norm(x, weight, eps, device)
 
 
+@_arrays
 def gate(gate: F32, up: F32, activation: str = "gelu_tanh", device: str = "cpu") -> F32:
     """act(gate) * up, element by element: the gated feed-forward of T5 v1.1 and LLaMA (Shazeer 2020).
 
@@ -200,6 +266,7 @@ def gate(gate: F32, up: F32, activation: str = "gelu_tanh", device: str = "cpu")
     return _core._gate(gate, up, _activation_index(activation), device)
 
 
+@_arrays
 def activation(x: F32, name: str = "gelu", device: str = "cpu") -> F32:
     """An activation of ACTIVATIONS on every element of x (float32, any shape).
 
@@ -209,22 +276,26 @@ def activation(x: F32, name: str = "gelu", device: str = "cpu") -> F32:
     return _core._activation(x, _activation_index(name), device)
 
 
+@_arrays
 def gelu(x: F32, device: str = "cpu") -> F32:
     """x/2 (1 + erf(x / sqrt 2)), as torch.nn.functional.gelu (Hendrycks and Gimpel 2016)."""
     return activation(x, "gelu", device)
 
 
+@_arrays
 def log_softmax(x: F32, device: str = "cpu") -> F32:
     """x - max - log(sum(exp(x - max))) over the last axis, as torch.log_softmax. x [..., V] float32."""
     return _core._log_softmax(x, device)
 
 
+@_arrays
 def cross_entropy(logits: F32, targets: NDArray[np.int64], ignore_index: int = -100) -> F32:
     """-log softmax(logits)[target] of each row, 0 where the target is ignore_index, as torch's cross_entropy with
     reduction="none". logits [N, V], targets [N]; IndexError for another target outside 0..V-1."""
     return _core._cross_entropy(logits, targets, ignore_index)
 
 
+@_arrays
 def top_k(x: F32, k: int, device: str = "cpu") -> tuple[F32, NDArray[np.int32]]:
     """The k largest of the last axis, largest first, equal values by ascending id; NaN comes last.
 
@@ -233,11 +304,13 @@ def top_k(x: F32, k: int, device: str = "cpu") -> tuple[F32, NDArray[np.int32]]:
     return _core._top_k(x, k, device)
 
 
+@_arrays
 def first_bad_row(x: F32, device: str = "cpu") -> int:
     """Index of the first row (all axes but the last, flattened) that holds a NaN or an Inf, or -1."""
     return _core._first_bad_row(x, device)
 
 
+@_arrays
 def embedding(
     table: NDArray[Any] | PackedWeight, ids: NDArray[np.int32], added_to: F32 | None = None, device: str = "cpu"
 ) -> F32:
@@ -251,6 +324,7 @@ def embedding(
     return _core._embedding(table._capsule if isinstance(table, PackedWeight) else table, ids, added_to, device)
 
 
+@_arrays
 def rope(
     x: F32, positions: NDArray[np.int32], inv_freq: F32, head_dim: int, scaling: float = 1.0, device: str = "cpu"
 ) -> F32:
@@ -263,6 +337,7 @@ def rope(
     return _core._rope(x, positions, inv_freq, head_dim, scaling, device)
 
 
+@_arrays
 def patches(pixels: F32, patch: int, device: str = "cpu") -> F32:
     """Pictures [B, C, height, width] cut into patches [B, height // patch * (width // patch), C * patch * patch].
 
@@ -272,6 +347,7 @@ def patches(pixels: F32, patch: int, device: str = "cpu") -> F32:
     return _core._patches(pixels, patch, device)
 
 
+@_arrays
 def copy_rows(
     out: F32,
     x: F32,
@@ -282,14 +358,17 @@ def copy_rows(
     """A copy of out [M, D] in which row out_rows[i] is row x_rows[i] of x [N, D]; None: i itself."""
     lists = [a for a in (out_rows, x_rows) if isinstance(a, np.ndarray)]
     n = len(lists[0]) if lists else len(_array(x, "x", np.float32, 2))
-    return _core._copy_rows(out, out_rows, x, x_rows, n, device)
+    copied: F32 = _core._copy_rows(out, out_rows, x, x_rows, n, device)
+    return copied
 
 
+@_arrays
 def add_rows(x: F32, rows: F32, device: str = "cpu") -> F32:
     """x [N, D] plus rows [M, D] repeated N / M times: the same position embeddings onto every picture."""
     return _core._add_rows(x, rows, device)
 
 
+@_arrays
 def packed_attention(
     q: F32,
     q_offsets: NDArray[np.int32],
@@ -354,6 +433,7 @@ def _mask_bytes(key_mask: NDArray[Any] | None, shape: tuple[int, int]) -> NDArra
     return key_mask.astype(np.uint8)
 
 
+@_arrays
 def attention(
     q: F32,
     k: F32,
@@ -401,6 +481,7 @@ def attention(
     return out.reshape((batch, heads, queries, keys) if weights else q.shape)
 
 
+@_arrays
 def cross_attention(
     hidden: F32,
     image_embeds: F32,
@@ -424,6 +505,7 @@ def cross_attention(
     return attention(q, k, v, heads, device=device)
 
 
+@_arrays
 def decode_attention(
     q: F32,
     k_prefix: F32,

@@ -92,7 +92,8 @@ class LavisModel:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _pixels(self, samples: Mapping[str, Any]) -> NDArray[np.float32]:
-        return check_pixels(_entry(samples, "image"), self.image_size)
+        pixels: NDArray[np.float32] = check_pixels(_entry(samples, "image"), self.image_size)
+        return pixels
 
     def _cut(self, ids: list[int], text: str) -> list[int]:
         """At most max_txt_len of a text's ids."""

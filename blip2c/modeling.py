@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from blip2c._core import UnsupportedError
 from blip2c.callables import Hooks
-from blip2c.forward import F32, Blip2WithLanguageModel, PackedTexts, Prompt, decoder_arguments
+from blip2c.forward import Blip2WithLanguageModel, PackedTexts, Prompt, decoder_arguments
 from blip2c.generation import Call, resolve
 from blip2c.generation_outputs import compute_transition_scores, generated
-from blip2c.inputs import DecoderRows, begin_decoder
+from blip2c.inputs import DecoderRows, Floats, begin_decoder
 from blip2c.outputs import Like, ModelOutput
 from blip2c.pretrained import generation_options
 from blip2c.steps import Steps
@@ -65,7 +65,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         wishes, texts = self._wishes(options), self._texts(options)
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("expected one of pixel_values and mm_encoder_outputs, found both")
-        like = Like(_first(pixel_values, input_ids, inputs_embeds), self._dtype)
+        like = Like(_first(pixel_values, input_ids, inputs_embeds), self._dtype, self._core)
         pictures = (
             self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, texts)
             if mm_encoder_outputs is None
@@ -100,7 +100,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
         self._check_config()
         wishes, texts = self._wishes(options), self._texts(options)
         _refuse_rest("get_image_features", options)
-        like = Like(pixel_values, self._dtype)
+        like = Like(pixel_values, self._dtype, self._core)
         pictures = self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, texts)
         result = ModelOutput(
             last_hidden_state=pictures.vision.last_hidden_state,
@@ -144,7 +144,7 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
             input_ids = self._start_ids(features.shape[0])
         prompt = self._prompt(features, input_ids, inputs_embeds, attention_mask)
         return self._generate(
-            prompt, generate_kwargs, Like(_first(pixel_values, input_ids, inputs_embeds), self._dtype)
+            prompt, generate_kwargs, Like(_first(pixel_values, input_ids, inputs_embeds), self._dtype, self._core)
         )
 
     def _generate(self, prompt: Prompt, generate_kwargs: dict[str, Any], like: Like) -> Any:
@@ -242,10 +242,12 @@ class Blip2ForConditionalGeneration(Blip2WithLanguageModel):
 
     def _features(
         self, pixel_values: Any, interpolate: Any, outputs: Mapping[str, Any] | None, texts: PackedTexts | None
-    ) -> F32:
+    ) -> Floats:
         """The pictures as the language model reads them, [B, Q, D_lm], from pixels or precomputed."""
         if outputs is None:
-            return self._core.encode(self._pixels(pixel_values, bool(interpolate)), bool(interpolate), texts)
+            pixels = self._pixels(pixel_values, bool(interpolate))
+            features: Floats = self._core.encode(pixels, bool(interpolate), texts, on_device=self._core.device != "cpu")
+            return features
         if pixel_values is not None:
             raise ValueError("expected one of pixel_values and mm_encoder_outputs, found both")
         return self._given_pictures(outputs).features
@@ -284,7 +286,7 @@ class Blip2Model(Blip2WithLanguageModel):
     ) -> Any:
         """As Blip2ForConditionalGeneration.forward()."""
         self._check_config()
-        wishes, like = self._wishes(options), Like(pixel_values, self._dtype)
+        wishes, like = self._wishes(options), Like(pixel_values, self._dtype, self._core)
         result = self._forward(
             self._pictures(pixel_values, interpolate_pos_encoding, wishes, like, None),
             like,
@@ -313,7 +315,7 @@ class Blip2Model(Blip2WithLanguageModel):
         self._check_config()
         if ignored:
             warnings.warn(f"get_qformer_features does not use {', '.join(sorted(ignored))}", stacklevel=2)
-        like = Like(pixel_values, self._dtype)
+        like = Like(pixel_values, self._dtype, self._core)
         pictures = self._pictures(pixel_values, interpolate_pos_encoding, self._wishes({}), like, None)
         return pictures.qformer.last_hidden_state
 
@@ -332,7 +334,7 @@ class Blip2Model(Blip2WithLanguageModel):
         decoder_input_ids, decoder_attention_mask and labels are taken and change nothing, as upstream.
         """
         self._check_config()
-        wishes, like = self._wishes(options), Like(input_ids, self._dtype)
+        wishes, like = self._wishes(options), Like(input_ids, self._dtype, self._core)
         _refuse_rest("get_text_features", options)
         prompt = self._prompt(None, input_ids, None, attention_mask)
         decoder, encoder = None, ""

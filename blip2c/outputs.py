@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blip2c._core import DeviceArray, Model
 from blip2c.images import is_torch
+from blip2c.inputs import is_on_cuda
 
 
 class ModelOutput(dict[str, Any]):
@@ -51,9 +53,15 @@ def _rebuild(entries: dict[str, Any], names: list[str]) -> ModelOutput:
 
 
 class Like:
-    """Gives results back as what came in: tensors where it was for a tensor, arrays for anything else."""
+    """Gives results back as what came in: tensors where it was for a tensor, arrays for anything else.
 
-    def __init__(self, value: Any, dtype: str) -> None:
+    core: of the model. `stays`: what came in lies on its device, and so do the results: tensors over the same memory,
+    or DeviceArrays for others.
+    """
+
+    def __init__(self, value: Any, dtype: str, core: Model | None = None) -> None:
+        self.core = core
+        self.stays = core is not None and core.device != "cpu" and is_on_cuda(value)
         self.torch = sys.modules["torch"] if is_torch(value) else None
         self.device = value.device if self.torch is not None else "cpu"
         self.dtype = dtype
@@ -65,11 +73,14 @@ class Like:
         like.torch = sys.modules.get("torch")
         return like
 
-    def floats(self, array: NDArray[np.float32], keep: bool = False) -> Any:
+    def floats(self, array: NDArray[np.float32] | DeviceArray, keep: bool = False) -> Any:
         """float32 array; or a tensor of the model's dtype (float32 where `keep`)."""
         if self.torch is None:
-            return array
-        tensor = self.torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+            return self.core.put(array) if self.stays and self.core and isinstance(array, np.ndarray) else array
+        if isinstance(array, DeviceArray):
+            tensor = self.torch.from_dlpack(array)
+        else:
+            tensor = self.torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return tensor if keep or self.dtype == "float32" else tensor.to(getattr(self.torch, self.dtype))
 
     def number(self, value: np.float32) -> Any:

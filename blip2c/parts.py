@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c._core import UnsupportedError
-from blip2c.inputs import check_embeds, check_mask, to_numpy
+from blip2c._core import DeviceArray, UnsupportedError
+from blip2c.inputs import check_embeds, check_mask, given_floats, joined, to_numpy
 from blip2c.outputs import Like
 
 if TYPE_CHECKING:
@@ -70,13 +70,14 @@ class VisionModel(Part):
         from blip2c.forward import vision_output
 
         model, wishes = self._model, self._wishes(options)
-        like = Like(pixel_values, model._dtype)
+        like = Like(pixel_values, model._dtype, model._core)
         stages = model._core.encode_stages(
             model._pixels(pixel_values, bool(interpolate_pos_encoding)),
             hidden_states=wishes.hidden_states is not False,
             attentions=wishes.attentions,
             interpolate=bool(interpolate_pos_encoding),
             qformer=False,
+            on_device=like.stays,
         )
         return model._finished(vision_output(stages, like, wishes), return_dict)
 
@@ -110,7 +111,7 @@ class QFormer(Part):
 
         model, wishes = self._model, self._wishes(options)
         core = model._core_config["qformer"]
-        embeds = check_embeds(query_embeds, (None, int(core["hidden_size"])), "query_embeds")
+        embeds = check_embeds(query_embeds, (None, int(core["hidden_size"])), "query_embeds", model._core)
         queries = embeds.shape[1] if query_length is None else int(query_length)
         if not 0 <= queries <= embeds.shape[1]:
             raise ValueError(f"query_length is {queries}, query_embeds has {embeds.shape[1]} rows")
@@ -119,7 +120,7 @@ class QFormer(Part):
             if encoder_hidden_states is None:
                 raise ValueError("qformer: encoder_hidden_states must be given")
             image = check_embeds(
-                encoder_hidden_states, (None, int(core["encoder_hidden_size"])), "encoder_hidden_states"
+                encoder_hidden_states, (None, int(core["encoder_hidden_size"])), "encoder_hidden_states", model._core
             )
             if len(embeds) != len(image) and 1 not in (len(embeds), len(image)):
                 raise ValueError(f"qformer: query_embeds for {len(embeds)} pictures, there are {len(image)}")
@@ -128,6 +129,7 @@ class QFormer(Part):
         shown = None
         if image is not None:
             shown = _mask(encoder_attention_mask, image.shape[:2], "encoder_attention_mask", batch)
+        like = Like(query_embeds if image is None else encoder_hidden_states, model._dtype, model._core)
         stages = model._core.run_qformer(
             _repeated(embeds[:, :queries], batch),
             _repeated(embeds[:, queries:], batch) if queries < embeds.shape[1] else None,
@@ -137,15 +139,20 @@ class QFormer(Part):
             shown,
             hidden_states=wishes.hidden_states is not False,
             attentions=wishes.attentions,
+            on_device=like.stays,
         )
         if "text" in stages:
             join_text(stages, batch)
-        like = Like(query_embeds if image is None else encoder_hidden_states, model._dtype)
         return model._finished(qformer_output(stages, like, wishes, model._qformer_stays_float32), return_dict)
 
 
-def _repeated(array: NDArray[Any], batch: int) -> NDArray[Any]:
+def _repeated(array: Any, batch: int) -> Any:
     """`batch` rows of an array that has as many, or one."""
+    if isinstance(array, DeviceArray):
+        one = array
+        while len(array) < batch:
+            array = joined([array, one][:batch], 0)
+        return array
     return np.ascontiguousarray(np.broadcast_to(array, (batch, *array.shape[1:])))
 
 
@@ -167,14 +174,15 @@ class LanguageProjection(Part):
 
     def __call__(self, x: Any) -> Any:
         """x [..., D_q] floats -> [..., D_lm]. Raises TypeError or ValueError."""
-        array = to_numpy(x)
+        array = given_floats(x, self._model._core, "x")
         if not np.issubdtype(array.dtype, np.floating):
             raise TypeError(f"language_projection: expected floats, found {array.dtype}")
         if array.ndim < 1 or array.shape[-1] != self.in_features:
             raise ValueError(f"language_projection: expected [..., {self.in_features}], found shape {array.shape}")
-        rows = np.ascontiguousarray(array, dtype=np.float32).reshape(-1, self.in_features)
-        out = self._model._core.project(rows).reshape(*array.shape[:-1], self.out_features)
-        return Like(x, self._model._dtype).floats(out)
+        like = Like(x, self._model._dtype, self._model._core)
+        ordered = array if isinstance(array, DeviceArray) else np.ascontiguousarray(array, dtype=np.float32)
+        out = self._model._core.project(ordered.reshape(-1, self.in_features), on_device=like.stays)
+        return like.floats(out.reshape(*array.shape[:-1], self.out_features))
 
 
 class TokenEmbedding(Part):
@@ -194,8 +202,9 @@ class TokenEmbedding(Part):
             raise TypeError(f"input_ids must be integers, found {ids.dtype}")
         if ids.size and not 0 <= ids.min() <= ids.max() < self.num_embeddings:
             raise ValueError(f"input_ids must be in 0..{self.num_embeddings - 1}, found {ids.min()}..{ids.max()}")
-        out = self._model._core.embed(np.ascontiguousarray(ids.reshape(-1), dtype=np.int32))
-        return Like(input_ids, self._model._dtype).floats(out.reshape(*ids.shape, self.embedding_dim))
+        like = Like(input_ids, self._model._dtype, self._model._core)
+        out = self._model._core.embed(np.ascontiguousarray(ids.reshape(-1), dtype=np.int32), on_device=like.stays)
+        return like.floats(out.reshape(*ids.shape, self.embedding_dim))
 
 
 class LanguageModel(Part):
@@ -239,7 +248,7 @@ class LanguageModel(Part):
         model, keep = self._model, options.pop("logits_to_keep", None)
         wishes, targets = model._wishes(options), model._labels(labels, options)
         refuse_options("language_model", options, LANGUAGE_OPTIONS)
-        like = Like(input_ids if inputs_embeds is None else inputs_embeds, model._dtype)
+        like = Like(input_ids if inputs_embeds is None else inputs_embeds, model._dtype, model._core)
         prompt = model._prompt(None, input_ids, inputs_embeds, attention_mask)
         decoder = model._decoder(decoder_input_ids, decoder_attention_mask, targets, len(prompt.rows.offsets) - 1)
         return model._finished(model._language(prompt, decoder, like, wishes, targets, keep)[0], return_dict)
@@ -265,4 +274,6 @@ class LanguageModel(Part):
         if ids is None and inputs_embeds is None:
             raise ValueError("language_model.generate: expected input_ids or inputs_embeds")
         prompt = model._prompt(None, ids, inputs_embeds, attention_mask)
-        return begin(prompt, generate_kwargs, Like(ids if inputs_embeds is None else inputs_embeds, model._dtype))
+        return begin(
+            prompt, generate_kwargs, Like(ids if inputs_embeds is None else inputs_embeds, model._dtype, model._core)
+        )

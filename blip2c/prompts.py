@@ -206,7 +206,8 @@ class Prompts:
 def read_pixels(model: Blip2WithQFormer, processor: Blip2Processor, picture: Any) -> F32:
     """[1, 3, S, S] of anything that load_image() takes. Raises ROW_ERRORS."""
     values = processor.image_processor(load_image(picture), return_tensors="np")["pixel_values"]
-    return check_pixels(values, int(model._core_config["vision"]["image_size"]))
+    pixels: F32 = check_pixels(values, int(model._core_config["vision"]["image_size"]))
+    return pixels
 
 
 def shared_beginning(rows: Sequence[list[int]]) -> int:

@@ -94,7 +94,7 @@ class Blip2ForImageTextRetrieval(Blip2Retrieval):
         _check_token_types(options.pop("token_type_ids", None))
         refuse_options("forward", options, {})
         wishes = self._wishes({"output_hidden_states": output_hidden_states, "output_attentions": output_attentions})
-        like, interpolate = Like(pixel_values, self._dtype), bool(interpolate_pos_encoding)
+        like, interpolate = Like(pixel_values, self._dtype, self._core), bool(interpolate_pos_encoding)
         pixels = self._pixels(pixel_values, interpolate)
         text = self._text(input_ids, attention_mask, bool(use_image_text_matching_head))
         if use_image_text_matching_head and len(text[1]) - 1 != len(pixels):
@@ -108,6 +108,7 @@ class Blip2ForImageTextRetrieval(Blip2Retrieval):
             attentions=wishes.attentions,
             interpolate=interpolate,
             text=text if use_image_text_matching_head else None,
+            on_device=like.stays,
         )
         vision = vision_output(stages, like, wishes)
         result = self._match(stages) if use_image_text_matching_head else self._compare(stages, text)
@@ -127,7 +128,7 @@ class Blip2ForImageTextRetrieval(Blip2Retrieval):
         read, count = self._core.read_texts(text), len(text[1]) - 1
         first = np.ascontiguousarray(read["embeds"][text[1][:-1]])
         return {
-            "logits": self._core.similarity(stages["embeds"], first),
+            "logits": self._core.similarity(to_numpy(stages["embeds"]), first),
             "text_embeds": first,
             "image_embeds": stages["embeds"],
             "states": read["text"].reshape(count, -1, read["text"].shape[1]),
@@ -182,14 +183,14 @@ class Blip2TextModelWithProjection(Blip2Retrieval):
         """
         self._check_config()
         _check_token_types(options.pop("token_type_ids", None))
-        wishes, like = self._wishes(options), Like(input_ids, self._dtype)
+        wishes, like = self._wishes(options), Like(input_ids, self._dtype, self._core)
         refuse_options("forward", options, {})
         ids = check_ids(input_ids, self._vocabulary)
         mask = None if attention_mask is None else check_mask(attention_mask, ids.shape)
         if position_ids is not None and not (to_numpy(position_ids) == np.arange(ids.shape[1])).all():
             raise UnsupportedError("position_ids other than 0, 1, 2, ... are not computed")
         text = self._packed(ids, mask)
-        read = self._core.read_texts(text, wishes.hidden_states is not False, wishes.attentions)
+        read = self._core.read_texts(text, wishes.hidden_states is not False, wishes.attentions, like.stays)
         embeds = read.pop("embeds")
         join_text(read, len(ids))
         states = self._states(read, like, wishes)
@@ -219,7 +220,7 @@ class Blip2VisionModelWithProjection(Blip2Retrieval):
         Beside them the vision encoder's last_hidden_state [B, T, D_v], hidden_states and attentions.
         """
         self._check_config()
-        wishes, like = self._wishes(options), Like(pixel_values, self._dtype)
+        wishes, like = self._wishes(options), Like(pixel_values, self._dtype, self._core)
         interpolate = bool(interpolate_pos_encoding)
         refuse_options("forward", options, {})
         stages = self._core.encode_stages(
@@ -227,6 +228,7 @@ class Blip2VisionModelWithProjection(Blip2Retrieval):
             hidden_states=wishes.hidden_states is not False,
             attentions=wishes.attentions,
             interpolate=interpolate,
+            on_device=like.stays,
         )
         vision = vision_output(stages, like, wishes)
         result = ModelOutput(

@@ -103,7 +103,7 @@ def card_library(sources: Sequence[Path], arch: str = "native") -> Path:
 
 def host_library(sources: Sequence[Path]) -> Path:
     """A shared library of `sources` (.cu, .cpp, .c) and the stand-in. RuntimeError with what the compiler says."""
-    everything = [*sources, HOST / "fibers.cpp", HOST / "runtime.cpp"]
+    everything = [*sources, HOST / "fibers.cpp", HOST / "runtime.cpp", HOST / "callers.cpp"]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, everything))
     names = hashlib.sha256("".join(o.name for o in objects).encode()).hexdigest()[:32]

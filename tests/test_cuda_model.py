@@ -226,11 +226,11 @@ class OnACard:
         return self.array.copy().__dlpack__()
 
 
-def test_arrays_on_a_card_are_read(opt: tuple[Path, Any, Any]) -> None:
-    _, here, there = opt
+def test_arrays_on_a_card_come_to_a_model_on_the_processor(opt: tuple[Path, Any, Any]) -> None:
+    _, here, _ = opt
     pixels, ids = random_pixels(here.config, 1), prompt_ids(here.config, 1, 7)
     want = here.generate(pixels, ids, max_new_tokens=4)
-    assert np.array_equal(there.generate(OnACard(pixels), ids, max_new_tokens=4), want)
+    assert np.array_equal(here.generate(OnACard(pixels), ids, max_new_tokens=4), want)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ struct b2_memory {
     void (*free)(b2_memory *memory, void *block);
     int (*upload)(b2_memory *memory, void *to, const void *from, size_t bytes, b2_err *err);
     int (*download)(b2_memory *memory, void *to, const void *from, size_t bytes, b2_err *err);
+    /* 1 where `data` is in memory of this very device, whoever allocated it: kernels may use it where it lies. */
+    int (*holds)(b2_memory *memory, const void *data);
 };
 
 /* b2_alloc and b2_free in `memory`; NULL: on the heap. */

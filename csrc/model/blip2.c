@@ -428,24 +428,63 @@ static int read_off(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b
     return out->match.data ? b2_heads_match(ctx, &model->heads, out->match, qformer, err) : 0;
 }
 
-/* What follows is in backend memory. `group`: the pixels; data NULL: out->vision holds the embeddings. */
+/* A group's way through the model: what its operations are given, and nothing besides. All of it is in backend memory. */
+typedef struct group_call {
+    const b2_blip2 *model;
+    b2_encoded out;
+    b2_pictures group;    /* the pixels; data NULL: `vision` holds the embeddings */
+    b2_tensor positions;  /* [T, D_v] */
+    b2_tensor vision;     /* [B*T, D_v] */
+    int64_t reads;        /* 1: the Q-Former too, without texts */
+    char *base;           /* of the arena of activations, its size and what is in use: where everything else lies */
+    size_t size, used;
+} group_call;
+
+/* The vision states to what is wanted of the Q-Former. */
+static int read_pictures(b2_ctx *ctx, const group_call *call, const b2_texts *texts, b2_err *err)
+{
+    const b2_qformer *m = &call->model->qformer;
+    int64_t queries = m->config.num_query_tokens, count = call->group.count;
+    b2_tensor states = call->out.qformer;
+    if (!states.data && b2_stage_take(ctx, &states, count * queries, m->config.hidden_size, err) < 0)
+        return -1;
+    b2_qformer_in in = {.items = count, .queries = queries, .image = call->vision, .texts = texts};
+    b2_qformer_out to = {.queries = states, .text = call->out.text};
+    return b2_qformer_forward(ctx, m, &to, &in, err) < 0 ? -1 : read_off(ctx, call->model, &call->out, states, err);
+}
+
+static int run_group(b2_ctx *ctx, void *argument, b2_err *err)
+{
+    const group_call *call = argument;
+    const b2_vit *vit = &call->model->vit;
+    if (call->group.data && b2_vit_forward(ctx, vit, call->vision, call->group, call->positions, err) < 0)
+        return -1;
+    if (call->out.pooled.data && b2_vit_pool(ctx, vit, call->out.pooled, call->vision, err) < 0)
+        return -1;
+    return call->reads ? read_pictures(ctx, call, NULL, err) : 0;
+}
+
+/* Everything but texts is the same for all groups of a shape, and may be recorded. */
 static int encode_pictures(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *out, b2_pictures group,
                            b2_tensor positions, const b2_texts *texts, b2_err *err)
 {
-    int64_t tokens = positions.rows, queries = model->qformer.config.num_query_tokens, count = group.count;
-    b2_tensor vision = out->vision, qformer = out->qformer;
-    if ((!vision.data && b2_stage_take(ctx, &vision, count * tokens, positions.cols, err) < 0) ||
-        (!qformer.data && b2_stage_take(ctx, &qformer, count * queries, model->qformer.config.hidden_size, err) < 0))
+    group_call call;
+    memset(&call, 0, sizeof call); /* what lies between the fields is compared too */
+    call.model = model;
+    call.out = *out;
+    call.group = group;
+    call.positions = positions;
+    call.vision = out->vision;
+    call.reads = wants_qformer(out) && !texts;
+    if (!call.vision.data && b2_stage_take(ctx, &call.vision, group.count * positions.rows, positions.cols, err) < 0)
         return -1;
-    if (group.data && b2_vit_forward(ctx, &model->vit, vision, group, positions, err) < 0)
+    call.base = ctx->activations->base;
+    call.size = ctx->activations->size;
+    call.used = ctx->activations->used;
+    b2_step_shape shape = {.key = &call, .bytes = sizeof call, .constant = 1};
+    if (b2_step_run(ctx, shape, run_group, &call, err) < 0)
         return -1;
-    if (out->pooled.data && b2_vit_pool(ctx, &model->vit, out->pooled, vision, err) < 0)
-        return -1;
-    if (!wants_qformer(out))
-        return 0;
-    b2_qformer_in in = {.items = count, .queries = queries, .image = vision, .texts = texts};
-    b2_qformer_out states = {.queries = qformer, .text = out->text};
-    return b2_qformer_forward(ctx, &model->qformer, &states, &in, err) < 0 ? -1 : read_off(ctx, model, out, qformer, err);
+    return texts && wants_qformer(out) ? read_pictures(ctx, &call, texts, err) : 0;
 }
 
 /* Pictures [first, first + group.count), whose pixels are `group`; positions [T, D_v]; texts of all pictures or NULL. */

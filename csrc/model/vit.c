@@ -148,7 +148,7 @@ size_t b2_vit_scratch(const b2_ctx *ctx, const b2_vit *vit, b2_pictures pictures
     int64_t tokens = b2_vit_tokens(c, pictures.height, pictures.width), rows = pictures.count * tokens;
     return 2 * b2_arena_cost((size_t)(rows * c->hidden_size), sizeof(float)) +
            b2_arena_cost((size_t)(rows * wide_columns(c)), sizeof(float)) +
-           2 * b2_arena_cost((size_t)(rows + 1), sizeof(int32_t)) +
+           3 * b2_arena_cost((size_t)(rows + 1), sizeof(int32_t)) +
            b2_stage_attention_scratch(pictures.count) +
            b2_scratch_bytes(ctx, rows, wide_columns(c), tokens, (int)(c->hidden_size / c->num_attention_heads));
 }
@@ -158,7 +158,8 @@ typedef struct buffers {
     b2_tensor x;                 /* [B*T, D] the residual stream */
     b2_tensor h;                 /* [B*T, D] */
     float *wide;                 /* [B*T, max(3D, F, C*P*P)] */
-    int32_t *class_rows;         /* [B]: where the class tokens go */
+    int32_t *class_rows;         /* [B]: where the class tokens go ... */
+    int32_t *class_from;         /* [B]: ... and where they come from: 0 */
     int32_t *patch_rows;         /* [B*(T-1)]: where the patches go */
     int64_t tokens;              /* T */
     b2_stage_rows pictures;
@@ -173,11 +174,13 @@ static int take_buffers(b2_ctx *ctx, buffers *w, const b2_vit_config *c, int64_t
         return -1;
     w->wide = b2_arena_take(ctx->activations, (size_t)(rows * wide_columns(c)), sizeof *w->wide, err);
     w->class_rows = b2_arena_take(ctx->scratch, (size_t)pictures, sizeof *w->class_rows, err);
+    w->class_from = b2_arena_take(ctx->scratch, (size_t)pictures, sizeof *w->class_from, err);
     w->patch_rows = b2_arena_take(ctx->scratch, (size_t)rows, sizeof *w->patch_rows, err);
-    if (!w->wide || !w->class_rows || !w->patch_rows)
+    if (!w->wide || !w->class_rows || !w->class_from || !w->patch_rows)
         return -1;
     for (int64_t b = 0, i = 0; b < pictures; b++) {
         w->class_rows[b] = (int32_t)(b * tokens);
+        w->class_from[b] = 0;
         for (int64_t t = 1; t < tokens; t++)
             w->patch_rows[i++] = (int32_t)(b * tokens + t);
     }
@@ -194,11 +197,9 @@ static int embed(b2_ctx *ctx, const b2_vit *vit, buffers *w, b2_pictures picture
     b2_linear_opts opts = {.bias = &vit->patch_bias, .item_rows = b2_item_rows(ctx, count)};
     if (b2_patches(ctx, flat, pictures, c->patch_size, err) < 0 ||
         b2_linear(ctx, patches, flat, &vit->patch_weight, &opts, err) < 0 ||
-        b2_copy_rows(ctx, w->x, w->patch_rows, patches, NULL, pictures.count * count, err) < 0)
+        b2_copy_rows(ctx, w->x, w->patch_rows, patches, NULL, pictures.count * count, err) < 0 ||
+        b2_copy_rows(ctx, w->x, w->class_rows, class_token, w->class_from, pictures.count, err) < 0)
         return -1;
-    for (int64_t b = 0; b < pictures.count; b++)
-        if (b2_copy_rows(ctx, w->x, w->class_rows + b, class_token, NULL, 1, err) < 0)
-            return -1;
     return b2_add_rows(ctx, w->x, positions, err);
 }
 

@@ -10,7 +10,7 @@
 #include "ops/ops.h"
 
 /* Changes whenever anything that crosses between _core and the library does: these structs, b2_ops, b2_ctx, b2_weight. */
-enum { B2_BACKEND_VERSION = 3 };
+enum { B2_BACKEND_VERSION = 5 };
 
 #define B2_BACKEND_SYMBOL "b2_backend_cuda"
 
@@ -30,6 +30,17 @@ typedef struct b2_device {
     const b2_ops *ops;
 } b2_device;
 
+enum { B2_ARRAY_AXES = 8 };
+
+/* An array of a caller as it lies on a device: element (i, j, ...) is data[i*strides[0] + j*strides[1] + ...]. */
+typedef struct b2_device_array {
+    void *data;
+    int bits;                           /* of an element: 16, 32 or 64, a float */
+    int brain;                          /* 1: of the 16 bits 8 are the exponent (bfloat16) */
+    int ndim;
+    int64_t shape[B2_ARRAY_AXES], strides[B2_ARRAY_AXES]; /* in elements */
+} b2_device_array;
+
 typedef struct b2_backend b2_backend;
 struct b2_backend {
     uint32_t version;  /* B2_BACKEND_VERSION */
@@ -43,6 +54,20 @@ struct b2_backend {
     /* A queue for ctx->queue, or NULL. Releasing it waits for its work. */
     void *(*queue)(b2_device *device, b2_err *err);
     void (*release)(void *queue);
+
+    /* ---- arrays of callers ---- */
+    /* The device's stream of arrivals, as a number. Whoever hands over an array lets this stream wait for what makes it; a
+     * queue that is taken afterwards begins when the stream is done. */
+    uint64_t (*arrivals)(b2_device *device);
+    /* In the stream of arrivals: to = from, both on this device, of one shape; to is float32, from is rounded to it. */
+    int (*convert)(b2_device *device, const b2_device_array *to, const b2_device_array *from, b2_err *err);
+    /* Waits for the stream of arrivals. */
+    int (*settle)(b2_device *device, b2_err *err);
+    /* A block of the device's memory for a result. It may be given back after the device has been closed. */
+    void *(*lend)(b2_device *device, size_t bytes, b2_err *err);
+    /* `exported`: somebody else may have put work that uses it into the default stream; it is not used again before that is
+     * done. */
+    void (*give_back)(b2_device *device, void *block, int exported);
 };
 
 typedef const b2_backend *(*b2_backend_entry)(void);

@@ -331,10 +331,19 @@ int b2_download_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err)
     return move_rows(ctx, b2_download, to, from, err);
 }
 
+/* Whether operations may use it where it lies. */
+static int is_inner(const b2_ctx *ctx, b2_tensor outer)
+{
+    if (b2_on_host(ctx) || !outer.data)
+        return 1;
+    return outer.ld == outer.cols && (uintptr_t)outer.data % B2_OUTER_ALIGNMENT == 0 &&
+           ctx->memory->holds(ctx->memory, outer.data);
+}
+
 int b2_room_for(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err)
 {
     *inner = outer;
-    if (b2_on_host(ctx) || !outer.data)
+    if (is_inner(ctx, outer))
         return 0;
     float *data = b2_arena_take(ctx->activations, (size_t)(outer.rows * outer.cols), sizeof *data, err);
     *inner = b2_tensor_of(data, outer.rows, outer.cols);
@@ -361,6 +370,11 @@ size_t b2_outer_bytes(const b2_ctx *ctx, int64_t rows, int64_t cols)
 void b2_wait(b2_ctx *ctx)
 {
     ctx->ops->wait(ctx);
+}
+
+int b2_finish(b2_ctx *ctx, b2_err *err)
+{
+    return b2_on_host(ctx) ? 0 : ctx->ops->finish(ctx, err);
 }
 
 int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err)

@@ -218,6 +218,8 @@ B2_ANYWHERE static inline b2_shortlist_parts b2_shortlist_parts_of(void *block, 
 typedef struct b2_step_shape {
     const void *key; /* [bytes]: differs whenever anything else does */
     size_t bytes;
+    int constant;    /* 1: the body makes the host arrays itself, and makes the same ones whenever the key is the same; then their
+                      * addresses do not matter */
     int *repeats;    /* NULL, or: the body ends with b2_choose. Out: 1 where that has been done, and as many steps as it says */
 } b2_step_shape;
 
@@ -254,6 +256,8 @@ struct b2_ops {
     int (*upload)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
     int (*download)(b2_ctx *, void *to, const void *from, size_t bytes, b2_err *);
     void (*wait)(b2_ctx *);
+    /* NULL where backend memory is the host's. */
+    int (*finish)(b2_ctx *, b2_err *);
     int (*step)(b2_ctx *, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *);
     size_t (*scratch_bytes)(const b2_ctx *, int64_t max_rows, int64_t max_width, int64_t max_keys, int max_head_dim);
 };
@@ -339,7 +343,7 @@ int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *er
  * the backend has a queue. `stage` is a constant. */
 int b2_note_finite(b2_ctx *ctx, const char *stage, int layer, b2_tensor x, b2_err *err);
 
-enum { B2_LOGITS = -1 };
+enum { B2_LOGITS = -1, B2_GIVEN = -2 /* an argument of a caller, `stage` its name */ };
 
 /* -1 with the error of b2_note_finite, for backends. */
 int b2_fail_finite(b2_err *err, const char *stage, int layer, int64_t row);
@@ -367,7 +371,9 @@ int b2_download_rows(b2_ctx *ctx, b2_tensor to, b2_tensor from, b2_err *err);
 
 /* What comes from outside and goes there (arrays of NumPy, logits of a search) is on the host, or on the very device. On the
  * CPU it is used where it lies.
+ * What lies on the device, row behind row from a multiple of B2_OUTER_ALIGNMENT, is used where it lies there too.
  * *in: what `outer` holds, in backend memory: from ctx->activations where that is not where it is. */
+enum { B2_OUTER_ALIGNMENT = 256 };
 int b2_bring_in(b2_ctx *ctx, b2_tensor *in, b2_tensor outer, b2_err *err);
 /* *inner: room for what `outer` is to hold, which b2_hand_over puts there. */
 int b2_room_for(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err);
@@ -377,6 +383,10 @@ size_t b2_outer_bytes(const b2_ctx *ctx, int64_t rows, int64_t cols);
 
 /* Returns when nothing that was asked for is under way: before memory is freed that it may use. */
 void b2_wait(b2_ctx *ctx);
+
+/* The same at the end of a call whose results stay in backend memory; -1 where the work has failed, or with the error of
+ * b2_note_finite. */
+int b2_finish(b2_ctx *ctx, b2_err *err);
 
 /* Room for `bytes` in both arenas; nothing may be in use. */
 int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err);

@@ -1,5 +1,6 @@
 /* blip2c._core: the module object, its state and what it says of the machine. */
 #define B2_PY_MODULE_FILE
+#include "python/py_array.h"
 #include "python/py_common.h"
 #include "python/py_device.h"
 #include "python/py_dtype.h"
@@ -57,7 +58,8 @@ static int module_exec(PyObject *module)
         return -1;
     if (b2py_add_kernels(module) < 0 || b2py_add_search(module) < 0 || b2py_add_rules(module) < 0 ||
         b2py_add_safetensors(module) < 0 || b2py_add_model(module) < 0 || b2py_add_dtype(module) < 0 ||
-        b2py_add_prefix(module) < 0 || b2py_add_devices(module) < 0 || b2py_add_index(module) < 0)
+        b2py_add_prefix(module) < 0 || b2py_add_devices(module) < 0 || b2py_add_index(module) < 0 ||
+        b2py_add_arrays(module) < 0)
         return -1;
     return 0;
 }
@@ -141,6 +143,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->safetensors_type);
     Py_VISIT(state->model_type);
     Py_VISIT(state->prefix_type);
+    Py_VISIT(state->array_type);
     return 0;
 }
 
@@ -153,6 +156,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->safetensors_type);
     Py_CLEAR(state->model_type);
     Py_CLEAR(state->prefix_type);
+    Py_CLEAR(state->array_type);
     return 0;
 }
 

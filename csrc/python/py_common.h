@@ -30,6 +30,7 @@ typedef struct b2py_state {
     PyTypeObject *safetensors_type;
     PyTypeObject *model_type;
     PyTypeObject *prefix_type;
+    PyTypeObject *array_type;
     b2_pool *pool;
     b2_cpu cpu;
     b2_isa isa;

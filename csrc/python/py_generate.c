@@ -333,9 +333,9 @@ static int read_prefixes(request *q, PyObject *self, b2_err *err)
 }
 
 /* 0; or -1 with a Python exception, or with `err` filled in. */
-static int read_request(request *q, PyObject *self, const b2_blip2 *model, b2py_call *call, b2_err *err)
+static int read_request(request *q, PyObject *self, b2py_call *call, b2_err *err)
 {
-    if (b2py_read_rows(&q->arrays, &q->in, model, &q->objects) < 0)
+    if (b2py_read_rows(&q->arrays, &q->in, self, &q->objects) < 0)
         return -1;
     PyArrayObject *timeline = q->arrays.decoder_ids ? q->arrays.decoder_ids : q->arrays.ids;
     if (read_vector(&q->rule_ids, q->rules, "rule_ids", NPY_INT32, PyArray_DIM(timeline, 0)) < 0 ||
@@ -398,7 +398,9 @@ static PyObject *run_generate(PyObject *self, const b2_blip2 *model, request *q,
     b2_session_stats stats = {0};
     if (b2py_run_begin(r, self, q->tap != Py_None ? &tap.tap : NULL) < 0)
         return NULL;
-    int status = b2_session_generate(&r->ctx, model, &q->in, &asked, &q->opts, &out, &stats, &r->err);
+    int status = b2py_note_given(r, "image_features", q->arrays.features);
+    if (status == 0)
+        status = b2_session_generate(&r->ctx, model, &q->in, &asked, &q->opts, &out, &stats, &r->err);
     PyObject *result = b2py_run_end(r, self, status) == 0 ? b2py_generated_dict(&out) : NULL;
     b2_generated_release(&out);
     if (result && (b2py_add_stats(result, &stats) < 0 || add_kept(result, self, q) < 0))
@@ -422,7 +424,7 @@ PyObject *b2py_model_generate(PyObject *self, PyObject *args, PyObject *kwargs)
     b2py_run r;
     b2_err err = {0};
     PyObject *result = NULL;
-    if (read_request(&q, self, model, &r.call, &err) == 0)
+    if (read_request(&q, self, &r.call, &err) == 0)
         result = run_generate(self, model, &q, &r);
     else
         b2py_raise(b2py_state_of_type(Py_TYPE(self)), &err);

@@ -26,7 +26,7 @@ static int records_of(b2_records *r, PyArrayObject *texts, PyArrayObject *array,
     return 0;
 }
 
-static PyArrayObject *run(PyObject *module, PyArrayObject *texts, b2_records records, const char *device)
+static PyArrayObject *run(PyObject *module, PyArrayObject *texts, b2_records records, b2py_place place)
 {
     npy_intp shape[2] = {PyArray_DIM(texts, 0), (npy_intp)records.pictures};
     PyArrayObject *out = (PyArrayObject *)PyArray_SimpleNew(2, shape, NPY_FLOAT32);
@@ -34,7 +34,7 @@ static PyArrayObject *run(PyObject *module, PyArrayObject *texts, b2_records rec
         return NULL;
     memset(PyArray_DATA(out), 0xff, (size_t)PyArray_NBYTES(out));
     b2py_kernel_call k;
-    if (b2py_kernel_begin(&k, module, device, (b2py_plan){1, 1, 0, 1}) < 0) {
+    if (b2py_kernel_begin(&k, module, place, (b2py_plan){1, 1, 0, 1}) < 0) {
         Py_DECREF(out);
         return NULL;
     }
@@ -51,12 +51,14 @@ static PyObject *picture_scores(PyObject *module, PyObject *args)
     long long queries;
     const char *dtype, *device = "cpu";
     b2_records records;
-    if (!PyArg_ParseTuple(args, "OOLs|s", &objects[0], &objects[1], &queries, &dtype, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "OOLs|s", &objects[0], &objects[1], &queries, &dtype, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
     PyArrayObject *texts = b2py_array(objects[0], "texts", NPY_FLOAT32, 2), *out = NULL;
     PyArrayObject *array = texts ? b2py_array(objects[1], "records", NPY_UINT8, 2) : NULL;
     if (array && records_of(&records, texts, array, queries, dtype) == 0)
-        out = run(module, texts, records, device);
+        out = run(module, texts, records, place);
     Py_XDECREF(texts);
     Py_XDECREF(array);
     return (PyObject *)out;

@@ -17,12 +17,28 @@ b2_device *b2py_kernel_device(b2py_state *state, int index, b2_err *err)
     return state->kernel_devices[index];
 }
 
-static int begin_on_device(b2py_kernel_call *k, b2py_state *state, int index)
+int b2py_kernel_place(b2py_place *place, PyObject *module, const char *device)
 {
-    b2_device *device = b2py_kernel_device(state, index, &k->err);
-    if (!device)
+    b2py_state *state = b2py_state_of_module(module);
+    b2_err err = {0};
+    int index;
+    *place = (b2py_place){0};
+    if (b2py_read_device(&index, device) < 0)
         return -1;
-    k->backend = state->backend;
+    if (index < 0)
+        return 0;
+    if (!(place->device = b2py_kernel_device(state, index, &err))) {
+        b2py_raise(state, &err);
+        return -1;
+    }
+    place->backend = state->backend;
+    return 0;
+}
+
+static int begin_on_device(b2py_kernel_call *k, b2py_state *state, b2py_place place)
+{
+    b2_device *device = place.device;
+    k->backend = place.backend;
     k->device = device;
     k->activations.memory = device->memory;
     k->ctx = (b2_ctx){.ops = device->ops, .pool = state->pool, .scratch = &k->scratch, .activations = &k->activations,
@@ -49,15 +65,13 @@ static int poison(b2_ctx *ctx, b2_err *err)
                : b2_upload(ctx, ctx->activations->base, ctx->scratch->base, ctx->activations->size, err);
 }
 
-int b2py_kernel_begin(b2py_kernel_call *k, PyObject *module, const char *device, b2py_plan plan)
+int b2py_kernel_begin(b2py_kernel_call *k, PyObject *module, b2py_place place, b2py_plan plan)
 {
     b2py_state *state = b2py_state_of_module(module);
-    int index, status = 0;
+    int status = 0;
     *k = (b2py_kernel_call){0};
-    if (b2py_read_device(&index, device) < 0)
-        return -1;
-    if (index >= 0)
-        status = begin_on_device(k, state, index);
+    if (place.device)
+        status = begin_on_device(k, state, place);
     else
         k->ctx = (b2_ctx){.ops = state->ops, .pool = state->pool, .scratch = &k->scratch, .activations = &k->scratch};
     if (status == 0)
@@ -80,6 +94,8 @@ int b2py_kernel_end(b2py_kernel_call *k, PyObject *module, int status)
     for (int i = 0; i < k->count && status == 0; i++)
         if (k->moved[i].back)
             status = b2_download(&k->ctx, k->moved[i].back, k->moved[i].there, k->moved[i].bytes, &k->err);
+    if (status == 0)
+        status = b2_finish(&k->ctx, &k->err);
     release(k);
     b2py_call_end(&k->call);
     if (status < 0)
@@ -123,22 +139,25 @@ b2_tensor b2py_view_of(PyArrayObject *array)
     return b2_tensor_of(PyArray_DATA(array), rows, cols);
 }
 
-static size_t bytes_of(b2_tensor t)
+/* What lies on a device is used where it is. */
+static const void *array_to_device(b2py_kernel_call *k, PyArrayObject *array)
 {
-    return (size_t)(t.rows * t.cols) * sizeof *t.data;
+    return b2py_is_on_device(array) ? PyArray_DATA(array)
+                                    : b2py_to_device(k, PyArray_DATA(array), (size_t)PyArray_NBYTES(array));
 }
 
 b2_tensor b2py_input(b2py_kernel_call *k, PyArrayObject *array)
 {
     b2_tensor t = b2py_view_of(array);
-    t.data = (float *)b2py_to_device(k, t.data, bytes_of(t));
+    t.data = (float *)array_to_device(k, array);
     return t;
 }
 
 b2_tensor b2py_output(b2py_kernel_call *k, PyArrayObject *array)
 {
     b2_tensor t = b2py_view_of(array);
-    t.data = b2py_through_device(k, t.data, bytes_of(t));
+    if (!b2py_is_on_device(array))
+        t.data = b2py_through_device(k, t.data, (size_t)PyArray_NBYTES(array));
     return t;
 }
 
@@ -147,7 +166,7 @@ b2_weight b2py_vector(b2py_kernel_call *k, PyArrayObject *array)
     if (!array)
         return (b2_weight){0};
     int64_t n = PyArray_DIM(array, 0);
-    return (b2_weight){.data = b2py_to_device(k, PyArray_DATA(array), (size_t)n * sizeof(float)), .n = n, .k = 1};
+    return (b2_weight){.data = array_to_device(k, array), .n = n, .k = 1};
 }
 
 int b2py_matrix(b2_weight *there, b2py_kernel_call *k, const b2_weight *w)

@@ -1,8 +1,9 @@
-/* The frame around one operation on NumPy arrays, on the processor or on a device: what goes in is copied there, what comes
- * out is copied back. */
+/* The frame around one operation on arrays, on the processor or on a device: what lies on the host is copied there and back,
+ * what lies on the device is used where it is. */
 #ifndef B2_PY_KERNEL_CALL_H
 #define B2_PY_KERNEL_CALL_H
 
+#include "python/py_array.h"
 #include "python/py_common.h"
 
 #include "core/memory.h"
@@ -34,8 +35,11 @@ typedef struct b2py_plan {
 /* A device that kernels have been asked for; it stays open as long as the module. NULL on failure. The GIL is held. */
 b2_device *b2py_kernel_device(b2py_state *state, int index, b2_err *err);
 
-/* Chooses the device ("cpu", "cuda", "cuda:1"), reserves scratch and releases the GIL, or returns -1 with the exception set. */
-int b2py_kernel_begin(b2py_kernel_call *k, PyObject *module, const char *device, b2py_plan plan);
+/* *place of "cpu" (device NULL), "cuda", "cuda:1". 0, or -1 with the exception set. */
+int b2py_kernel_place(b2py_place *place, PyObject *module, const char *device);
+
+/* Reserves scratch and releases the GIL, or returns -1 with the exception set. */
+int b2py_kernel_begin(b2py_kernel_call *k, PyObject *module, b2py_place place, b2py_plan plan);
 /* Copies results back where `status` is 0, takes the GIL and frees all; returns the status, with the exception set. */
 int b2py_kernel_end(b2py_kernel_call *k, PyObject *module, int status);
 
@@ -44,7 +48,7 @@ const void *b2py_to_device(b2py_kernel_call *k, const void *data, size_t bytes);
 /* The same for what the operation writes: what is there now goes in, and at the end it comes back. */
 void *b2py_through_device(b2py_kernel_call *k, void *data, size_t bytes);
 
-/* [..., cols] as [rows, cols], of memory of the host; an array without axes is one row of one. */
+/* [..., cols] as [rows, cols], where it lies; an array without axes is one row of one. */
 b2_tensor b2py_view_of(PyArrayObject *array);
 /* For the operation to read, and to write. */
 b2_tensor b2py_input(b2py_kernel_call *k, PyArrayObject *array);

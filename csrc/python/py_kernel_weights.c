@@ -34,8 +34,33 @@ static PyArrayObject *matrix(b2_weight *w, PyObject *object, const char *name)
     return array;
 }
 
-int b2py_weight_argument(b2_weight *w, PyObject **owner, PyObject *object, const char *name)
+/* A matrix on a device, as it lies where its rows fill what devices have rows in; else by way of the host. */
+static PyObject *device_matrix(b2_weight *w, PyObject *module, PyObject *object, const char *name, b2py_place place)
 {
+    b2py_state *state = b2py_state_of_module(module);
+    PyArrayObject *array = b2py_floats(state, object, name, 2, place);
+    if (!array)
+        return NULL;
+    int64_t n = PyArray_DIM(array, 0), k = PyArray_DIM(array, 1);
+    if (n > 0 && k > 0 && k == b2_strided_ld(k)) {
+        *w = (b2_weight){.name = name, .data = PyArray_DATA(array), .n = n, .k = k, .dtype = B2_F32, .layout = B2_STRIDED,
+                         .memory = place.device->memory};
+        return (PyObject *)array;
+    }
+    PyObject *here = b2py_to_host(state, array);
+    PyObject *owner = here ? (PyObject *)matrix(w, here, name) : NULL;
+    Py_DECREF(array);
+    Py_XDECREF(here);
+    return owner;
+}
+
+int b2py_weight_argument(b2_weight *w, PyObject **owner, PyObject *module, PyObject *object, const char *name,
+                         b2py_place place)
+{
+    if (b2py_layout(b2py_state_of_module(module), object)) {
+        *owner = device_matrix(w, module, object, name, place);
+        return *owner ? 0 : -1;
+    }
     if (PyCapsule_IsValid(object, weight_capsule)) {
         *w = *(b2_weight *)PyCapsule_GetPointer(object, weight_capsule);
         *owner = Py_NewRef(object);

@@ -1,5 +1,6 @@
-/* The kernels one by one on NumPy arrays: for tests and for people who want to see what they do. blip2c/kernels.py
- * gives them their public signatures. Outputs start as NaN, so that an element that a kernel forgot shows. */
+/* The kernels one by one on arrays: for tests and for people who want to see what they do. blip2c/kernels.py gives them
+ * their public signatures. A result lies where the first array lies; on the host it starts as NaN, so that an element that
+ * a kernel forgot shows. */
 #define _POSIX_C_SOURCE 200809L
 #include "python/py_kernels.h"
 #include "python/py_kernel_call.h"
@@ -22,13 +23,24 @@ static int optional_array(PyArrayObject **out, PyObject *object, const char *nam
     return *out ? 0 : -1;
 }
 
+/* Floats on the host or at `place`. None becomes NULL without an error. */
+static int optional_floats(PyArrayObject **out, PyObject *module, PyObject *object, const char *name, int ndim,
+                           b2py_place place)
+{
+    *out = NULL;
+    if (object == Py_None)
+        return 0;
+    *out = b2py_floats(b2py_state_of_module(module), object, name, ndim, place);
+    return *out ? 0 : -1;
+}
+
 /* Of operations that take no scratch for the number of rows. */
 static const b2py_plan one_row = {1, 1, 0, 1};
 
 /* At least one axis, so that there is a last one. */
-static PyArrayObject *rows_array(PyObject *object, const char *name)
+static PyArrayObject *rows_array(PyObject *module, PyObject *object, const char *name, b2py_place place)
 {
-    PyArrayObject *array = b2py_array(object, name, NPY_FLOAT32, -1);
+    PyArrayObject *array = b2py_floats(b2py_state_of_module(module), object, name, -1, place);
     if (array && PyArray_NDIM(array) == 0) {
         PyErr_Format(PyExc_ValueError, "%s: expected at least 1 axis, found 0", name);
         Py_CLEAR(array);
@@ -36,22 +48,37 @@ static PyArrayObject *rows_array(PyObject *object, const char *name)
     return array;
 }
 
-static PyArrayObject *poisoned(int ndim, const npy_intp *shape)
+static PyArrayObject *poisoned(PyObject *module, b2py_place place, int ndim, const npy_intp *shape)
 {
-    PyArrayObject *out = (PyArrayObject *)PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
-    if (out)
+    b2py_state *state = b2py_state_of_module(module);
+    b2_tensor view;
+    PyArrayObject *out = (PyArrayObject *)(place.device ? b2py_new_floats(state, place, ndim, shape, &view)
+                                                        : PyArray_SimpleNew(ndim, shape, NPY_FLOAT32));
+    if (out && !place.device)
         memset(PyArray_DATA(out), 0xff, (size_t)PyArray_NBYTES(out));
     return out;
 }
 
-/* As `like`, with the last axis `cols` long. */
-static PyArrayObject *poisoned_like(PyArrayObject *like, int64_t cols)
+/* A copy in order, beside it. */
+static PyArrayObject *copy_of(PyObject *module, PyArrayObject *array)
+{
+    return b2py_is_on_device(array) ? b2py_ordered(b2py_state_of_module(module), array)
+                                    : (PyArrayObject *)PyArray_NewCopy(array, NPY_CORDER);
+}
+
+static PyObject *give(PyObject *module, PyArrayObject *out)
+{
+    return b2py_give(b2py_state_of_module(module), (PyObject *)out);
+}
+
+/* As `like` and beside it, with the last axis `cols` long. */
+static PyArrayObject *poisoned_like(PyObject *module, PyArrayObject *like, int64_t cols)
 {
     npy_intp shape[NPY_MAXDIMS];
     int ndim = PyArray_NDIM(like);
     memcpy(shape, PyArray_DIMS(like), (size_t)ndim * sizeof *shape);
     shape[ndim - 1] = (npy_intp)cols;
-    return poisoned(ndim, shape);
+    return poisoned(module, b2py_place_of(like), ndim, shape);
 }
 
 static int check_length(PyArrayObject *array, const char *name, int64_t rows)
@@ -78,11 +105,12 @@ static void drop_linear(linear_arguments *a)
     Py_CLEAR(a->residual);
 }
 
-static int read_linear(linear_arguments *a, PyObject *x, PyObject *bias, PyObject *residual)
+static int read_linear(linear_arguments *a, PyObject *module, b2py_place place, PyObject *x, PyObject *bias,
+                       PyObject *residual)
 {
     a->x = a->bias = a->residual = NULL;
-    if (!(a->x = rows_array(x, "x")) || optional_array(&a->bias, bias, "bias", NPY_FLOAT32, 1) < 0 ||
-        optional_array(&a->residual, residual, "residual", NPY_FLOAT32, -1) < 0) {
+    if (!(a->x = rows_array(module, x, "x", place)) || optional_floats(&a->bias, module, bias, "bias", 1, place) < 0 ||
+        optional_floats(&a->residual, module, residual, "residual", -1, place) < 0) {
         drop_linear(a);
         return -1;
     }
@@ -106,23 +134,25 @@ static PyObject *linear(PyObject *module, PyObject *args)
     linear_arguments a;
     b2_weight w;
     const char *device;
+    b2py_place place;
     if (!PyArg_ParseTuple(args, "OOOOins", &x, &weight, &bias, &residual, &a.act, &a.item_rows, &device) ||
-        b2py_weight_argument(&w, &owner, weight, "weight") < 0)
+        b2py_kernel_place(&place, module, device) < 0 ||
+        b2py_weight_argument(&w, &owner, module, weight, "weight", place) < 0)
         return NULL;
-    if (read_linear(&a, x, bias, residual) < 0) {
+    if (read_linear(&a, module, place, x, bias, residual) < 0) {
         Py_DECREF(owner);
         return NULL;
     }
-    PyArrayObject *out = poisoned_like(a.x, w.n);
+    PyArrayObject *out = poisoned_like(module, a.x, w.n);
     b2_tensor view = b2py_view_of(a.x);
     b2py_kernel_call k;
-    if (out && b2py_kernel_begin(&k, module, device, (b2py_plan){view.rows, view.cols, 0, 1}) < 0)
+    if (out && b2py_kernel_begin(&k, module, place, (b2py_plan){view.rows, view.cols, 0, 1}) < 0)
         Py_CLEAR(out);
     else if (out && b2py_kernel_end(&k, module, run_linear(&k, out, &a, &w)) < 0)
         Py_CLEAR(out);
     drop_linear(&a);
     Py_DECREF(owner);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static double seconds(void)
@@ -140,12 +170,12 @@ static PyObject *time_linear(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "OO!n", &x, &PyList_Type, &weights, &a.item_rows))
         return NULL;
     Py_ssize_t item_rows = a.item_rows, count = PyList_Size(weights);
-    if (read_linear(&a, x, Py_None, Py_None) < 0)
+    if (read_linear(&a, module, (b2py_place){0}, x, Py_None, Py_None) < 0)
         return NULL;
     a.item_rows = item_rows;
     b2_tensor view = b2py_view_of(a.x);
     b2py_kernel_call k;
-    if (b2py_kernel_begin(&k, module, "cpu", (b2py_plan){view.rows, view.cols, 0, 1}) < 0) {
+    if (b2py_kernel_begin(&k, module, (b2py_place){0}, (b2py_plan){view.rows, view.cols, 0, 1}) < 0) {
         drop_linear(&a);
         return NULL;
     }
@@ -155,9 +185,9 @@ static PyObject *time_linear(PyObject *module, PyObject *args)
     for (Py_ssize_t i = 0; i < count && status == 0; i++) {
         b2_weight w;
         PyObject *owner;
-        if (b2py_weight_argument(&w, &owner, PyList_GetItem(weights, i), "weights") < 0)
+        if (b2py_weight_argument(&w, &owner, module, PyList_GetItem(weights, i), "weights", (b2py_place){0}) < 0)
             break;
-        PyArrayObject *out = poisoned_like(a.x, w.n);
+        PyArrayObject *out = poisoned_like(module, a.x, w.n);
         b2py_call_resume(&k.call);
         double start = seconds();
         status = out ? run_linear(&k, out, &a, &w) : -1;
@@ -185,16 +215,18 @@ static PyObject *layer_norm(PyObject *module, PyObject *args)
     PyObject *x_object, *gamma_object, *beta_object;
     float eps;
     const char *device;
+    b2py_place place;
     PyArrayObject *x = NULL, *gamma = NULL, *beta = NULL, *out = NULL;
-    if (!PyArg_ParseTuple(args, "OOOfs", &x_object, &gamma_object, &beta_object, &eps, &device))
+    if (!PyArg_ParseTuple(args, "OOOfs", &x_object, &gamma_object, &beta_object, &eps, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    if (!(x = rows_array(x_object, "x")) || optional_array(&gamma, gamma_object, "weight", NPY_FLOAT32, 1) < 0 ||
-        optional_array(&beta, beta_object, "bias", NPY_FLOAT32, 1) < 0)
+    if (!(x = rows_array(module, x_object, "x", place)) || optional_floats(&gamma, module, gamma_object, "weight", 1, place) < 0 ||
+        optional_floats(&beta, module, beta_object, "bias", 1, place) < 0)
         goto done;
     b2py_kernel_call k;
-    if (!(out = poisoned_like(x, b2py_view_of(x).cols)))
+    if (!(out = poisoned_like(module, x, b2py_view_of(x).cols)))
         goto done;
-    if (b2py_kernel_begin(&k, module, device, one_row) < 0) {
+    if (b2py_kernel_begin(&k, module, place, one_row) < 0) {
         Py_CLEAR(out);
         goto done;
     }
@@ -205,7 +237,7 @@ done:
     Py_XDECREF(x);
     Py_XDECREF(gamma);
     Py_XDECREF(beta);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *rms_norm(PyObject *module, PyObject *args)
@@ -213,13 +245,16 @@ static PyObject *rms_norm(PyObject *module, PyObject *args)
     PyObject *x_object, *gamma_object;
     float eps;
     const char *device;
+    b2py_place place;
     PyArrayObject *x = NULL, *gamma = NULL, *out = NULL;
-    if (!PyArg_ParseTuple(args, "OOfs", &x_object, &gamma_object, &eps, &device))
+    if (!PyArg_ParseTuple(args, "OOfs", &x_object, &gamma_object, &eps, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    if ((x = rows_array(x_object, "x")) && (gamma = b2py_array(gamma_object, "weight", NPY_FLOAT32, 1)) &&
-        (out = poisoned_like(x, b2py_view_of(x).cols))) {
+    if ((x = rows_array(module, x_object, "x", place)) &&
+        (gamma = b2py_floats(b2py_state_of_module(module), gamma_object, "weight", 1, place)) &&
+        (out = poisoned_like(module, x, b2py_view_of(x).cols))) {
         b2py_kernel_call k;
-        if (b2py_kernel_begin(&k, module, device, one_row) < 0) {
+        if (b2py_kernel_begin(&k, module, place, one_row) < 0) {
             Py_CLEAR(out);
         } else {
             b2_weight g = b2py_vector(&k, gamma);
@@ -230,7 +265,7 @@ static PyObject *rms_norm(PyObject *module, PyObject *args)
     }
     Py_XDECREF(x);
     Py_XDECREF(gamma);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *gate(PyObject *module, PyObject *args)
@@ -238,13 +273,15 @@ static PyObject *gate(PyObject *module, PyObject *args)
     PyObject *gate_object, *up_object;
     int act;
     const char *device;
+    b2py_place place;
     PyArrayObject *x = NULL, *up = NULL, *out = NULL;
-    if (!PyArg_ParseTuple(args, "OOis", &gate_object, &up_object, &act, &device))
+    if (!PyArg_ParseTuple(args, "OOis", &gate_object, &up_object, &act, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    if ((x = rows_array(gate_object, "gate")) && (up = rows_array(up_object, "up")) &&
-        (out = poisoned_like(x, b2py_view_of(x).cols))) {
+    if ((x = rows_array(module, gate_object, "gate", place)) && (up = rows_array(module, up_object, "up", place)) &&
+        (out = poisoned_like(module, x, b2py_view_of(x).cols))) {
         b2py_kernel_call k;
-        if (b2py_kernel_begin(&k, module, device, one_row) < 0)
+        if (b2py_kernel_begin(&k, module, place, one_row) < 0)
             Py_CLEAR(out);
         else if (b2py_kernel_end(&k, module, b2_gate(&k.ctx, b2py_output(&k, out), b2py_input(&k, x), b2py_input(&k, up),
                                                      (b2_act)act, &k.err)) < 0)
@@ -252,25 +289,25 @@ static PyObject *gate(PyObject *module, PyObject *args)
     }
     Py_XDECREF(x);
     Py_XDECREF(up);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 /* Devices have activations in products and in gates: act(x) * 1. Takes over `x`. */
-static PyObject *activation_as_gate(PyObject *module, PyArrayObject *x, int act, const char *device)
+static PyObject *activation_as_gate(PyObject *module, PyArrayObject *x, int act, b2py_place place)
 {
-    PyArrayObject *ones = (PyArrayObject *)PyArray_NewLikeArray(x, NPY_CORDER, NULL, 0);
-    PyArrayObject *out = ones ? poisoned(PyArray_NDIM(x), PyArray_DIMS(x)) : NULL;
+    PyArrayObject *ones = (PyArrayObject *)PyArray_SimpleNew(PyArray_NDIM(x), PyArray_DIMS(x), NPY_FLOAT32);
+    PyArrayObject *out = ones ? poisoned(module, b2py_place_of(x), PyArray_NDIM(x), PyArray_DIMS(x)) : NULL;
     b2py_kernel_call k;
     for (npy_intp i = 0; out && i < PyArray_SIZE(ones); i++)
         ((float *)PyArray_DATA(ones))[i] = 1.0f;
-    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0)
+    if (out && b2py_kernel_begin(&k, module, place, one_row) < 0)
         Py_CLEAR(out);
     else if (out && b2py_kernel_end(&k, module, b2_gate(&k.ctx, b2py_output(&k, out), b2py_input(&k, x),
                                                         b2py_input(&k, ones), (b2_act)act, &k.err)) < 0)
         Py_CLEAR(out);
     Py_XDECREF(ones);
     Py_DECREF(x);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *activation(PyObject *module, PyObject *args)
@@ -278,12 +315,14 @@ static PyObject *activation(PyObject *module, PyObject *args)
     PyObject *object;
     int act;
     const char *device;
-    if (!PyArg_ParseTuple(args, "Ois", &object, &act, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "Ois", &object, &act, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    PyArrayObject *x = b2py_array(object, "x", NPY_FLOAT32, -1);
-    if (x && strcmp(device, "cpu") != 0)
-        return activation_as_gate(module, x, act, device);
-    PyArrayObject *out = x ? poisoned(PyArray_NDIM(x), PyArray_DIMS(x)) : NULL;
+    PyArrayObject *x = b2py_floats(b2py_state_of_module(module), object, "x", -1, place);
+    if (x && place.device)
+        return activation_as_gate(module, x, act, place);
+    PyArrayObject *out = x ? poisoned(module, place, PyArray_NDIM(x), PyArray_DIMS(x)) : NULL;
     if (out) {
         int64_t count = PyArray_SIZE(x);
         const b2_epilogue epilogue = {.act = (b2_act)act};
@@ -293,26 +332,28 @@ static PyObject *activation(PyObject *module, PyObject *args)
         Py_END_ALLOW_THREADS
     }
     Py_XDECREF(x);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *log_softmax(PyObject *module, PyObject *args)
 {
     PyObject *object;
     const char *device;
-    if (!PyArg_ParseTuple(args, "Os", &object, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "Os", &object, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    PyArrayObject *x = rows_array(object, "x");
-    PyArrayObject *out = x ? (PyArrayObject *)PyArray_NewCopy(x, NPY_CORDER) : NULL;
+    PyArrayObject *x = rows_array(module, object, "x", place);
+    PyArrayObject *out = x ? copy_of(module, x) : NULL;
     Py_XDECREF(x);
     b2py_kernel_call k;
     if (!out)
         return NULL;
-    if (b2py_kernel_begin(&k, module, device, one_row) < 0)
+    if (b2py_kernel_begin(&k, module, place, one_row) < 0)
         Py_CLEAR(out);
     else if (b2py_kernel_end(&k, module, b2_log_softmax(&k.ctx, b2py_output(&k, out), &k.err)) < 0)
         Py_CLEAR(out);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *cross_entropy(PyObject *module, PyObject *args)
@@ -327,9 +368,9 @@ static PyObject *cross_entropy(PyObject *module, PyObject *args)
     if (targets && PyArray_DIM(targets, 0) != rows)
         PyErr_Format(PyExc_ValueError, "targets: expected %zd, found %zd", rows, PyArray_DIM(targets, 0));
     else if (targets)
-        losses = poisoned(1, &rows);
+        losses = poisoned(module, (b2py_place){0}, 1, &rows);
     b2py_kernel_call k;
-    if (losses && b2py_kernel_begin(&k, module, "cpu", one_row) < 0)
+    if (losses && b2py_kernel_begin(&k, module, (b2py_place){0}, one_row) < 0)
         Py_CLEAR(losses);
     else if (losses && b2py_kernel_end(&k, module, b2_cross_entropy(&k.ctx, PyArray_DATA(losses), b2py_view_of(logits),
                                                                PyArray_DATA(targets), ignore_index, &k.err)) < 0)
@@ -344,17 +385,19 @@ static PyObject *top_k(PyObject *module, PyObject *args)
     PyObject *object;
     int count;
     const char *device;
-    if (!PyArg_ParseTuple(args, "Ois", &object, &count, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "Ois", &object, &count, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    PyArrayObject *x = rows_array(object, "x"), *values = NULL;
+    PyArrayObject *x = rows_array(module, object, "x", place), *values = NULL;
     PyObject *ids = NULL;
     /* A k that the operation refuses must not size anything before. */
     int fits = x && count > 0 && count <= b2py_view_of(x).cols;
-    if (x && (values = poisoned_like(x, fits ? count : 0)))
+    if (x && (values = poisoned_like(module, x, fits ? count : 0)))
         ids = PyArray_SimpleNew(PyArray_NDIM(values), PyArray_DIMS(values), NPY_INT32);
     int status = -1;
     b2py_kernel_call k;
-    if (ids && b2py_kernel_begin(&k, module, device, one_row) == 0) {
+    if (ids && b2py_kernel_begin(&k, module, place, one_row) == 0) {
         int32_t *to = b2py_through_device(&k, PyArray_DATA((PyArrayObject *)ids),
                                           (size_t)PyArray_NBYTES((PyArrayObject *)ids));
         status = b2py_kernel_end(&k, module,
@@ -362,7 +405,7 @@ static PyObject *top_k(PyObject *module, PyObject *args)
     }
     Py_XDECREF(x);
     if (status == 0)
-        return Py_BuildValue("NN", values, ids);
+        return Py_BuildValue("NN", give(module, values), ids);
     Py_XDECREF(values);
     Py_XDECREF(ids);
     return NULL;
@@ -372,13 +415,15 @@ static PyObject *first_bad_row(PyObject *module, PyObject *args)
 {
     PyObject *object;
     const char *device;
-    if (!PyArg_ParseTuple(args, "Os", &object, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "Os", &object, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    PyArrayObject *x = rows_array(object, "x");
+    PyArrayObject *x = rows_array(module, object, "x", place);
     int64_t bad = -1;
     int status = -1;
     b2py_kernel_call k;
-    if (x && b2py_kernel_begin(&k, module, device, one_row) == 0)
+    if (x && b2py_kernel_begin(&k, module, place, one_row) == 0)
         status = b2py_kernel_end(&k, module, b2_check_finite(&k.ctx, &bad, b2py_input(&k, x), &k.err));
     Py_XDECREF(x);
     return status == 0 ? PyLong_FromLongLong(bad) : NULL;
@@ -390,15 +435,17 @@ static PyObject *rope(PyObject *module, PyObject *args)
     int head_dim;
     float scaling;
     const char *device;
-    if (!PyArg_ParseTuple(args, "OOOifs", &x_object, &positions_object, &inv_freq_object, &head_dim, &scaling, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "OOOifs", &x_object, &positions_object, &inv_freq_object, &head_dim, &scaling, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    PyArrayObject *x = rows_array(x_object, "x"), *out = NULL;
+    PyArrayObject *x = rows_array(module, x_object, "x", place), *out = NULL;
     PyArrayObject *positions = x ? b2py_array(positions_object, "positions", NPY_INT32, 1) : NULL;
     PyArrayObject *inv_freq = positions ? b2py_array(inv_freq_object, "inv_freq", NPY_FLOAT32, 1) : NULL;
     b2py_kernel_call k;
     if (inv_freq && check_length(positions, "positions", b2py_view_of(x).rows) == 0)
-        out = (PyArrayObject *)PyArray_NewCopy(x, NPY_CORDER);
-    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0)
+        out = copy_of(module, x);
+    if (out && b2py_kernel_begin(&k, module, place, one_row) < 0)
         Py_CLEAR(out);
     else if (out && b2py_kernel_end(&k, module,
                                b2_rope(&k.ctx, b2py_output(&k, out), PyArray_DATA(positions), PyArray_DATA(inv_freq),
@@ -407,7 +454,7 @@ static PyObject *rope(PyObject *module, PyObject *args)
     Py_XDECREF(x);
     Py_XDECREF(positions);
     Py_XDECREF(inv_freq);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *embedding(PyObject *module, PyObject *args)
@@ -416,14 +463,16 @@ static PyObject *embedding(PyObject *module, PyObject *args)
     PyArrayObject *ids = NULL, *added = NULL, *out = NULL;
     b2_weight table, there;
     const char *device;
+    b2py_place place;
     if (!PyArg_ParseTuple(args, "OOOs", &table_object, &ids_object, &added_object, &device) ||
-        b2py_weight_argument(&table, &owner, table_object, "table") < 0)
+        b2py_kernel_place(&place, module, device) < 0 ||
+        b2py_weight_argument(&table, &owner, module, table_object, "table", place) < 0)
         return NULL;
     if (!(ids = b2py_array(ids_object, "ids", NPY_INT32, 1)) ||
-        optional_array(&added, added_object, "added_to", NPY_FLOAT32, 2) < 0)
+        optional_floats(&added, module, added_object, "added_to", 2, place) < 0)
         goto done;
     npy_intp shape[2] = {PyArray_DIM(ids, 0), (npy_intp)table.k};
-    out = added ? (PyArrayObject *)PyArray_NewCopy(added, NPY_CORDER) : poisoned(2, shape);
+    out = added ? copy_of(module, added) : poisoned(module, (b2py_place){0}, 2, shape);
     if (out && PyArray_DIM(out, 0) != shape[0]) {
         PyErr_Format(PyExc_ValueError, "added_to: expected %zd rows, found %zd", (Py_ssize_t)shape[0],
                      (Py_ssize_t)PyArray_DIM(out, 0));
@@ -432,7 +481,7 @@ static PyObject *embedding(PyObject *module, PyObject *args)
     b2py_kernel_call k;
     if (!out)
         goto done;
-    if (b2py_kernel_begin(&k, module, device, one_row) < 0) {
+    if (b2py_kernel_begin(&k, module, place, one_row) < 0) {
         Py_CLEAR(out);
         goto done;
     }
@@ -445,7 +494,7 @@ done:
     Py_XDECREF(owner);
     Py_XDECREF(ids);
     Py_XDECREF(added);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *patches(PyObject *module, PyObject *args)
@@ -453,9 +502,11 @@ static PyObject *patches(PyObject *module, PyObject *args)
     PyObject *object;
     Py_ssize_t patch;
     const char *device;
-    if (!PyArg_ParseTuple(args, "Ons", &object, &patch, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "Ons", &object, &patch, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    PyArrayObject *pixels = b2py_array(object, "pixels", NPY_FLOAT32, 4), *out = NULL;
+    PyArrayObject *pixels = b2py_floats(b2py_state_of_module(module), object, "pixels", 4, place), *out = NULL;
     if (!pixels)
         return NULL;
     npy_intp *shape = PyArray_DIMS(pixels);
@@ -463,16 +514,16 @@ static PyObject *patches(PyObject *module, PyObject *args)
     npy_intp out_shape[3] = {shape[0], cells, patch > 0 ? shape[1] * patch * patch : 0};
     b2_pictures view = {PyArray_DATA(pixels), shape[0], shape[1], shape[2], shape[3]};
     b2py_kernel_call k;
-    out = poisoned(3, out_shape);
-    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0) {
+    out = poisoned(module, b2py_place_of(pixels), 3, out_shape);
+    if (out && b2py_kernel_begin(&k, module, place, one_row) < 0) {
         Py_CLEAR(out);
     } else if (out) {
-        view.data = b2py_to_device(&k, view.data, (size_t)PyArray_NBYTES(pixels));
+        view.data = b2py_input(&k, pixels).data;
         if (b2py_kernel_end(&k, module, b2_patches(&k.ctx, b2py_output(&k, out), view, patch, &k.err)) < 0)
             Py_CLEAR(out);
     }
     Py_DECREF(pixels);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *copy_rows(PyObject *module, PyObject *args)
@@ -481,18 +532,21 @@ static PyObject *copy_rows(PyObject *module, PyObject *args)
     PyArrayObject *base = NULL, *out_rows = NULL, *x = NULL, *x_rows = NULL, *out = NULL;
     Py_ssize_t n;
     const char *device;
-    if (!PyArg_ParseTuple(args, "OOOOns", &out_object, &out_rows_object, &x_object, &x_rows_object, &n, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "OOOOns", &out_object, &out_rows_object, &x_object, &x_rows_object, &n, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    if ((base = b2py_array(out_object, "out", NPY_FLOAT32, 2)) && (x = b2py_array(x_object, "x", NPY_FLOAT32, 2)) &&
+    if ((base = b2py_floats(b2py_state_of_module(module), out_object, "out", 2, place)) &&
+        (x = b2py_floats(b2py_state_of_module(module), x_object, "x", 2, place)) &&
         optional_array(&out_rows, out_rows_object, "out_rows", NPY_INT32, 1) == 0 &&
         optional_array(&x_rows, x_rows_object, "x_rows", NPY_INT32, 1) == 0)
-        out = (PyArrayObject *)PyArray_NewCopy(base, NPY_CORDER);
+        out = copy_of(module, base);
     if (out && ((out_rows && PyArray_DIM(out_rows, 0) < n) || (x_rows && PyArray_DIM(x_rows, 0) < n))) {
         PyErr_Format(PyExc_ValueError, "n: %zd rows, more than a list of rows holds", n);
         Py_CLEAR(out);
     }
     b2py_kernel_call k;
-    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0)
+    if (out && b2py_kernel_begin(&k, module, place, one_row) < 0)
         Py_CLEAR(out);
     else if (out && b2py_kernel_end(&k, module,
                                b2_copy_rows(&k.ctx, b2py_output(&k, out), out_rows ? PyArray_DATA(out_rows) : NULL,
@@ -502,25 +556,28 @@ static PyObject *copy_rows(PyObject *module, PyObject *args)
     Py_XDECREF(out_rows);
     Py_XDECREF(x);
     Py_XDECREF(x_rows);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 static PyObject *add_rows(PyObject *module, PyObject *args)
 {
     PyObject *a_object, *b_object;
     const char *device;
-    if (!PyArg_ParseTuple(args, "OOs", &a_object, &b_object, &device))
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "OOs", &a_object, &b_object, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
-    PyArrayObject *a = rows_array(a_object, "x"), *b = a ? rows_array(b_object, "rows") : NULL;
-    PyArrayObject *out = b ? (PyArrayObject *)PyArray_NewCopy(a, NPY_CORDER) : NULL;
+    PyArrayObject *a = rows_array(module, a_object, "x", place);
+    PyArrayObject *b = a ? rows_array(module, b_object, "rows", place) : NULL;
+    PyArrayObject *out = b ? copy_of(module, a) : NULL;
     b2py_kernel_call k;
-    if (out && b2py_kernel_begin(&k, module, device, one_row) < 0)
+    if (out && b2py_kernel_begin(&k, module, place, one_row) < 0)
         Py_CLEAR(out);
     else if (out && b2py_kernel_end(&k, module, b2_add_rows(&k.ctx, b2py_output(&k, out), b2py_input(&k, b), &k.err)) < 0)
         Py_CLEAR(out);
     Py_XDECREF(a);
     Py_XDECREF(b);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 /* ---- attention ---- */
@@ -530,7 +587,6 @@ static PyObject *distance_bias(PyObject *module, PyObject *args)
     PyObject *object;
     Py_ssize_t max_distance;
     int bidirectional;
-    (void)module;
     if (!PyArg_ParseTuple(args, "Onp", &object, &max_distance, &bidirectional))
         return NULL;
     PyArrayObject *table = b2py_array(object, "table", NPY_FLOAT32, 2), *out = NULL;
@@ -542,12 +598,12 @@ static PyObject *distance_bias(PyObject *module, PyObject *args)
                      "distances beyond half of them", (Py_ssize_t)buckets, max_distance);
     } else {
         npy_intp shape[2] = {heads, 2 * max_distance + 1};
-        if ((out = poisoned(2, shape)))
+        if ((out = poisoned(module, (b2py_place){0}, 2, shape)))
             b2_t5_distance_bias(PyArray_DATA(out), PyArray_DATA(table), (int)buckets, (int)heads, max_distance,
                                 bidirectional);
     }
     Py_DECREF(table);
-    return (PyObject *)out;
+    return give(module, out);
 }
 
 enum { A_Q, A_OFFSETS, A_K, A_V, A_STARTS, A_LENS, A_KS, A_VS, A_SLOTS, A_SLENS, A_MASK, A_BIAS, A_COUNT };
@@ -642,26 +698,31 @@ static PyObject *attention(PyObject *module, PyObject *args)
     long long window;
     int weights;
     const char *device;
+    b2py_place place;
     if (!PyArg_ParseTuple(args, "OOOOOOOOOOOOpiiifLps", &objects[A_Q], &objects[A_OFFSETS], &objects[A_K],
                           &objects[A_V], &objects[A_STARTS], &objects[A_LENS], &objects[A_KS], &objects[A_VS],
                           &objects[A_SLOTS], &objects[A_SLENS], &objects[A_MASK], &objects[A_BIAS], &a.causal,
-                          &a.heads, &a.kv_heads, &a.head_dim, &a.scale, &window, &weights, &device))
+                          &a.heads, &a.kv_heads, &a.head_dim, &a.scale, &window, &weights, &device) ||
+        b2py_kernel_place(&place, module, device) < 0)
         return NULL;
     a.window = window;
     for (int i = 0; i < A_COUNT; i++) {
         if (attention_inputs[i].optional && objects[i] == Py_None)
             continue;
-        in[i] = b2py_array(objects[i], attention_inputs[i].name, attention_inputs[i].type, attention_inputs[i].ndim);
+        int ndim = attention_inputs[i].ndim, moves = i == A_Q || i == A_K || i == A_V || i == A_KS || i == A_VS;
+        in[i] = moves ? b2py_floats(b2py_state_of_module(module), objects[i], attention_inputs[i].name, ndim, place)
+                      : b2py_array(objects[i], attention_inputs[i].name, attention_inputs[i].type, ndim);
         if (!in[i])
             goto done;
     }
     if (fill_attention(&a, in) < 0)
         goto done;
     npy_intp size = weights ? weights_size(&a) : 0;
-    if (!(out = weights ? poisoned(1, &size) : poisoned(2, PyArray_DIMS(in[A_Q]))))
+    b2py_place at = b2py_place_of(in[A_Q]);
+    if (!(out = weights ? poisoned(module, at, 1, &size) : poisoned(module, at, 2, PyArray_DIMS(in[A_Q]))))
         goto done;
     b2py_kernel_call k;
-    if (b2py_kernel_begin(&k, module, device, attention_plan(&a)) < 0) {
+    if (b2py_kernel_begin(&k, module, place, attention_plan(&a)) < 0) {
         Py_CLEAR(out);
         goto done;
     }
@@ -680,7 +741,22 @@ static PyObject *attention(PyObject *module, PyObject *args)
 done:
     for (int i = 0; i < A_COUNT; i++)
         Py_XDECREF(in[i]);
-    return (PyObject *)out;
+    return give(module, out);
+}
+
+/* ---- arrays ---- */
+
+static PyObject *take(PyObject *module, PyObject *args)
+{
+    PyObject *object;
+    const char *name, *device;
+    b2py_place place;
+    if (!PyArg_ParseTuple(args, "Oss", &object, &name, &device) || b2py_kernel_place(&place, module, device) < 0)
+        return NULL;
+    if (place.device)
+        return b2py_take(b2py_state_of_module(module), object, name, place);
+    PyErr_Format(PyExc_ValueError, "%s: lies on a device, expected the host or another device=", name);
+    return NULL;
 }
 
 /* ---- the machine's ceiling ---- */
@@ -721,6 +797,15 @@ static PyObject *fma_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
     return run_peak(state, b2_cpu_kernels_of(&ctx)->fma_peak);
 }
 
+/* Where the processor has no products of bfloat16, they are computed in fp32. */
+static PyObject *bf16_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
+{
+    b2py_state *state = b2py_state_of_module(module);
+    const b2_ctx ctx = {.ops = state->ops};
+    const b2_pair_kernels *pairs = b2_cpu_pairs_of(&ctx);
+    return run_peak(state, pairs ? pairs->peak : b2_cpu_kernels_of(&ctx)->fma_peak);
+}
+
 static PyObject *int8_peak(PyObject *module, PyObject *Py_UNUSED(ignored))
 {
     b2py_state *state = b2py_state_of_module(module);
@@ -746,7 +831,9 @@ static PyMethodDef kernel_methods[] = {
     {"_add_rows", add_rows, METH_VARARGS, "_add_rows(x, rows, device) -> array"},
     {"_distance_bias", distance_bias, METH_VARARGS, "_distance_bias(table, max_distance, bidirectional) -> array"},
     {"_attention", attention, METH_VARARGS, "_attention(...) -> array; see blip2c.kernels.packed_attention"},
+    {"_take", take, METH_VARARGS, "_take(array, name, device) -> DeviceArray: as Model.take"},
     {"_fma_peak", fma_peak, METH_NOARGS, "_fma_peak() -> flops per second of multiply-adds in registers"},
+    {"_bf16_peak", bf16_peak, METH_NOARGS, "_bf16_peak() -> operations per second of bfloat16 products in registers"},
     {"_int8_peak", int8_peak, METH_NOARGS, "_int8_peak() -> operations per second of int8 products in registers"},
     {0},
 };

@@ -206,6 +206,12 @@ const b2_blip2 *b2py_language_model(PyObject *object)
     return NULL;
 }
 
+b2py_place b2py_model_place(PyObject *self)
+{
+    const model_object *model = (model_object *)self;
+    return (b2py_place){model->backend, model->device};
+}
+
 /* ---- running ---- */
 
 static int run_begin(b2py_run *r, PyObject *self, b2_device *device, b2_tap *tap)
@@ -229,8 +235,19 @@ int b2py_run_begin_on_host(b2py_run *r, PyObject *self)
     return run_begin(r, self, NULL, NULL);
 }
 
+int b2py_note_given(b2py_run *r, const char *name, PyArrayObject *array)
+{
+    if (!array || !b2py_is_on_device(array) || PyArray_SIZE(array) == 0)
+        return 0;
+    npy_intp rows = PyArray_DIM(array, 0);
+    return b2_note_finite(&r->ctx, name, B2_GIVEN, b2_tensor_of(PyArray_DATA(array), rows, PyArray_SIZE(array) / rows),
+                          &r->err);
+}
+
 int b2py_run_end(b2py_run *r, PyObject *self, int status)
 {
+    if (status == 0)
+        status = b2_finish(&r->ctx, &r->err);
     lane_close(&r->lane);
     b2py_call_end(&r->call);
     b2py_call_unlist(state_of(self), &r->call);
@@ -250,12 +267,15 @@ void b2py_rows_release(b2py_rows *a)
     Py_XDECREF(a->decoder_mask);
 }
 
-static int read_features(b2py_rows *a, b2_rows_in *in, PyObject *object, const b2_blip2 *model)
+static int read_features(b2py_rows *a, b2_rows_in *in, PyObject *object, PyObject *self)
 {
+    b2py_state *state = state_of(self);
+    const b2_blip2 *model = &((model_object *)self)->model;
+    b2py_place place = b2py_model_place(self);
     int64_t width = model->lm->config.hidden_size;
     if (!object || object == Py_None)
         return 0;
-    if (!(a->features = b2py_array(object, "image_features", NPY_FLOAT32, 3)))
+    if (!(a->features = b2py_floats(state, object, "image_features", 3, place)))
         return -1;
     npy_intp *shape = PyArray_DIMS(a->features);
     if (shape[0] != in->rows || shape[1] < 1 || shape[2] != width) {
@@ -330,8 +350,9 @@ static int read_decoder_rows(b2py_rows *a, b2_rows_in *in, const b2_blip2 *model
     return 0;
 }
 
-int b2py_read_rows(b2py_rows *a, b2_rows_in *in, const b2_blip2 *model, const b2py_row_objects *o)
+int b2py_read_rows(b2py_rows *a, b2_rows_in *in, PyObject *self, const b2py_row_objects *o)
 {
+    const b2_blip2 *model = &((model_object *)self)->model;
     *a = (b2py_rows){0};
     *in = (b2_rows_in){0};
     if (read_packed("", &a->ids, &a->offsets, &a->mask, o->ids, o->offsets, o->mask) < 0)
@@ -340,7 +361,7 @@ int b2py_read_rows(b2py_rows *a, b2_rows_in *in, const b2_blip2 *model, const b2
     in->ids = PyArray_DATA(a->ids);
     in->offsets = PyArray_DATA(a->offsets);
     in->mask = a->mask ? PyArray_DATA(a->mask) : NULL;
-    return read_features(a, in, o->features, model) < 0 || read_decoder_rows(a, in, model, o) < 0 ? -1 : 0;
+    return read_features(a, in, o->features, self) < 0 || read_decoder_rows(a, in, model, o) < 0 ? -1 : 0;
 }
 
 static void append_name(void *owner, const char *name)
@@ -368,31 +389,62 @@ static PyObject *model_device(PyObject *self, void *Py_UNUSED(closure))
     return device ? PyUnicode_FromFormat("cuda:%d", device->index) : PyUnicode_FromString("cpu");
 }
 
+/* The model's device; without one NULL with the exception set. */
+static int placed(b2py_place *place, PyObject *self, const char *what)
+{
+    *place = b2py_model_place(self);
+    if (!place->device)
+        PyErr_Format(PyExc_ValueError, "%s: this model is on the processor", what);
+    return place->device ? 0 : -1;
+}
+
+static PyObject *model_take(PyObject *self, PyObject *args)
+{
+    PyObject *object;
+    const char *name;
+    b2py_place place;
+    if (!b2py_loaded_model(self) || !PyArg_ParseTuple(args, "Os", &object, &name) || placed(&place, self, name) < 0)
+        return NULL;
+    return b2py_take(state_of(self), object, name, place);
+}
+
+static PyObject *model_put(PyObject *self, PyObject *object)
+{
+    b2py_place place;
+    if (!b2py_loaded_model(self) || placed(&place, self, "put") < 0)
+        return NULL;
+    PyArrayObject *array = b2py_array(object, "array", NPY_FLOAT32, -1), *there = NULL;
+    if (array)
+        there = b2py_to_place(state_of(self), array, place);
+    Py_XDECREF(array);
+    return b2py_give(state_of(self), (PyObject *)there);
+}
+
 #define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
 
 static PyMethodDef model_methods[] = {
     {"encode", KEYWORDS(b2py_model_encode),
-     "encode(pixel_values, interpolate=False, text=None) -> image features [B, Q, D]"},
+     "encode(pixel_values, interpolate=False, text=None, on_device=False) -> image features [B, Q, D]"},
     {"vision", b2py_model_vision, METH_O, "vision(pixel_values) -> last hidden state of the vision encoder [B, T, D]"},
     {"read", KEYWORDS(b2py_model_read),
      "read(image_embeds, text=None) -> image features [B, Q, D]: Q-Former and projection alone"},
     {"encode_stages", KEYWORDS(b2py_model_encode_stages),
      "encode_stages(pixel_values=None, hidden_states=False, attentions=False, interpolate=False, image_embeds=None,"
-     " qformer=True, text=None) -> dict of every stage's output"},
+     " qformer=True, text=None, on_device=False) -> dict of every stage's output"},
     {"read_texts", KEYWORDS(b2py_model_read_texts),
-     "read_texts(text, hidden_states=False, attentions=False) -> dict: texts through the Q-Former alone"},
+     "read_texts(text, hidden_states=False, attentions=False, on_device=False) -> dict: texts through the Q-Former alone"},
     {"run_qformer", KEYWORDS(b2py_model_run_qformer),
      "run_qformer(queries, text=None, query_mask=None, text_mask=None, image_embeds=None, image_mask=None,"
-     " hidden_states=False, attentions=False, sees=\"all\") -> dict: the Q-Former on any embeddings"},
+     " hidden_states=False, attentions=False, sees=\"all\", on_device=False) -> dict: the Q-Former on any embeddings"},
     {"match", b2py_model_match, METH_VARARGS,
      "match(image_embeds, text, picture_of) -> [N, 2]: logits of whether texts belong to pictures"},
     {"similarity", b2py_model_similarity, METH_VARARGS,
      "similarity(images, texts) -> [I, J]: the largest cosine of a query of picture i with text j"},
     {"forward", KEYWORDS(b2py_model_forward),
      "forward(image_features, ids, offsets, mask=None, hidden_states=False, attentions=False, decoder_ids=None,"
-     " decoder_offsets=None, decoder_mask=None) -> {\"logits\": [N, V]}"},
-    {"project", b2py_model_project, METH_O, "project(x) -> language_projection of x [N, Dq]"},
-    {"embed", b2py_model_embed, METH_O, "embed(ids) -> token embeddings [N, D]"},
+     " decoder_offsets=None, decoder_mask=None, on_device=False) -> {\"logits\": [N, V]}"},
+    {"project", KEYWORDS(b2py_model_project), "project(x, on_device=False) -> language_projection of x [N, Dq]"},
+    {"embed", KEYWORDS(b2py_model_embed), "embed(ids, on_device=False) -> token embeddings [N, D]"},
     {"generate", KEYWORDS(b2py_model_generate),
      "generate(image_features, ids, offsets, mask, rule_ids, options, decoder_ids=None, decoder_offsets=None,"
      " decoder_mask=None, prefixes=None, keys=None, hooks=None, tap=None, tap_weights=False,"
@@ -400,6 +452,9 @@ static PyMethodDef model_methods[] = {
     {"generate_stream", KEYWORDS(b2py_model_generate_stream),
      "generate_stream(next, done, options, places, longest, longest_decoder=0, masked=False) -> dict"},
     {"prefill", KEYWORDS(b2py_model_prefill), "prefill(image_features, ids, rule_ids, prefix=None) -> Prefix"},
+    {"take", model_take, METH_VARARGS,
+     "take(array, name) -> DeviceArray: what lies on the model's device and has __dlpack__, where it lies where it can be"},
+    {"put", model_put, METH_O, "put(array) -> DeviceArray: a copy on the model's device"},
     {"weights", KEYWORDS(b2py_model_weights), "weights(only=None) -> weights by their checkpoint names, unpacked"},
     {"weight_names", b2py_model_weight_names, METH_NOARGS, "weight_names() -> list of checkpoint names"},
     {"save_packed", b2py_model_save_packed, METH_VARARGS,

@@ -7,12 +7,16 @@
 
 #include "model/session.h"
 #include "ops/backend.h"
+#include "python/py_array.h"
 #include "python/py_watch.h"
 
 /* NULL with RuntimeError before __init__ has succeeded. */
 const b2_blip2 *b2py_loaded_model(PyObject *self);
 /* The same where there is a language model; else NULL with UnsupportedError. */
 const b2_blip2 *b2py_language_model(PyObject *self);
+
+/* Where the model is. */
+b2py_place b2py_model_place(PyObject *self);
 
 /* What a context stands on: scratch, and of a device its queue and scratch there. */
 typedef struct b2py_lane {
@@ -34,6 +38,9 @@ typedef struct b2py_run {
 int b2py_run_begin(b2py_run *run, PyObject *self, b2_tap *tap);
 /* On the processor, whatever device the model is on: for what needs none of its weights. */
 int b2py_run_begin_on_host(b2py_run *run, PyObject *self);
+/* Between the two. An argument that lies on the device may hold NaN or Inf: then the call ends with a NumericError that names
+ * it. One on the host was looked at before; NULL is nothing. */
+int b2py_note_given(b2py_run *run, const char *name, PyArrayObject *array);
 /* 0, or -1 with the exception set. */
 int b2py_run_end(b2py_run *run, PyObject *self, int status);
 
@@ -47,17 +54,18 @@ typedef struct b2py_row_objects {
     PyObject *features, *ids, *offsets, *mask, *decoder_ids, *decoder_offsets, *decoder_mask;
 } b2py_row_objects;
 
-int b2py_read_rows(b2py_rows *arrays, b2_rows_in *in, const b2_blip2 *model, const b2py_row_objects *objects);
+int b2py_read_rows(b2py_rows *arrays, b2_rows_in *in, PyObject *model, const b2py_row_objects *objects);
 void b2py_rows_release(b2py_rows *arrays);
 
-/* Methods of Model in py_stages.c. */
+/* Methods of Model in py_stages.c. on_device: results stay on the model's device (b2py_results_at). */
+int b2py_results_at(b2py_place *place, PyObject *self, int on_device);
 PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_vision(PyObject *self, PyObject *object);
 PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
-PyObject *b2py_model_project(PyObject *self, PyObject *object);
-PyObject *b2py_model_embed(PyObject *self, PyObject *object);
+PyObject *b2py_model_project(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *b2py_model_embed(PyObject *self, PyObject *args, PyObject *kwargs);
 
 /* In py_retrieval.c. */
 PyObject *b2py_model_read_texts(PyObject *self, PyObject *args, PyObject *kwargs);

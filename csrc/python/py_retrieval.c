@@ -13,6 +13,7 @@ static b2py_state *state_of(PyObject *self)
 /* ---- texts alone ---- */
 
 typedef struct text_result {
+    b2py_place place; /* where they are to be */
     PyObject *hidden, *embeds; /* owned */
     b2_read out;
     b2py_recorder recorder;
@@ -39,15 +40,17 @@ static int text_result_make(text_result *r, b2py_state *state, const b2_blip2 *m
     npy_intp tokens = PyArray_DIM(text->ids, 0);
     npy_intp hidden[] = {tokens, model->qformer.config.hidden_size};
     npy_intp embeds[] = {tokens, model->heads.config.projection_size};
-    if (!(r->hidden = b2py_new_array(2, hidden, &r->out.text)) ||
-        (model->heads.config.text && !(r->embeds = b2py_new_array(2, embeds, &r->out.embeds))))
+    if (!(r->hidden = b2py_new_floats(state, r->place, 2, hidden, &r->out.text)) ||
+        (model->heads.config.text && !(r->embeds = b2py_new_floats(state, r->place, 2, embeds, &r->out.embeds))))
         return -1;
     return w.hidden_states || w.attentions ? watch_texts(r, state, &model->qformer.config, text, count, w) : 0;
 }
 
-static PyObject *text_result_dict(const text_result *r)
+static PyObject *text_result_dict(b2py_state *state, text_result *r)
 {
-    PyObject *result = Py_BuildValue("{s:O}", "text", r->hidden);
+    r->hidden = b2py_give(state, r->hidden);
+    r->embeds = b2py_give(state, r->embeds);
+    PyObject *result = r->hidden && !PyErr_Occurred() ? Py_BuildValue("{s:O}", "text", r->hidden) : NULL;
     if (result && ((r->embeds && PyDict_SetItemString(result, "embeds", r->embeds) < 0) ||
                    b2py_recorder_result(&r->recorder, result) < 0))
         Py_CLEAR(result);
@@ -56,15 +59,18 @@ static PyObject *text_result_dict(const text_result *r)
 
 PyObject *b2py_model_read_texts(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"text", "hidden_states", "attentions", NULL};
+    static char *names[] = {"text", "hidden_states", "attentions", "on_device", NULL};
     const b2_blip2 *model = b2py_loaded_model(self);
     PyObject *words, *result = NULL;
     b2py_wishes w = {0};
     b2py_text text = {0};
     text_result r = {0};
+    int on_device = 0;
     if (!model ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|pp", names, &words, &w.hidden_states, &w.attentions))
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|ppp", names, &words, &w.hidden_states, &w.attentions, &on_device) ||
+        b2py_results_at(&r.place, self, on_device) < 0)
         return NULL;
+    r.recorder.place = r.place;
     int status = b2py_read_text(&text, words, -1);
     if (status == 0 && !text.given) {
         PyErr_SetString(PyExc_TypeError, "text: expected a tuple (ids, offsets, mask), found None");
@@ -82,7 +88,7 @@ PyObject *b2py_model_read_texts(PyObject *self, PyObject *args, PyObject *kwargs
         }
     }
     if (status == 0)
-        result = text_result_dict(&r);
+        result = text_result_dict(state_of(self), &r);
     Py_XDECREF(r.hidden);
     Py_XDECREF(r.embeds);
     b2py_recorder_release(&r.recorder);
@@ -95,6 +101,7 @@ PyObject *b2py_model_read_texts(PyObject *self, PyObject *args, PyObject *kwargs
 /* One pass over embeddings [B, L, D], the first Q of each item looking at its picture. */
 typedef struct pass {
     PyArrayObject *queries, *text, *query_mask, *text_mask, *image, *image_mask, *offsets; /* owned */
+    b2py_place place; /* where the results are to be */
     PyObject *query_states, *text_states;                                                   /* owned */
     b2_texts texts;
     b2_qformer_in in;
@@ -130,11 +137,11 @@ static int read_mask(PyArrayObject **array, PyObject *object, const char *name, 
     return (*array = b2py_array(object, name, NPY_UINT8, 2)) ? expect_shape(*array, name, items, length, 0) : -1;
 }
 
-static int read_pass_image(pass *p, PyObject *image, PyObject *mask, const b2_qformer_config *c)
+static int read_pass_image(pass *p, PyObject *self, PyObject *image, PyObject *mask, const b2_qformer_config *c)
 {
     if (p->in.queries == 0)
         return 0;
-    if (!(p->image = b2py_array(image, "image_embeds", NPY_FLOAT32, 3)) ||
+    if (!(p->image = b2py_floats(state_of(self), image, "image_embeds", 3, b2py_model_place(self))) ||
         expect_shape(p->image, "image_embeds", p->in.items, -1, c->encoder_hidden_size) < 0 ||
         read_mask(&p->image_mask, mask, "image_mask", p->in.items, PyArray_DIM(p->image, 1)) < 0)
         return -1;
@@ -144,11 +151,11 @@ static int read_pass_image(pass *p, PyObject *image, PyObject *mask, const b2_qf
 }
 
 /* The texts of a pass all have one length. */
-static int read_pass_text(pass *p, PyObject *text, PyObject *mask, const b2_qformer_config *c)
+static int read_pass_text(pass *p, PyObject *self, PyObject *text, PyObject *mask, const b2_qformer_config *c)
 {
     if (text == Py_None)
         return 0;
-    if (!(p->text = b2py_array(text, "text", NPY_FLOAT32, 3)) ||
+    if (!(p->text = b2py_floats(state_of(self), text, "text", 3, b2py_model_place(self))) ||
         expect_shape(p->text, "text", p->in.items, -1, c->hidden_size) < 0 ||
         read_mask(&p->text_mask, mask, "text_mask", p->in.items, PyArray_DIM(p->text, 1)) < 0)
         return -1;
@@ -177,8 +184,8 @@ static int pass_results(pass *p, b2py_state *state, const b2_qformer_config *c, 
     npy_intp cross[] = {items, heads, queries, image};
     int layers = c->num_hidden_layers;
     b2py_recorder *r = &p->recorder;
-    if ((queries && !(p->query_states = b2py_new_array(3, of_queries, &p->out.queries))) ||
-        (p->length && !(p->text_states = b2py_new_array(3, of_text, &p->out.text))))
+    if ((queries && !(p->query_states = b2py_new_floats(state, p->place, 3, of_queries, &p->out.queries))) ||
+        (p->length && !(p->text_states = b2py_new_floats(state, p->place, 3, of_text, &p->out.text))))
         return -1;
     if (w.hidden_states &&
         ((queries && b2py_watch_hidden(r, state, "qformer", "qformer_hidden_states", layers, 3, of_queries) < 0) ||
@@ -196,9 +203,11 @@ static int pass_results(pass *p, b2py_state *state, const b2_qformer_config *c, 
                : 0;
 }
 
-static PyObject *pass_dict(const pass *p)
+static PyObject *pass_dict(b2py_state *state, pass *p)
 {
-    PyObject *result = PyDict_New();
+    p->query_states = b2py_give(state, p->query_states);
+    p->text_states = b2py_give(state, p->text_states);
+    PyObject *result = PyErr_Occurred() ? NULL : PyDict_New();
     if (result && ((p->query_states && PyDict_SetItemString(result, "qformer", p->query_states) < 0) ||
                    (p->text_states && PyDict_SetItemString(result, "text", p->text_states) < 0) ||
                    b2py_recorder_result(&p->recorder, result) < 0))
@@ -218,23 +227,33 @@ static int read_sees(b2_qformer_sees *sees, const char *name)
     return -1;
 }
 
+static int run_pass(b2py_run *r, const b2_blip2 *model, pass *p)
+{
+    return b2py_note_given(r, "query_embeds", p->queries) < 0 || b2py_note_given(r, "query_embeds", p->text) < 0 ||
+                   b2py_note_given(r, "encoder_hidden_states", p->image) < 0
+               ? -1
+               : b2_blip2_run_qformer(&r->ctx, model, &p->out, &p->in, &r->err);
+}
+
 PyObject *b2py_model_run_qformer(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"queries", "text", "query_mask", "text_mask", "image_embeds", "image_mask",
-                            "hidden_states", "attentions", "sees", NULL};
+                            "hidden_states", "attentions", "sees", "on_device", NULL};
     const b2_blip2 *model = b2py_loaded_model(self);
     const char *sees = "all";
     PyObject *queries, *text = Py_None, *query_mask = Py_None, *text_mask = Py_None, *image = Py_None;
     PyObject *image_mask = Py_None, *result = NULL;
     b2py_wishes w = {0};
     pass p = {0};
+    int on_device = 0;
     if (!model ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|OOOOOpps", names, &queries, &text, &query_mask, &text_mask, &image,
-                                     &image_mask, &w.hidden_states, &w.attentions, &sees) ||
-        read_sees(&p.in.sees, sees) < 0)
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|OOOOOppsp", names, &queries, &text, &query_mask, &text_mask, &image,
+                                     &image_mask, &w.hidden_states, &w.attentions, &sees, &on_device) ||
+        read_sees(&p.in.sees, sees) < 0 || b2py_results_at(&p.place, self, on_device) < 0)
         return NULL;
+    p.recorder.place = p.place;
     const b2_qformer_config *c = &model->qformer.config;
-    if ((p.queries = b2py_array(queries, "queries", NPY_FLOAT32, 3))) {
+    if ((p.queries = b2py_floats(state_of(self), queries, "queries", 3, b2py_model_place(self)))) {
         p.in.items = PyArray_DIM(p.queries, 0);
         p.in.queries = PyArray_DIM(p.queries, 1);
         p.in.embeds = b2_tensor_of(PyArray_DATA(p.queries), p.in.items * p.in.queries, c->hidden_size);
@@ -242,12 +261,12 @@ PyObject *b2py_model_run_qformer(PyObject *self, PyObject *args, PyObject *kwarg
         if (status == 0)
             status = read_mask(&p.query_mask, query_mask, "query_mask", p.in.items, p.in.queries);
         p.in.query_mask = p.query_mask ? PyArray_DATA(p.query_mask) : NULL;
-        if (status == 0 && read_pass_image(&p, image, image_mask, c) == 0 &&
-            read_pass_text(&p, text, text_mask, c) == 0 && pass_results(&p, state_of(self), c, w) == 0) {
+        if (status == 0 && read_pass_image(&p, self, image, image_mask, c) == 0 &&
+            read_pass_text(&p, self, text, text_mask, c) == 0 && pass_results(&p, state_of(self), c, w) == 0) {
             b2py_run run;
             if (b2py_run_begin(&run, self, b2py_recorder_tap(&p.recorder)) == 0 &&
-                b2py_run_end(&run, self, b2_blip2_run_qformer(&run.ctx, model, &p.out, &p.in, &run.err)) == 0)
-                result = pass_dict(&p);
+                b2py_run_end(&run, self, run_pass(&run, model, &p)) == 0)
+                result = pass_dict(state_of(self), &p);
         }
     }
     pass_release(&p);
@@ -261,7 +280,7 @@ static PyObject *match_all(PyObject *self, const b2_blip2 *model, PyArrayObject 
 {
     npy_intp *shape = PyArray_DIMS(images), out_shape[] = {PyArray_DIM(picture_of, 0), 2};
     b2_tensor view;
-    PyObject *out = b2py_new_array(2, out_shape, &view);
+    PyObject *out = b2py_new_floats(state_of(self), (b2py_place){0}, 2, out_shape, &view);
     if (out) {
         b2py_run run;
         b2_tensor given = b2_tensor_of(PyArray_DATA(images), shape[0] * shape[1], shape[2]);
@@ -280,7 +299,7 @@ PyObject *b2py_model_match(PyObject *self, PyObject *args)
     if (!model || !PyArg_ParseTuple(args, "OOO:match", &image_object, &words, &number_object))
         return NULL;
     b2py_text text = {0};
-    PyArrayObject *images = b2py_array(image_object, "image_embeds", NPY_FLOAT32, 3);
+    PyArrayObject *images = b2py_floats(state_of(self), image_object, "image_embeds", 3, b2py_model_place(self));
     PyArrayObject *numbers = images ? b2py_array(number_object, "picture_of", NPY_INT32, 1) : NULL;
     if (numbers && PyArray_DIM(images, 2) != model->qformer.config.encoder_hidden_size)
         PyErr_Format(PyExc_ValueError, "image_embeds: expected a width of %lld, found %zd",
@@ -314,7 +333,7 @@ PyObject *b2py_model_similarity(PyObject *self, PyObject *args)
         npy_intp count = PyArray_DIM(images, 0), queries = PyArray_DIM(images, 1), width = PyArray_DIM(images, 2);
         npy_intp shape[] = {count, PyArray_DIM(texts, 0)};
         b2_tensor view;
-        if ((out = b2py_new_array(2, shape, &view))) {
+        if ((out = b2py_new_floats(state_of(self), (b2py_place){0}, 2, shape, &view))) {
             b2py_run run;
             b2_tensor pictures = b2_tensor_of(PyArray_DATA(images), count * queries, width);
             b2_tensor words = b2_tensor_of(PyArray_DATA(texts), shape[1], width);

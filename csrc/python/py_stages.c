@@ -20,9 +20,10 @@ typedef struct picture_input {
     int64_t tokens;        /* T of a picture */
 } picture_input;
 
-static int read_pixels(picture_input *in, PyObject *object, const b2_vit_config *c, int interpolate)
+static int read_pixels(picture_input *in, PyObject *object, PyObject *self, int interpolate)
 {
-    if (!(in->array = b2py_array(object, "pixel_values", NPY_FLOAT32, 4)))
+    const b2_vit_config *c = &b2py_loaded_model(self)->vit.config;
+    if (!(in->array = b2py_floats(state_of(self), object, "pixel_values", 4, b2py_model_place(self))))
         return -1;
     npy_intp *shape = PyArray_DIMS(in->array);
     int fits = interpolate ? shape[2] >= c->patch_size && shape[3] >= c->patch_size
@@ -39,9 +40,10 @@ static int read_pixels(picture_input *in, PyObject *object, const b2_vit_config 
     return 0;
 }
 
-static int read_embeds(picture_input *in, PyObject *object, const b2_vit_config *c)
+static int read_embeds(picture_input *in, PyObject *object, PyObject *self)
 {
-    if (!(in->array = b2py_array(object, "image_embeds", NPY_FLOAT32, 3)))
+    const b2_vit_config *c = &b2py_loaded_model(self)->vit.config;
+    if (!(in->array = b2py_floats(state_of(self), object, "image_embeds", 3, b2py_model_place(self))))
         return -1;
     npy_intp *shape = PyArray_DIMS(in->array);
     if (shape[1] < 1 || shape[2] != c->hidden_size) {
@@ -54,8 +56,19 @@ static int read_embeds(picture_input *in, PyObject *object, const b2_vit_config 
     return 0;
 }
 
+int b2py_results_at(b2py_place *place, PyObject *self, int on_device)
+{
+    *place = on_device ? b2py_model_place(self) : (b2py_place){0};
+    if (!on_device || place->device)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "on_device: this model is on the processor");
+    return -1;
+}
+
 /* The arrays of encode. */
 typedef struct stages {
+    b2py_state *state;
+    b2py_place place; /* where they are to be */
     PyObject *vision, *pooled, *qformer, *text, *features, *embeds, *match; /* owned; NULL where not wanted */
     b2_encoded out;
     b2py_recorder recorder;
@@ -73,19 +86,19 @@ static void stages_release(stages *s)
     b2py_recorder_release(&s->recorder);
 }
 
-static int watch_vision(stages *s, b2py_state *state, const b2_vit_config *c, npy_intp *shape, b2py_wishes w)
+static int watch_vision(stages *s, const b2_vit_config *c, npy_intp *shape, b2py_wishes w)
 {
     npy_intp weights[] = {shape[0], c->num_attention_heads, shape[1], shape[1]};
-    if (w.hidden_states && b2py_watch_hidden(&s->recorder, state, "vision", "vision_hidden_states", c->num_hidden_layers, 3,
+    if (w.hidden_states && b2py_watch_hidden(&s->recorder, s->state, "vision", "vision_hidden_states", c->num_hidden_layers, 3,
                                         shape) < 0)
         return -1;
-    return w.attentions ? b2py_watch_attention(&s->recorder, state, "vision", "vision_attentions", c->num_hidden_layers, 1,
+    return w.attentions ? b2py_watch_attention(&s->recorder, s->state, "vision", "vision_attentions", c->num_hidden_layers, 1,
                                           weights)
                         : 0;
 }
 
 /* `text` tokens beside the queries of each picture; those are reported apart. */
-static int watch_qformer(stages *s, b2py_state *state, const b2_qformer_config *c, npy_intp *shape, int64_t tokens,
+static int watch_qformer(stages *s, const b2_qformer_config *c, npy_intp *shape, int64_t tokens,
                          int64_t text, b2py_wishes w)
 {
     npy_intp queries = shape[1], heads = c->num_attention_heads;
@@ -95,16 +108,16 @@ static int watch_qformer(stages *s, b2py_state *state, const b2_qformer_config *
     if (text < 0)
         return -1;
     if (w.hidden_states &&
-        (b2py_watch_hidden(&s->recorder, state, "qformer", "qformer_hidden_states", layers, 3, shape) < 0 ||
-         (text > 0 && b2py_watch_hidden(&s->recorder, state, "qformer_text", "qformer_text_hidden_states", layers, 3,
+        (b2py_watch_hidden(&s->recorder, s->state, "qformer", "qformer_hidden_states", layers, 3, shape) < 0 ||
+         (text > 0 && b2py_watch_hidden(&s->recorder, s->state, "qformer_text", "qformer_text_hidden_states", layers, 3,
                                    text_hidden) < 0)))
         return -1;
     if (!w.attentions)
         return 0;
-    return b2py_watch_attention(&s->recorder, state, "qformer", "qformer_attentions", layers, 1, self) < 0 ||
-                   (text > 0 && b2py_watch_attention(&s->recorder, state, "qformer_text", "qformer_text_attentions", layers,
+    return b2py_watch_attention(&s->recorder, s->state, "qformer", "qformer_attentions", layers, 1, self) < 0 ||
+                   (text > 0 && b2py_watch_attention(&s->recorder, s->state, "qformer_text", "qformer_text_attentions", layers,
                                                 1, of_text) < 0) ||
-                   b2py_watch_attention(&s->recorder, state, "qformer_cross", "qformer_cross_attentions", layers,
+                   b2py_watch_attention(&s->recorder, s->state, "qformer_cross", "qformer_cross_attentions", layers,
                                    c->cross_attention_frequency, cross) < 0
                ? -1
                : 0;
@@ -117,24 +130,24 @@ static int results_make(stages *s, const b2_blip2 *model, npy_intp count, const 
     npy_intp queries = model->qformer.config.num_query_tokens;
     if (model->lm) {
         npy_intp features[] = {count, queries, model->lm->config.hidden_size};
-        if (!(s->features = b2py_new_array(3, features, &s->out.features)))
+        if (!(s->features = b2py_new_floats(s->state, s->place, 3, features, &s->out.features)))
             return -1;
     }
     if (text->given) {
         npy_intp words[] = {PyArray_DIM(text->ids, 0), model->qformer.config.hidden_size}, match[] = {count, 2};
-        if (!(s->text = b2py_new_array(2, words, &s->out.text)) ||
-            (heads->match && !(s->match = b2py_new_array(2, match, &s->out.match))))
+        if (!(s->text = b2py_new_floats(s->state, s->place, 2, words, &s->out.text)) ||
+            (heads->match && !(s->match = b2py_new_floats(s->state, s->place, 2, match, &s->out.match))))
             return -1;
     } else if (heads->vision) {
         npy_intp embeds[] = {count, queries, heads->projection_size};
-        if (!(s->embeds = b2py_new_array(3, embeds, &s->out.embeds)))
+        if (!(s->embeds = b2py_new_floats(s->state, s->place, 3, embeds, &s->out.embeds)))
             return -1;
     }
     return 0;
 }
 
 /* "vision", "pooled" and the Q-Former's arrays, each where it is to be computed. */
-static int stages_make(stages *s, b2py_state *state, const b2_blip2 *model, const picture_input *in,
+static int stages_make(stages *s, const b2_blip2 *model, const picture_input *in,
                        const b2py_text *text, int with_qformer, b2py_wishes w)
 {
     const b2_qformer_config *q = &model->qformer.config;
@@ -142,33 +155,39 @@ static int stages_make(stages *s, b2py_state *state, const b2_blip2 *model, cons
     npy_intp vision[] = {count, in->tokens, width}, pooled[] = {count, width};
     npy_intp qformer[] = {count, q->num_query_tokens, q->hidden_size};
     if (in->pictures.data) {
-        if (!(s->vision = b2py_new_array(3, vision, &s->out.vision)) ||
-            !(s->pooled = b2py_new_array(2, pooled, &s->out.pooled)) ||
-            watch_vision(s, state, &model->vit.config, vision, w) < 0)
+        if (!(s->vision = b2py_new_floats(s->state, s->place, 3, vision, &s->out.vision)) ||
+            !(s->pooled = b2py_new_floats(s->state, s->place, 2, pooled, &s->out.pooled)) ||
+            watch_vision(s, &model->vit.config, vision, w) < 0)
             return -1;
     } else {
         s->out.vision = b2_tensor_of(PyArray_DATA(in->array), count * in->tokens, width);
     }
     if (!with_qformer)
         return 0;
-    if (!(s->qformer = b2py_new_array(3, qformer, &s->out.qformer)) || results_make(s, model, count, text) < 0)
+    if (!(s->qformer = b2py_new_floats(s->state, s->place, 3, qformer, &s->out.qformer)) ||
+        results_make(s, model, count, text) < 0)
         return -1;
     if (!w.hidden_states && !w.attentions)
         return 0;
-    return watch_qformer(s, state, q, qformer, in->tokens, b2py_text_length(text, count), w);
+    return watch_qformer(s, q, qformer, in->tokens, b2py_text_length(text, count), w);
 }
 
-static PyObject *stages_result(const stages *s)
+static PyObject *stages_result(stages *s)
 {
     struct {
         const char *key;
-        PyObject *array;
-    } parts[] = {{"vision", s->vision}, {"pooled", s->pooled}, {"qformer", s->qformer}, {"text", s->text},
-                 {"image_features", s->features}, {"embeds", s->embeds}, {"match", s->match}};
+        PyObject **array;
+    } parts[] = {{"vision", &s->vision}, {"pooled", &s->pooled}, {"qformer", &s->qformer}, {"text", &s->text},
+                 {"image_features", &s->features}, {"embeds", &s->embeds}, {"match", &s->match}};
     PyObject *result = PyDict_New();
-    for (size_t i = 0; result && i < sizeof parts / sizeof *parts; i++)
-        if (parts[i].array && PyDict_SetItemString(result, parts[i].key, parts[i].array) < 0)
+    for (size_t i = 0; result && i < sizeof parts / sizeof *parts; i++) {
+        PyObject *array = *parts[i].array;
+        if (!array)
+            continue;
+        *parts[i].array = b2py_give(s->state, array);
+        if (!*parts[i].array || PyDict_SetItemString(result, parts[i].key, *parts[i].array) < 0)
             Py_CLEAR(result);
+    }
     if (result && b2py_recorder_result(&s->recorder, result) < 0)
         Py_CLEAR(result);
     return result;
@@ -184,35 +203,44 @@ static const b2_blip2 *loaded_vision(PyObject *self)
     return NULL;
 }
 
+static int encode(b2py_run *r, const b2_blip2 *model, const b2_encoded *out, const picture_input *in, const b2py_text *text)
+{
+    if (b2py_note_given(r, in->pictures.data ? "pixel_values" : "image_embeds", in->array) < 0)
+        return -1;
+    return b2_blip2_encode(&r->ctx, model, out, in->pictures, text->given, &r->err);
+}
+
 PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"pixel_values", "hidden_states", "attentions", "interpolate", "image_embeds", "qformer", "text",
-                            NULL};
+                            "on_device", NULL};
     const b2_blip2 *model = loaded_vision(self);
     PyObject *pixels = Py_None, *embeds = Py_None, *words = Py_None, *result = NULL;
-    int interpolate = 0, with_qformer = 1;
+    int interpolate = 0, with_qformer = 1, on_device = 0;
     b2py_wishes w = {0};
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OpppOpO", names, &pixels, &w.hidden_states, &w.attentions,
-                                               &interpolate, &embeds, &with_qformer, &words))
+    stages s = {0};
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "|OpppOpOp", names, &pixels, &w.hidden_states, &w.attentions,
+                                               &interpolate, &embeds, &with_qformer, &words, &on_device) ||
+        b2py_results_at(&s.place, self, on_device) < 0)
         return NULL;
     if ((pixels == Py_None) == (embeds == Py_None)) {
         PyErr_SetString(PyExc_ValueError, "encode_stages: expected one of pixel_values and image_embeds");
         return NULL;
     }
-    stages s = {0};
+    s.state = state_of(self);
+    s.recorder.place = s.place;
     picture_input in = {0};
     b2py_text text = {0};
-    int status = embeds == Py_None ? read_pixels(&in, pixels, &model->vit.config, interpolate)
-                                   : read_embeds(&in, embeds, &model->vit.config);
+    int status = embeds == Py_None ? read_pixels(&in, pixels, self, interpolate) : read_embeds(&in, embeds, self);
     if (status == 0)
         status = b2py_read_text(&text, words, in.pictures.count);
     if (status == 0)
-        status = stages_make(&s, state_of(self), model, &in, &text, with_qformer, w);
+        status = stages_make(&s, model, &in, &text, with_qformer, w);
     if (status == 0) {
         b2py_run r;
         status = b2py_run_begin(&r, self, b2py_recorder_tap(&s.recorder));
         if (status == 0)
-            status = b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, &s.out, in.pictures, text.given, &r.err));
+            status = b2py_run_end(&r, self, encode(&r, model, &s.out, &in, &text));
     }
     if (status == 0)
         result = stages_result(&s);
@@ -229,33 +257,37 @@ static PyObject *encode_one(PyObject *self, const b2_blip2 *model, picture_input
     if (array) {
         b2py_run r;
         if (b2py_run_begin(&r, self, NULL) < 0 ||
-            b2py_run_end(&r, self, b2_blip2_encode(&r.ctx, model, out, in->pictures, text->given, &r.err)) < 0)
+            b2py_run_end(&r, self, encode(&r, model, out, in, text)) < 0)
             Py_CLEAR(array);
     }
     b2py_text_release(text);
     Py_XDECREF(in->array);
-    return array;
+    return b2py_give(state_of(self), array);
 }
 
-static PyObject *new_features(const b2_blip2 *model, int64_t pictures, b2_tensor *view)
+static PyObject *new_features(PyObject *self, b2py_place place, int64_t pictures, b2_tensor *view)
 {
+    const b2_blip2 *model = b2py_loaded_model(self);
     npy_intp shape[] = {pictures, model->qformer.config.num_query_tokens, model->lm->config.hidden_size};
-    return b2py_new_array(3, shape, view);
+    return b2py_new_floats(state_of(self), place, 3, shape, view);
 }
 
 PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"pixel_values", "interpolate", "text", NULL};
+    static char *names[] = {"pixel_values", "interpolate", "text", "on_device", NULL};
     const b2_blip2 *model = b2py_language_model(self);
     PyObject *object, *words = Py_None, *features = NULL;
-    int interpolate = 0;
+    int interpolate = 0, on_device = 0;
+    b2py_place place;
     picture_input in = {0};
     b2py_text text = {0};
     b2_encoded out = {0};
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|pO", names, &object, &interpolate, &words))
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|pOp", names, &object, &interpolate, &words,
+                                               &on_device) ||
+        b2py_results_at(&place, self, on_device) < 0)
         return NULL;
-    if (read_pixels(&in, object, &model->vit.config, interpolate) == 0 && b2py_read_text(&text, words, in.pictures.count) == 0)
-        features = new_features(model, in.pictures.count, &out.features);
+    if (read_pixels(&in, object, self, interpolate) == 0 && b2py_read_text(&text, words, in.pictures.count) == 0)
+        features = new_features(self, place, in.pictures.count, &out.features);
     return encode_one(self, model, &in, &text, features, &out);
 }
 
@@ -268,9 +300,9 @@ PyObject *b2py_model_vision(PyObject *self, PyObject *object)
     PyObject *hidden = NULL;
     if (!model)
         return NULL;
-    if (read_pixels(&in, object, &model->vit.config, 0) == 0) {
+    if (read_pixels(&in, object, self, 0) == 0) {
         npy_intp shape[] = {in.pictures.count, in.tokens, model->vit.config.hidden_size};
-        hidden = b2py_new_array(3, shape, &out.vision);
+        hidden = b2py_new_floats(state_of(self), (b2py_place){0}, 3, shape, &out.vision);
     }
     return encode_one(self, model, &in, &none, hidden, &out);
 }
@@ -285,9 +317,9 @@ PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs)
     b2_encoded out = {0};
     if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &object, &words))
         return NULL;
-    if (read_embeds(&in, object, &model->vit.config) == 0 && b2py_read_text(&text, words, in.pictures.count) == 0) {
+    if (read_embeds(&in, object, self) == 0 && b2py_read_text(&text, words, in.pictures.count) == 0) {
         out.vision = b2_tensor_of(PyArray_DATA(in.array), in.pictures.count * in.tokens, model->vit.config.hidden_size);
-        features = new_features(model, in.pictures.count, &out.features);
+        features = new_features(self, (b2py_place){0}, in.pictures.count, &out.features);
     }
     return encode_one(self, model, &in, &text, features, &out);
 }
@@ -312,7 +344,7 @@ static int watch_encoder_end(b2py_recorder *r, b2py_state *state, const b2_lm *l
 {
     npy_intp shape[] = {in->offsets[in->rows], lm->config.hidden_size};
     b2py_track plan = {.stage = "encoder", .key = "encoder_last_hidden_state", .count = 1,
-                  .first = lm->config.num_hidden_layers + 1, .stride = 1};
+                  .first = lm->config.num_hidden_layers + 1, .stride = 1, .place = r->place};
     return b2py_add_track(r->hidden, &r->hidden_count, state, plan, 2, shape);
 }
 
@@ -349,17 +381,27 @@ static int watch_language(b2py_recorder *r, b2py_state *state, const b2_lm *lm, 
                : 0;
 }
 
-static PyObject *run_forward(PyObject *self, const b2_blip2 *model, const b2_rows_in *in, b2py_wishes w)
+static int forward(b2py_run *r, const b2_blip2 *model, const b2py_rows *arrays, const b2_rows_in *in, b2_tensor logits)
+{
+    if (b2py_note_given(r, "image_features", arrays->features) < 0)
+        return -1;
+    return b2_session_forward(&r->ctx, model, in, logits, &r->err);
+}
+
+static PyObject *run_forward(PyObject *self, const b2_blip2 *model, const b2py_rows *arrays, const b2_rows_in *in,
+                             b2py_wishes w, b2py_place place)
 {
     const int64_t *offsets = model->lm->class_->encode ? in->decoder_offsets : in->offsets;
     npy_intp shape[] = {offsets[in->rows], model->lm->config.vocab_size};
-    b2py_recorder r = {0};
+    b2py_recorder r = {.place = place};
     b2_tensor view;
     PyObject *logits = NULL, *result = NULL;
-    if (watch_language(&r, state_of(self), model->lm, in, w) == 0 && (logits = b2py_new_array(2, shape, &view))) {
+    if (watch_language(&r, state_of(self), model->lm, in, w) == 0 &&
+        (logits = b2py_new_floats(state_of(self), place, 2, shape, &view))) {
         b2py_run run;
         if (b2py_run_begin(&run, self, b2py_recorder_tap(&r)) == 0 &&
-            b2py_run_end(&run, self, b2_session_forward(&run.ctx, model, in, view, &run.err)) == 0)
+            b2py_run_end(&run, self, forward(&run, model, arrays, in, view)) == 0 &&
+            (logits = b2py_give(state_of(self), logits)))
             result = Py_BuildValue("{s:O}", "logits", logits);
     }
     if (result && b2py_recorder_result(&r, result) < 0)
@@ -372,50 +414,69 @@ static PyObject *run_forward(PyObject *self, const b2_blip2 *model, const b2_row
 PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"image_features", "ids", "offsets", "mask", "hidden_states", "attentions", "decoder_ids",
-                            "decoder_offsets", "decoder_mask", NULL};
+                            "decoder_offsets", "decoder_mask", "on_device", NULL};
     const b2_blip2 *model = b2py_language_model(self);
     b2py_row_objects o = {0};
     b2py_wishes w = {0};
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OppOOO", names, &o.features, &o.ids, &o.offsets,
+    b2py_place place;
+    int on_device = 0;
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|OppOOOp", names, &o.features, &o.ids, &o.offsets,
                                                &o.mask, &w.hidden_states, &w.attentions, &o.decoder_ids,
-                                               &o.decoder_offsets, &o.decoder_mask))
+                                               &o.decoder_offsets, &o.decoder_mask, &on_device) ||
+        b2py_results_at(&place, self, on_device) < 0)
         return NULL;
     b2py_rows arrays;
     b2_rows_in in;
     PyObject *result = NULL;
-    if (b2py_read_rows(&arrays, &in, model, &o) == 0)
-        result = run_forward(self, model, &in, w);
+    if (b2py_read_rows(&arrays, &in, self, &o) == 0)
+        result = run_forward(self, model, &arrays, &in, w, place);
     b2py_rows_release(&arrays);
     return result;
 }
 
 /* ---- small parts ---- */
 
-PyObject *b2py_model_project(PyObject *self, PyObject *object)
+PyObject *b2py_model_project(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"x", "on_device", NULL};
     const b2_blip2 *model = b2py_language_model(self);
-    PyArrayObject *x = model ? b2py_array(object, "x", NPY_FLOAT32, 2) : NULL;
+    PyObject *object;
+    b2py_place place;
+    int on_device = 0;
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &object, &on_device) ||
+        b2py_results_at(&place, self, on_device) < 0)
+        return NULL;
+    PyArrayObject *x = b2py_floats(state_of(self), object, "x", 2, b2py_model_place(self));
     if (!x)
         return NULL;
     npy_intp rows = PyArray_DIM(x, 0), width = PyArray_DIM(x, 1);
     npy_intp shape[] = {rows, model->lm->config.hidden_size};
     b2_tensor view;
-    PyObject *out = b2py_new_array(2, shape, &view);
+    PyObject *out = b2py_new_floats(state_of(self), place, 2, shape, &view);
     if (out) {
         b2py_run r;
         b2_tensor given = b2_tensor_of(PyArray_DATA(x), rows, width);
         if (b2py_run_begin(&r, self, NULL) < 0 ||
-            b2py_run_end(&r, self, b2_blip2_project(&r.ctx, model, view, given, &r.err)) < 0)
+            b2py_run_end(&r, self, b2py_note_given(&r, "x", x) < 0
+                                       ? -1
+                                       : b2_blip2_project(&r.ctx, model, view, given, &r.err)) < 0)
             Py_CLEAR(out);
     }
     Py_DECREF(x);
-    return out;
+    return b2py_give(state_of(self), out);
 }
 
-PyObject *b2py_model_embed(PyObject *self, PyObject *object)
+PyObject *b2py_model_embed(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"ids", "on_device", NULL};
     const b2_blip2 *model = b2py_language_model(self);
-    PyArrayObject *ids = model ? b2py_array(object, "ids", NPY_INT32, 1) : NULL;
+    PyObject *object;
+    b2py_place place;
+    int on_device = 0;
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &object, &on_device) ||
+        b2py_results_at(&place, self, on_device) < 0)
+        return NULL;
+    PyArrayObject *ids = b2py_array(object, "ids", NPY_INT32, 1);
     if (!ids)
         return NULL;
     const int32_t *id = PyArray_DATA(ids);
@@ -428,7 +489,7 @@ PyObject *b2py_model_embed(PyObject *self, PyObject *object)
     if (negative < shape[0])
         PyErr_Format(PyExc_IndexError, "ids[%zd] is %d, expected a token", negative, (int)id[negative]);
     else
-        out = b2py_new_array(2, shape, &view);
+        out = b2py_new_floats(state_of(self), place, 2, shape, &view);
     if (out) {
         b2py_run r;
         if (b2py_run_begin(&r, self, NULL) < 0 ||
@@ -436,5 +497,5 @@ PyObject *b2py_model_embed(PyObject *self, PyObject *object)
             Py_CLEAR(out);
     }
     Py_DECREF(ids);
-    return out;
+    return b2py_give(state_of(self), out);
 }

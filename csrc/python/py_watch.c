@@ -101,12 +101,13 @@ int b2py_add_track(b2py_track *tracks, int *count, b2py_state *state, b2py_track
     if (!(t->arrays = PyList_New(0)))
         return -1;
     for (int i = 0; i < t->count; i++) {
-        PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
+        b2_tensor view;
+        PyObject *array = b2py_give(state, b2py_new_floats(state, t->place, ndim, shape, &view));
         if (!array || PyList_Append(t->arrays, array) < 0) {
             Py_XDECREF(array);
             return -1;
         }
-        t->data[i] = PyArray_DATA((PyArrayObject *)array);
+        t->data[i] = view.data;
         Py_DECREF(array);
     }
     return 0;
@@ -115,14 +116,15 @@ int b2py_add_track(b2py_track *tracks, int *count, b2py_state *state, b2py_track
 int b2py_watch_hidden(b2py_recorder *r, b2py_state *state, const char *stage, const char *key, int layers, int ndim,
                       npy_intp *shape)
 {
-    b2py_track plan = {.stage = stage, .key = key, .count = layers + 1, .stride = 1};
+    b2py_track plan = {.stage = stage, .key = key, .count = layers + 1, .stride = 1, .place = r->place};
     return b2py_add_track(r->hidden, &r->hidden_count, state, plan, ndim, shape);
 }
 
 int b2py_watch_attention(b2py_recorder *r, b2py_state *state, const char *stage, const char *key, int layers,
                          int stride, npy_intp *shape)
 {
-    b2py_track plan = {.stage = stage, .key = key, .count = (layers + stride - 1) / stride, .stride = stride};
+    b2py_track plan = {.stage = stage, .key = key, .count = (layers + stride - 1) / stride, .stride = stride,
+                       .place = r->place};
     return b2py_add_track(r->attention, &r->attention_count, state, plan, 4, shape);
 }
 
@@ -155,17 +157,7 @@ int b2py_recorder_result(const b2py_recorder *r, PyObject *result)
                : put_tracks(r->attention, r->attention_count, result);
 }
 
-/* ---- arrays and texts ---- */
-
-PyObject *b2py_new_array(int ndim, npy_intp *shape, b2_tensor *view)
-{
-    PyObject *array = PyArray_SimpleNew(ndim, shape, NPY_FLOAT32);
-    if (!array)
-        return NULL;
-    int64_t rows = PyArray_MultiplyList(shape, ndim - 1);
-    *view = b2_tensor_of(PyArray_DATA((PyArrayObject *)array), rows, shape[ndim - 1]);
-    return array;
-}
+/* ---- texts ---- */
 
 void b2py_text_release(b2py_text *in)
 {

@@ -3,6 +3,7 @@
 #ifndef B2_PY_WATCH_H
 #define B2_PY_WATCH_H
 
+#include "python/py_array.h"
 #include "python/py_common.h"
 
 #include "model/qformer.h"
@@ -19,6 +20,7 @@ typedef struct b2py_track {
     int count;            /* arrays */
     int first;            /* layers before it are left out */
     int stride;           /* layer first + i fills array i / stride */
+    b2py_place place;     /* where the arrays are */
     PyObject *arrays;     /* list of float32 arrays, owned */
     float **data;         /* [count], owned */
     int64_t *filled;      /* [count + 1], owned: floats so far; one more for what follows the last norm */
@@ -29,6 +31,7 @@ enum { B2PY_MOST_TRACKS = 8 };
 
 typedef struct b2py_recorder {
     b2_tap tap; /* first */
+    b2py_place place; /* where the arrays are to be; set before the first is watched */
     b2py_track hidden[B2PY_MOST_TRACKS], attention[B2PY_MOST_TRACKS];
     int hidden_count, attention_count;
 } b2py_recorder;
@@ -47,12 +50,9 @@ b2_tap *b2py_recorder_tap(b2py_recorder *r);
 int b2py_recorder_result(const b2py_recorder *r, PyObject *result);
 void b2py_recorder_release(b2py_recorder *r);
 
-/* Of the rows of one call of attention: how many weights there are, and b2_attention_weights into memory of the host. */
+/* Of the rows of one call of attention: how many weights there are, and b2_attention_weights into memory of the host or of the device. */
 int64_t b2py_attention_size(const b2_attention_args *args);
 int b2py_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *args, b2_err *err);
-
-/* A float32 array and a view of it, its last axis the columns. */
-PyObject *b2py_new_array(int ndim, npy_intp *shape, b2_tensor *view);
 
 /* What the Q-Former reads beside the pictures. */
 typedef struct b2py_text {

@@ -233,6 +233,17 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
+/* What the host has asked for so far, on all streams. */
+typedef enum cuda_host_counted {
+    CUDA_HOST_LAUNCHES = 0, /* kernels, those of graphs not */
+    CUDA_HOST_GRAPHS,       /* graphs launched */
+    CUDA_HOST_TO_HOST,      /* bytes copied from a device to the host */
+    CUDA_HOST_TO_DEVICE,    /* bytes copied from the host to a device */
+    CUDA_HOST_WAITS,        /* for streams and events */
+    CUDA_HOST_COUNTS
+} cuda_host_counted;
+unsigned long long cuda_host_count(int what);
+
 #ifdef __cplusplus
 }
 #endif

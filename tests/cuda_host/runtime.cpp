@@ -64,6 +64,8 @@ struct host {
     cudaError_t last = cudaSuccess;
     std::string failure; /* of the last launch that failed */
     std::map<pthread_t, int> current;
+    size_t copied[4] = {}; /* bytes, by kind */
+    unsigned long long counts[CUDA_HOST_COUNTS] = {};
 };
 
 size_t number(const char *name, size_t otherwise)
@@ -371,9 +373,12 @@ cudaError_t copy_on(const copy &c, cudaMemcpyKind kind, cudaStream_t handle, boo
     if (!direction_fits(c.to, c.from, kind))
         return error(cudaErrorInvalidMemcpyDirection);
     bool to_device = device_of(c.to) >= 0, from_device = device_of(c.from) >= 0;
+    if (to_device != from_device)
+        the().counts[to_device ? CUDA_HOST_TO_DEVICE : CUDA_HOST_TO_HOST] += c.width * c.height;
     if (c.width > c.to_pitch || c.width > c.from_pitch || (to_device && !in_allocation(c.to, to_bytes)) ||
         (from_device && !in_allocation(c.from, from_bytes)))
         return error(cudaErrorInvalidValue);
+    the().copied[2 * from_device + to_device] += c.width * c.height;
     work job;
     if (!from_device && !is_pinned(c.from) && !stream->capture) {
         /* Pageable: the bytes that are there now. */
@@ -412,6 +417,12 @@ cudaError_t fill_on(void *data, int value, size_t bytes, cudaStream_t handle)
 }
 
 } /* namespace */
+
+extern "C" size_t cuda_host_bytes_copied(cudaMemcpyKind kind)
+{
+    locked guard;
+    return the().copied[kind];
+}
 
 /* ---- launches ---- */
 
@@ -468,6 +479,7 @@ cudaError_t cuda_host_enqueue(const char *name, const void *kernel, dim3 grid, d
         return error(cudaErrorInvalidValue);
     if (stream->device != current_device())
         return error(cudaErrorInvalidResourceHandle);
+    the().counts[CUDA_HOST_LAUNCHES] += !stream->capture;
     std::string called = name;
     return enqueue(stream, [=] {
         std::string wrong = cuda_host_run(called.c_str(), grid, block, shared, body);
@@ -847,6 +859,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle)
     if (!stream)
         return error(cudaErrorInvalidResourceHandle);
     cudaError_t status = unless_capturing();
+    the().counts[CUDA_HOST_WAITS]++;
     return status == cudaSuccess ? drain(stream) : status;
 }
 
@@ -935,6 +948,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
 cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
     locked guard;
+    the().counts[CUDA_HOST_WAITS]++;
     return finish(event->last);
 }
 
@@ -1105,9 +1119,16 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t handle)
     if (stream->device != exec->device)
         return error(cudaErrorInvalidResourceHandle);
     cudaError_t status = cudaSuccess;
+    the().counts[CUDA_HOST_GRAPHS]++;
     for (size_t i = 0; i < exec->steps.size() && status == cudaSuccess; i++)
         status = enqueue(stream, exec->steps[i]);
     return status;
+}
+
+__attribute__((visibility("default"))) unsigned long long cuda_host_count(int what)
+{
+    locked guard;
+    return what < 0 || what >= CUDA_HOST_COUNTS ? 0 : the().counts[what];
 }
 
 cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t)

@@ -87,6 +87,8 @@ typedef struct b2_pair_kernels {
     /* c [rows][32] (+)= a [steps][rows][2] . b0, b1 [steps][16][2]; asks for next and next + next_distance unless NULL. */
     void (*tile)(float *c, const uint16_t *a, const char *b0, const char *b1, int rows, int64_t steps, int first,
                  const char *next, size_t next_distance);
+    /* As fma_peak, of these products; returns operations, two for each product. */
+    double (*peak)(int64_t rounds, float *sink);
 } b2_pair_kernels;
 
 extern const b2_cpu_kernels b2_cpu_kernels_generic;

@@ -113,4 +113,24 @@ static void tile(float *c, const uint16_t *a, const char *b0, const char *b1, in
     tiles_of[rows - 1](c, a, b0, b1, steps, first, next, next_distance);
 }
 
-const b2_pair_kernels b2_pair_kernels_bf16 = {.pack_rows = pack_rows, .tile = tile};
+/* Ones times zeros: no sum may become subnormal or infinite. */
+static double peak(int64_t rounds, float *sink)
+{
+    enum { CHAINS = 20 };
+    __m512 acc[CHAINS], ones = _mm512_castsi512_ps(_mm512_set1_epi16(0x3f80)), zeros = _mm512_setzero_ps();
+    B2_UNROLL
+    for (int i = 0; i < CHAINS; i++)
+        acc[i] = _mm512_set1_ps((float)i);
+    for (int64_t n = 0; n < rounds; n++) {
+        B2_UNROLL
+        for (int i = 0; i < CHAINS; i++)
+            __asm__ volatile("vdpbf16ps %2, %1, %0" : "+v"(acc[i]) : "v"(ones), "v"(zeros));
+    }
+    *sink = 0;
+    B2_UNROLL
+    for (int i = 0; i < CHAINS; i++)
+        *sink += _mm512_cvtss_f32(acc[i]);
+    return 2.0 * 32 * CHAINS * (double)rounds;
+}
+
+const b2_pair_kernels b2_pair_kernels_bf16 = {.pack_rows = pack_rows, .tile = tile, .peak = peak};

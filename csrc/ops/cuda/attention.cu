@@ -92,7 +92,7 @@ int view_of(b2_ctx *ctx, b2_attention_view *view, const b2_attention_args *args,
 /* What keys of a row can come to when a recorded step is repeated. */
 int64_t bound_of_keys(const b2_ctx *ctx, const b2_attention_args *args, const extent *e)
 {
-    if (!b2_cuda_of(ctx)->capturing)
+    if (!b2_cuda_of(ctx)->arrays_change)
         return e->most_keys;
     return args->k.rows + (args->suffix_lens ? args->suffix_ld : 0);
 }

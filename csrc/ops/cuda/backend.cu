@@ -44,6 +44,7 @@ static b2_ops make_table(void)
     ops.upload = b2_cuda_upload;
     ops.download = b2_cuda_download;
     ops.wait = b2_cuda_wait;
+    ops.finish = b2_cuda_finish;
     ops.step = b2_cuda_step;
     ops.scratch_bytes = scratch_bytes;
     return ops;
@@ -101,8 +102,10 @@ static int describe(b2_device_info *info, int index, b2_err *err)
     return 0;
 }
 
-static const b2_backend backend = {B2_BACKEND_VERSION,  "cuda",             count_devices,      describe,
-                                   b2_cuda_device_open, b2_cuda_device_close, b2_cuda_queue_take, b2_cuda_queue_give};
+static const b2_backend backend = {B2_BACKEND_VERSION,   "cuda",               count_devices,      describe,
+                                   b2_cuda_device_open,  b2_cuda_device_close, b2_cuda_queue_take, b2_cuda_queue_give,
+                                   b2_cuda_arrivals,     b2_cuda_convert,      b2_cuda_settle,     b2_cuda_lend,
+                                   b2_cuda_give_back};
 
 extern "C" __attribute__((visibility("default"))) const b2_backend *b2_backend_cuda(void);
 

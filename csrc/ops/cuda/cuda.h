@@ -12,6 +12,7 @@
 
 extern "C" {
 #include "core/arena.h"
+#include "core/cancel.h"
 #include "core/error.h"
 #include "core/memory.h"
 #include "core/tensor.h"
@@ -36,6 +37,7 @@ struct b2_cuda_indices;
 struct b2_cuda_products;
 struct b2_cuda_steps;
 struct b2_cuda_notes;
+struct b2_cuda_pace;
 
 /* One timeline on one device: what ctx->queue points to. */
 struct b2_cuda {
@@ -47,9 +49,12 @@ struct b2_cuda {
     int capturing;             /* 1: operations are being recorded into a graph */
     int repeating;             /* 1: and the graph repeats them until `loop` says no */
     cudaGraphConditionalHandle loop;
+    int arrays_change;         /* 1: and the host arrays that they are given may differ when it is launched */
     b2_cuda_indices *indices;  /* owned: copies of host arrays (queue.cu) */
     b2_cuda_notes *notes;      /* owned: what note_finite has seen (queue.cu) */
     b2_cuda_steps *steps;      /* owned: recorded steps (step.cu) */
+    b2_cuda_pace *pace;        /* owned: how far the host is ahead (pace.cu); NULL until it works */
+    double work;               /* all that was put into the stream so far (pace.cu) */
     b2_cuda *next;             /* of the device's idle queues */
     int before;                /* the calling thread's device before the queue was taken */
     b2_cuda_products *products;/* owned by the products' file; NULL until it makes one */

@@ -17,6 +17,7 @@ struct b2_cuda_block {
     b2_cuda_block *next;
     void *data;
     size_t bytes;
+    cudaEvent_t busy; /* of an idle block: others may use it until then; NULL: nobody does */
 };
 
 namespace {
@@ -38,13 +39,21 @@ b2_cuda_device *device_of(b2_memory *memory)
 
 /* ---- blocks ---- */
 
+/* cudaFree waits for whatever is under way on the device. */
+void drop_block(b2_cuda_block *block)
+{
+    if (block->busy)
+        cudaEventDestroy(block->busy);
+    cudaFree(block->data);
+    b2_free(block);
+}
+
 void free_idle(b2_cuda_device *d)
 {
     while (d->idle) {
         b2_cuda_block *block = d->idle;
         d->idle = block->next;
-        cudaFree(block->data);
-        b2_free(block);
+        drop_block(block);
     }
     d->idle_bytes = 0;
 }
@@ -61,6 +70,11 @@ b2_cuda_block *take_idle(b2_cuda_device *d, size_t bytes)
     b2_cuda_block *block = *best;
     *best = block->next;
     d->idle_bytes -= block->bytes;
+    if (block->busy) {
+        cudaEventSynchronize(block->busy);
+        cudaEventDestroy(block->busy);
+        block->busy = NULL;
+    }
     return block;
 }
 
@@ -111,26 +125,54 @@ void *alloc_block(b2_memory *memory, size_t bytes, const char *what, b2_err *err
     return block->data;
 }
 
-void free_block(b2_memory *memory, void *data)
+/* Off the list of live blocks; NULL where it is not on it. */
+b2_cuda_block *take_live(b2_cuda_device *d, const void *data)
 {
-    b2_cuda_device *d = device_of(memory);
-    locked hold(&d->lock);
-    b2_cuda_device_guard on(d->base.index);
     b2_cuda_block **at = &d->live;
     while (*at && (*at)->data != data)
         at = &(*at)->next;
     b2_cuda_block *block = *at;
-    if (!block)
-        return;
-    *at = block->next;
-    if (block->bytes > largest_idle || d->idle_bytes + block->bytes > most_idle) {
-        cudaFree(block->data);
-        b2_free(block);
+    if (block)
+        *at = block->next;
+    return block;
+}
+
+void keep_idle(b2_cuda_device *d, b2_cuda_block *block)
+{
+    if (d->closed || block->bytes > largest_idle || d->idle_bytes + block->bytes > most_idle) {
+        drop_block(block);
         return;
     }
     block->next = d->idle;
     d->idle = block;
     d->idle_bytes += block->bytes;
+}
+
+void free_block(b2_memory *memory, void *data)
+{
+    b2_cuda_device *d = device_of(memory);
+    locked hold(&d->lock);
+    b2_cuda_device_guard on(d->base.index);
+    b2_cuda_block *block = take_live(d, data);
+    if (block)
+        keep_idle(d, block);
+}
+
+int holds(b2_memory *memory, const void *data)
+{
+    cudaPointerAttributes where;
+    if (cudaPointerGetAttributes(&where, data) != cudaSuccess) {
+        cudaGetLastError();
+        return 0;
+    }
+    return where.type == cudaMemoryTypeManaged ||
+           (where.type == cudaMemoryTypeDevice && where.device == device_of(memory)->base.index);
+}
+
+void destroy(b2_cuda_device *d)
+{
+    pthread_mutex_destroy(&d->lock);
+    b2_free(d);
 }
 
 /* ---- copies ---- */
@@ -154,8 +196,8 @@ int upload(b2_memory *memory, void *to, const void *from, size_t bytes, b2_err *
     b2_cuda_device_guard on(d->base.index);
     if (b2_cuda_check(on.status, "upload", err) < 0 || open_stages(d, err) < 0)
         return -1;
-    int i = 0;
-    for (size_t at = 0; at < bytes; at += stage_bytes, i = (i + 1) % B2_CUDA_STAGES) {
+    for (size_t at = 0; at < bytes; at += stage_bytes, d->stage_now = (d->stage_now + 1) % B2_CUDA_STAGES) {
+        int i = d->stage_now; /* goes on from call to call: most tensors fill less than one */
         size_t count = bytes - at < stage_bytes ? bytes - at : stage_bytes;
         if (b2_cuda_check(cudaEventSynchronize(d->staged[i]), "upload", err) < 0)
             return -1;
@@ -183,9 +225,60 @@ int download(b2_memory *memory, void *to, const void *from, size_t bytes, b2_err
 
 /* ---- life ---- */
 
-int b2_cuda_uploads_done(b2_cuda_device *d, b2_err *err)
+int b2_cuda_after_arrivals(b2_cuda_device *d, cudaStream_t stream, b2_err *err)
 {
-    return b2_cuda_check(cudaStreamSynchronize(d->copies), "upload", err);
+    return b2_cuda_check(cudaEventRecord(d->arrived, d->copies), "upload", err) < 0
+               ? -1
+               : b2_cuda_check(cudaStreamWaitEvent(stream, d->arrived, 0), "upload", err);
+}
+
+uint64_t b2_cuda_arrivals(b2_device *device)
+{
+    return (uint64_t)(uintptr_t)((b2_cuda_device *)device)->copies;
+}
+
+int b2_cuda_settle(b2_device *device, b2_err *err)
+{
+    b2_cuda_device_guard on(device->index);
+    return b2_cuda_check(cudaStreamSynchronize(((b2_cuda_device *)device)->copies), "arrays", err);
+}
+
+void *b2_cuda_lend(b2_device *device, size_t bytes, b2_err *err)
+{
+    return device->memory->alloc(device->memory, bytes, "a result", err);
+}
+
+/* An event after all that was put into the default stream; NULL where that cannot be had. */
+static cudaEvent_t event_of_others(void)
+{
+    cudaEvent_t event = NULL;
+    if (cudaEventCreateWithFlags(&event, cudaEventDisableTiming) != cudaSuccess)
+        event = NULL;
+    else if (cudaEventRecord(event, cudaStreamLegacy) != cudaSuccess) {
+        cudaEventDestroy(event);
+        event = NULL;
+    }
+    if (!event)
+        cudaGetLastError();
+    return event;
+}
+
+void b2_cuda_give_back(b2_device *device, void *data, int exported)
+{
+    b2_cuda_device *d = (b2_cuda_device *)device;
+    int last;
+    {
+        locked hold(&d->lock);
+        b2_cuda_device_guard on(d->base.index);
+        b2_cuda_block *block = take_live(d, data);
+        if (block && exported && !d->closed && !(block->busy = event_of_others()))
+            drop_block(block);
+        else if (block)
+            keep_idle(d, block);
+        last = d->closed == 2 && !d->live;
+    }
+    if (last)
+        destroy(d);
 }
 
 b2_device *b2_cuda_device_open(int index, b2_err *err)
@@ -205,26 +298,34 @@ b2_device *b2_cuda_device_open(int index, b2_err *err)
     d->memory.free = free_block;
     d->memory.upload = upload;
     d->memory.download = download;
+    d->memory.holds = holds;
     d->base.index = index;
     d->base.memory = &d->memory;
     d->base.ops = &b2_cuda_table;
     pthread_mutex_init(&d->lock, NULL);
     b2_cuda_device_guard on(index);
     if (b2_cuda_check(on.status, "cuda", err) == 0 &&
-        b2_cuda_check(cudaStreamCreateWithFlags(&d->copies, cudaStreamNonBlocking), "stream", err) == 0)
+        b2_cuda_check(cudaStreamCreateWithFlags(&d->copies, cudaStreamNonBlocking), "stream", err) == 0 &&
+        b2_cuda_check(cudaEventCreateWithFlags(&d->arrived, cudaEventDisableTiming), "event", err) == 0)
         return &d->base;
-    pthread_mutex_destroy(&d->lock);
-    b2_free(d);
+    if (d->copies)
+        cudaStreamDestroy(d->copies);
+    destroy(d);
     return NULL;
 }
 
 void b2_cuda_device_close(b2_device *device)
 {
     b2_cuda_device *d = (b2_cuda_device *)device;
+    int lent;
     if (!d)
         return;
     {
         b2_cuda_device_guard on(d->base.index);
+        {
+            locked hold(&d->lock);
+            d->closed = 1;
+        }
         cudaStreamSynchronize(d->copies);
         b2_cuda_queues_destroy(d);
         free_idle(d);
@@ -234,8 +335,14 @@ void b2_cuda_device_close(b2_device *device)
             if (d->stage[i])
                 cudaFreeHost(d->stage[i]);
         }
+        cudaEventDestroy(d->arrived);
         cudaStreamDestroy(d->copies);
+        d->copies = NULL; /* what is still lent is copied in the default stream */
+        d->arrived = NULL;
+        locked hold(&d->lock);
+        d->closed = 2;
+        lent = d->live != NULL;
     }
-    pthread_mutex_destroy(&d->lock);
-    b2_free(d);
+    if (!lent)
+        destroy(d);
 }

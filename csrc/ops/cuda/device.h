@@ -41,9 +41,13 @@ struct b2_cuda_device {
     b2_cuda_block *live, *idle; /* lists, owned */
     size_t idle_bytes;
     b2_cuda *queues;      /* idle ones, a list, owned */
-    cudaStream_t copies;  /* of upload and download */
+    cudaStream_t copies;  /* of upload, download and arrivals */
+    cudaEvent_t arrived;  /* of the last queue that was taken: where `copies` was then */
+    int closed;           /* 1: no block is kept any more; 2: only blocks that are lent are left, and the last to come back
+                           * takes the device along */
     void *stage[B2_CUDA_STAGES];        /* pinned, of b2_cuda_stage_bytes each; NULL before the first upload */
     cudaEvent_t staged[B2_CUDA_STAGES]; /* when the stage may be written again */
+    int stage_now;        /* the one to write to next */
 };
 
 static inline b2_cuda_device *b2_cuda_device_of(const b2_cuda *queue)
@@ -59,8 +63,22 @@ void b2_cuda_queues_destroy(b2_cuda_device *device);
 /* device.cu */
 b2_device *b2_cuda_device_open(int index, b2_err *err);
 void b2_cuda_device_close(b2_device *device);
-/* Waits for uploads that are under way. */
-int b2_cuda_uploads_done(b2_cuda_device *device, b2_err *err);
+/* What is put into the stream from now on begins when uploads and arrivals that are under way are done. The device's lock is
+ * held. */
+int b2_cuda_after_arrivals(b2_cuda_device *device, cudaStream_t stream, b2_err *err);
+
+/* Of b2_backend. */
+uint64_t b2_cuda_arrivals(b2_device *device);
+int b2_cuda_settle(b2_device *device, b2_err *err);
+void *b2_cuda_lend(b2_device *device, size_t bytes, b2_err *err);
+void b2_cuda_give_back(b2_device *device, void *block, int exported);
+/* arrays.cu */
+int b2_cuda_convert(b2_device *device, const b2_device_array *to, const b2_device_array *from, b2_err *err);
+
+/* pace.cu */
+void b2_cuda_pace_release(b2_cuda *queue);
+/* Before work that has nothing to do with what was counted so far. */
+void b2_cuda_pace_restart(b2_cuda *queue);
 
 /* step.cu: the recorded steps of a queue. */
 void b2_cuda_steps_release(b2_cuda *queue);

@@ -15,6 +15,8 @@ struct b2_cuda_recording {
     } arrays[B2_CUDA_RECORDED];
     int count;
     int overflowed; /* there was not enough room */
+    int constant;   /* the arrays never change: what they held when they were recorded is what is meant, wherever it was */
+    int sent;       /* constant ones have been copied to the device */
 };
 
 /* From here on b2_cuda_index puts arrays into `recording`; NULL: into the stream, as ever. */

@@ -169,6 +169,14 @@ static int multiply(b2_ctx *ctx, const b2_product *p, b2_dtype dtype, b2_err *er
     return 0;
 }
 
+/* For few rows the weights are what is waited for: they take as long as some hundred. */
+static double work_of(const b2_product *p, b2_dtype dtype)
+{
+    const double few = 256.0, float_costs = 8.0;
+    double rows = p->rows < few ? few : p->rows;
+    return rows * p->n * p->k * (dtype == B2_F32 ? float_costs : 1.0);
+}
+
 static int check_weight(const b2_weight *w, int64_t rows, b2_err *err)
 {
     enum { MOST = 1 << 30 };
@@ -205,7 +213,7 @@ int b2_cuda_linear(b2_ctx *ctx, b2_tensor out, b2_tensor x, const b2_weight *w, 
     p.ld = (int)b2_strided_ld(w->k);
     p.act = opts->act;
     p.aligned = (uintptr_t)x.data % 16 == 0 && x.ld % 4 == 0;
-    return multiply(ctx, &p, w->dtype, err);
+    return multiply(ctx, &p, w->dtype, err) < 0 ? -1 : b2_cuda_pace_on(ctx, work_of(&p, w->dtype), err);
 }
 
 size_t b2_cuda_linear_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width)

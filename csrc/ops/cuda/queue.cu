@@ -130,14 +130,20 @@ static const void *copy_now(b2_cuda *q, const void *host, size_t bytes, b2_err *
 
 static const void *record(b2_cuda_recording *r, const void *host, size_t bytes, b2_err *err)
 {
-    for (int i = 0; i < r->count; i++)
-        if (r->arrays[i].host == host && r->arrays[i].bytes == bytes) {
-            if (memcmp(r->host + r->arrays[i].at, host, bytes) == 0)
-                return r->device + r->arrays[i].at;
+    for (int i = 0; i < r->count; i++) {
+        int same = r->arrays[i].bytes == bytes && memcmp(r->host + r->arrays[i].at, host, bytes) == 0;
+        if (same && (r->constant || r->arrays[i].host == host))
+            return r->device + r->arrays[i].at;
+        if (!r->constant && r->arrays[i].host == host && r->arrays[i].bytes == bytes) {
             b2_fail(err, B2_E_INTERNAL, "step: an array of indices changes within it");
             return NULL;
         }
-    if (r->count == B2_CUDA_RECORDED || r->used + bytes > r->size) {
+    }
+    if (r->count == B2_CUDA_RECORDED) {
+        b2_fail(err, B2_E_INTERNAL, "step: more than %d arrays of indices", (int)B2_CUDA_RECORDED);
+        return NULL;
+    }
+    if (r->used + bytes > r->size) {
         r->overflowed = 1;
         b2_fail(err, B2_E_INTERNAL, "step: %zu bytes of indices, room for %zu", r->used + bytes, r->size);
         return NULL;
@@ -232,11 +238,13 @@ static int read_notes(b2_cuda *q, b2_err *err)
 int b2_cuda_upload(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
 {
     b2_cuda *q = b2_cuda_of(ctx);
-    return b2_cuda_check(cudaSetDevice(q->device->index), "cuda", err) < 0 ||
-                   b2_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), "upload", err) < 0 ||
-                   b2_cuda_check(cudaStreamSynchronize(q->stream), "upload", err) < 0
-               ? -1
-               : 0;
+    cudaPointerAttributes where;
+    if (b2_cuda_check(cudaSetDevice(q->device->index), "cuda", err) < 0 ||
+        b2_cuda_check(cudaPointerGetAttributes(&where, from), "upload", err) < 0 ||
+        b2_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), "upload", err) < 0)
+        return -1;
+    /* What lies on the device stays as it is until the queue is given back. */
+    return where.type == cudaMemoryTypeDevice ? 0 : b2_cuda_check(cudaStreamSynchronize(q->stream), "upload", err);
 }
 
 int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_err *err)
@@ -258,6 +266,17 @@ int b2_cuda_download(b2_ctx *ctx, void *to, const void *from, size_t bytes, b2_e
     return read_notes(q, err);
 }
 
+int b2_cuda_finish(b2_ctx *ctx, b2_err *err)
+{
+    b2_cuda *q = b2_cuda_of(ctx);
+    return b2_cuda_check(cudaSetDevice(q->device->index), "cuda", err) < 0 ||
+                   b2_cuda_check(cudaMemcpyAsync(q->notes->host, q->notes->device, sizeof NOTHING, cudaMemcpyDeviceToHost,
+                                                 q->stream), "notes", err) < 0 ||
+                   b2_cuda_check(cudaStreamSynchronize(q->stream), "work on the device", err) < 0
+               ? -1
+               : read_notes(q, err);
+}
+
 void b2_cuda_wait(b2_ctx *ctx)
 {
     cudaStreamSynchronize(b2_cuda_of(ctx)->stream); /* what has failed is said by the next call that can */
@@ -271,6 +290,7 @@ static void destroy(b2_cuda *q)
     if (q->stream)
         cudaStreamSynchronize(q->stream);
     b2_cuda_steps_release(q);
+    b2_cuda_pace_release(q);
     b2_cuda_products_release(q->products);
     for (int i = 0; q->indices && i < CHUNKS; i++)
         chunk_release(d, &q->indices->chunks[i]);
@@ -340,11 +360,14 @@ void *b2_cuda_queue_take(b2_device *device, b2_err *err)
     b2_cuda *q = d->queues;
     if (q)
         d->queues = q->next;
-    int status = b2_cuda_uploads_done(d, err);
     pthread_mutex_unlock(&d->lock);
-    if (status == 0 && !q)
-        q = create(device, err);
-    if (status < 0 || !q) {
+    int status = q || (q = create(device, err)) ? 0 : -1;
+    if (status == 0) {
+        pthread_mutex_lock(&d->lock);
+        status = b2_cuda_after_arrivals(d, q->stream, err);
+        pthread_mutex_unlock(&d->lock);
+    }
+    if (status < 0) {
         if (q)
             destroy(q);
         cudaSetDevice(before);
@@ -352,6 +375,7 @@ void *b2_cuda_queue_take(b2_device *device, b2_err *err)
     }
     q->next = NULL;
     q->before = before;
+    b2_cuda_pace_restart(q);
     return q;
 }
 

@@ -369,7 +369,7 @@ int b2_cuda_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_te
     if ((out_rows && !to) || (x_rows && !from))
         return -1;
     /* A step that is recorded now may have other lists when it is repeated. */
-    bool once = !out_rows || (!b2_cuda_of(ctx)->capturing && ascending(out_rows, n));
+    bool once = !out_rows || (!b2_cuda_of(ctx)->arrays_change && ascending(out_rows, n));
     bool fours = b2_by_fours_of(out) && b2_by_fours_of(x);
     if (overlap(out, x))
         B2_LAUNCH(copy_rows_in_turn, dim3(1), dim3(b2_threads_for(x.cols, THREADS)), 0, stream, out, to, x, from, n);
