@@ -272,7 +272,7 @@ class Captioner:
     def _encode(self, pictures: Sequence[Any], first: int = 0) -> list[State]:
         pixels = np.concatenate([self.prompts.pixels(picture) for picture in pictures])
         names = [picture_name(picture, first + place) for place, picture in enumerate(pictures)]
-        encoded = self.prompts.encode(pixels)
+        encoded = np.asarray(self.prompts.encode(pixels))
         return [State(self.prompts, embeds.copy(), name) for embeds, name in zip(encoded, names, strict=True)]
 
     def _collect(

@@ -240,9 +240,9 @@ class Flow:
             if place < len(self._order):
                 self._load_ahead(place)
         if pixels:
-            encoded = self._prompts.encode(np.concatenate(list(pixels.values())))
-            for index, embeds in zip(pixels, encoded, strict=True):
-                states[index] = State(self._prompts, embeds, picture_name(self._pictures[index], index))
+            encoded = self._prompts.encode(np.concatenate(list(pixels.values())), on_device=True)
+            for row, index in enumerate(pixels):
+                states[index] = State(self._prompts, encoded[row], picture_name(self._pictures[index], index))
         return place
 
     def _item(self, number: int, state: State, index: int, prompt: str | None, ids: list[int]) -> tuple[Any, ...]:
@@ -251,7 +251,7 @@ class Flow:
         if isinstance(self._pictures[index], State) or index in self._several:
             prefix = state.prefix_of(self._several.get(index, [ids]))
         new, rules = self._prompts.behind(ids, 0 if prefix is None else len(prefix))
-        features = self._prompts.features(state.embeds, prompt) if prefix is None else None
+        features = self._prompts.features(state.encoded, prompt) if prefix is None else None
         decoder = None if self._plan.decoder is None else self._plan.decoder.ids
         return features, new, rules if decoder is None else decoder, None, prefix, decoder, number
 

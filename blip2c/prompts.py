@@ -15,7 +15,7 @@ from blip2c.captions import Caption, Captions
 from blip2c.forward import Blip2WithQFormer, decoder_arguments
 from blip2c.generation import Call
 from blip2c.images import load_image
-from blip2c.inputs import DecoderRows, check_pixels, check_positions, pack_ragged, pack_texts
+from blip2c.inputs import DecoderRows, Floats, check_pixels, check_positions, pack_ragged, pack_texts
 from blip2c.modeling import Blip2ForConditionalGeneration, new_tokens
 from blip2c.processing import Blip2Processor, InstructBlipProcessor
 from blip2c.tokenizer import Blip2Tokenizer
@@ -78,18 +78,21 @@ class Prompts:
         """[1, 3, S, S] of anything that load_image() takes. Raises ROW_ERRORS."""
         return read_pixels(self.model, self.processor, picture)
 
-    def encode(self, pixels: F32) -> F32:
+    def encode(self, pixels: F32, on_device: bool = False) -> Floats:
         """[B, 3, S, S] to the image features [B, Q, D_lm]; where the Q-Former reads the prompt, too, to the image
-        embeddings [B, T, Dv]."""
+        embeddings [B, T, Dv]. on_device: features stay where the model is."""
         core = self.model._core
-        return core.vision(pixels) if self.words_tokenizer is not None else core.encode(pixels)
+        if self.words_tokenizer is not None:
+            return core.vision(pixels)
+        features: Floats = core.encode(pixels, on_device=on_device and core.device != "cpu")
+        return features
 
-    def features(self, encoded: F32, prompt: str | None) -> F32:
+    def features(self, encoded: Floats, prompt: str | None) -> Floats:
         """What encode() gave of one picture as the language model reads it, [Q, D_lm]."""
         if self.words_tokenizer is None:
             return encoded
         words = pack_texts([self._words(self.words_tokenizer, prompt)])
-        features: F32 = self.model._core.read(encoded[None], words)[0]
+        features: F32 = self.model._core.read(np.asarray(encoded)[None], words)[0]
         return features
 
     def ids(self, prompt: str | None, plan: Plan) -> list[int]:
@@ -129,7 +132,7 @@ class Prompts:
     def generate(
         self,
         plan: Plan,
-        features: F32 | None,
+        features: Floats | None,
         new: NDArray[np.int32],
         rules: NDArray[np.int32],
         prefix: Prefix | None,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from blip2c._core import Prefix
 from blip2c.captions import Caption
+from blip2c.inputs import Floats
 from blip2c.prompts import Prompts, shared_beginning
 
 if TYPE_CHECKING:
@@ -34,15 +35,21 @@ class State:
     keep no prefix (encoder-decoders, InstructBLIP) still run the vision encoder only once.
     """
 
-    def __init__(self, prompts: Prompts | None, embeds: NDArray[np.float32], name: str, identity: Any = None) -> None:
+    def __init__(self, prompts: Prompts | None, encoded: Floats, name: str, identity: Any = None) -> None:
         self._prompts = prompts
         self._identity = _identity(prompts) if prompts is not None else identity
         self._lock = threading.Lock()
         self._prefix: Prefix | None = None
         self.tokens_read = 0
         self.name = name
-        self.embeds = embeds
-        self.embeds.flags.writeable = False
+        self.encoded = encoded
+        if isinstance(encoded, np.ndarray):
+            encoded.flags.writeable = False
+
+    @property
+    def embeds(self) -> NDArray[np.float32]:
+        """See above; a copy where the encoded picture lies on a device."""
+        return np.asarray(self.encoded)
 
     def attach(self, prompts: Prompts) -> None:
         """Makes it the model's if it was made by the same checkpoint. Raises ValueError for another's."""
@@ -80,7 +87,7 @@ class State:
     def _read_on(self, prompts: Prompts, ids: Sequence[int], known: int) -> None:
         before = None if self._prefix is None else self._prefix.head(prompts.queries + known)
         new, rules = prompts.behind(ids, 0 if before is None else len(before))
-        features = self.embeds if before is None else None
+        features = self.encoded if before is None else None
         self._prefix = prompts.model._core.prefill(features, new, rules, before)
         self.tokens_read += len(new)
 
@@ -88,7 +95,7 @@ class State:
         return State, (None, np.array(self.embeds), self.name, self._identity)
 
     def __repr__(self) -> str:
-        return f"State({self.name!r}, {' x '.join(map(str, self.embeds.shape))}, {self._identity[0]!r})"
+        return f"State({self.name!r}, {' x '.join(map(str, self.encoded.shape))}, {self._identity[0]!r})"
 
 
 def _identity(prompts: Prompts) -> tuple[str, str]:
@@ -166,7 +173,7 @@ class Chat:
         prefix = self._known(prompts, ids)
         known = 0 if prefix is None else len(prefix)
         new, rules = prompts.behind(ids, known)
-        features = prompts.features(self.state.embeds, prompt) if prefix is None else None
+        features = prompts.features(self.state.encoded, prompt) if prefix is None else None
         rules = rules if plan.decoder is None else plan.decoder.ids
         out = prompts.generate(plan, features, new, rules, prefix, keep=prompts.keeps_prefixes)
         self._prefix = out["prefixes"][0] if prompts.keeps_prefixes else None

@@ -129,8 +129,8 @@ class CallerArray:
 class Taken:
     """What a consumer holds of an array that was exported to it, until drop()."""
 
-    def __init__(self, array: Any, versioned: bool = True, **options: Any) -> None:
-        capsule = array.__dlpack__(stream=1, max_version=(1, 0) if versioned else None, **options)
+    def __init__(self, array: Any, versioned: bool = True, stream: int | None = 1, **options: Any) -> None:
+        capsule = array.__dlpack__(stream=stream, max_version=(1, 0) if versioned else None, **options)
         name = b"dltensor_versioned" if versioned else b"dltensor"
         pointer = _api.PyCapsule_GetPointer(capsule, name)
         self.managed: Any = ctypes.cast(pointer, ctypes.POINTER(Versioned if versioned else Old)).contents

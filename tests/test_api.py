@@ -163,9 +163,9 @@ def test_a_picture_is_encoded_once_for_many_questions(model: Any, pictures: list
         def __getattr__(self, name: str) -> Any:
             return getattr(core, name)
 
-        def encode(self, pixels: np.ndarray) -> Any:
+        def encode(self, pixels: np.ndarray, **options: Any) -> Any:
             seen.append(pixels.shape[0])
-            return core.encode(pixels)
+            return core.encode(pixels, **options)
 
     monkeypatch.setattr(model.model, "_core", Counting())
     model.ask(pictures[0], ["a", "b", "c", "d", "e"], max_new_tokens=2, batch_size=2)

@@ -606,7 +606,7 @@ def test_nothing_is_left_behind(captioner: Any, monkeypatch: pytest.MonkeyPatch)
     captioner.stream(pictures, rows)  # never begun
     assert flow_threads() == []
 
-    def raising(*_: Any) -> Any:
+    def raising(*_: Any, **__: Any) -> Any:
         raise OddError
 
     for name in ("encode", "texts"):

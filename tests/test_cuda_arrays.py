@@ -18,7 +18,8 @@ import torch
 import blip2c
 from blip2c import _core, kernels
 from blip2c._core import DeviceArray
-from cuda_callers import DEVICE_TO_HOST, HOST_TO_DEVICE, CallerArray, Taken, copied, free_bytes
+from blip2c.inputs import to_numpy
+from cuda_callers import DEVICE_TO_HOST, HOST_TO_DEVICE, CallerArray, Stream, Taken, copied, free_bytes
 from helpers import prompt_ids, random_checkpoint, random_pixels
 from running import run_python
 
@@ -135,6 +136,16 @@ def test_strided_views(there: Any, versioned: bool) -> None:
     found = there.vision_model(given).last_hidden_state.numpy()
     assert np.array_equal(found, there.vision_model(np.ascontiguousarray(pixels[::2])).last_hidden_state)
     assert batch == 3
+
+
+def test_arrays_beside_each_other(there: Any) -> None:
+    a, b = normal(2, 3, 4), normal(2, 2, 4, seed=1)
+    joined = _core._join((there._core.put(a), there._core.put(b)[:, ::-1]), 1)
+    assert np.array_equal(joined.numpy(), np.concatenate([a, b[:, ::-1]], axis=1))
+    with pytest.raises(ValueError, match="shape but for axis 0"):
+        _core._join((joined, there._core.put(a)), 0)
+    with pytest.raises(TypeError, match="DeviceArrays"):
+        _core._join((joined, a), 1)  # type: ignore[arg-type]
 
 
 # ---- what does not fit ----
@@ -255,8 +266,9 @@ def test_an_array_outlives_its_model(folder: Path, cuda: str) -> None:
     assert source.deleted == 1
 
 
-def test_memory_that_others_use_is_not_used_again_too_early(there: Any) -> None:
-    """The consumer's default stream still reads a result that it has given back."""
+@pytest.mark.parametrize("stream", ["default", "own"])
+def test_memory_that_others_use_is_not_used_again_too_early(there: Any, stream: str) -> None:
+    """The consumer's stream still reads a result that it has given back."""
     from ctypes import byref, c_size_t, c_void_p
 
     from cuda_callers import check, library
@@ -264,15 +276,16 @@ def test_memory_that_others_use_is_not_used_again_too_early(there: Any) -> None:
     pixels = random_pixels(there.config, 2)
     want = there.vision_model(pixels).last_hidden_state
     result = there.vision_model(CallerArray(pixels)).last_hidden_state
-    taken, copy = Taken(result), c_void_p()
+    handle = c_void_p(1) if stream == "default" else Stream().handle
+    taken, copy = Taken(result, stream=handle.value), c_void_p()
     check(library().caller_alloc(0, want.nbytes, byref(copy)))
-    # Kernel-like work in the default stream, put off: device to device.
-    check(library().caller_move(copy, c_void_p(taken.tensor.data), c_size_t(want.nbytes), c_void_p(1)))
+    # Work in the consumer's stream, put off: device to device.
+    check(library().caller_move(copy, c_void_p(taken.tensor.data), c_size_t(want.nbytes), handle))
     taken.drop()
     del result
     there.vision_model(CallerArray(np.zeros_like(pixels)))
     out = np.empty_like(want)
-    check(library().caller_read(out.ctypes.data_as(c_void_p), copy, c_size_t(out.nbytes), c_void_p(1)))
+    check(library().caller_read(out.ctypes.data_as(c_void_p), copy, c_size_t(out.nbytes), handle))
     assert np.array_equal(out, want)
     check(library().caller_free(copy))
 
@@ -380,6 +393,26 @@ def test_kernels_on_tensors_of_the_host() -> None:
     assert torch.equal(values, torch.topk(x, 2).values)
     assert ids.dtype == torch.int32
     assert isinstance(kernels.layer_norm(x.numpy()), np.ndarray)
+
+
+class Pinned:
+    """Memory of the host that a device can reach, kDLCUDAHost."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 3, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.values.__dlpack__(**{k: v for k, v in options.items() if k != "stream"})
+
+
+def test_arrays_of_the_host_are_read_where_they_lie() -> None:
+    values = normal(3, 4)
+    for given in (torch.from_numpy(values), Pinned(values)):
+        assert np.shares_memory(to_numpy(given), values)
+    assert np.array_equal(kernels.gelu(Pinned(values)), kernels.gelu(values))
 
 
 # ---- several devices, several threads, no memory ----

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import blip2c
+from blip2c import _core, flow
 from helpers import random_checkpoint, random_instruct_config, random_pixels
 from test_kernels import interrupted
 
@@ -104,3 +105,36 @@ def test_a_long_encoding_is_cancelled(cuda: str, tmp_path: Path) -> None:
     want = core.encode(pixels[:1])
     assert min(interrupted(lambda: core.encode(pixels), 0.1) for _ in range(3)) < 0.1
     np.testing.assert_array_equal(core.encode(pixels[:1]), want)
+
+
+@on_the_host
+def test_features_that_stay_are_recorded_and_never_come_to_the_host(folder: Path, cuda: str) -> None:
+    """Each result lies elsewhere, as all of them are kept."""
+    core, kept = load(folder, cuda)._core, []
+    for seed in range(4):
+        start = counts()
+        kept.append(core.encode(pictures(1, 28, seed), on_device=True))
+        asked = counts() - start
+    assert asked[GRAPHS] == 1
+    assert asked[TO_HOST] < 64, "whether all was finite"
+    for seed, found in enumerate(kept):
+        np.testing.assert_array_equal(np.asarray(found), core.encode(pictures(1, 28, seed)))
+
+
+def test_captions_of_many_pictures_leave_their_features_on_the_device(
+    cuda: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, seen = random_checkpoint(tmp_path, seed=8, dtype="float16", tokenizer=True), []
+
+    class Watched(flow.State):
+        def __init__(self, prompts: Any, encoded: Any, name: str) -> None:
+            seen.append(type(encoded))
+            super().__init__(prompts, encoded, name)
+
+    processor = blip2c.Blip2Processor.from_pretrained(folder)
+    here, there = (blip2c.Captioner(load(folder, device), processor) for device in ("cpu", cuda))
+    images = list((np.random.default_rng(0).random((3, 28, 28, 3)) * 255).astype(np.uint8))
+    want = [caption.ids for caption in here.caption(images, max_new_tokens=3)]
+    monkeypatch.setattr(flow, "State", Watched)
+    assert [caption.ids for caption in there.caption(images, max_new_tokens=3)] == want
+    assert seen == [_core.DeviceArray] * 3

@@ -40,9 +40,9 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.core, name)
 
-    def encode(self, pixels: Any) -> Any:
+    def encode(self, pixels: Any, **options: Any) -> Any:
         self.pictures += len(pixels)
-        return self.core.encode(pixels)
+        return self.core.encode(pixels, **options)
 
     def vision(self, pixels: Any) -> Any:
         self.pictures += len(pixels)

@@ -389,16 +389,30 @@ static b2_encoded group_of(const b2_blip2 *model, const b2_encoded *out, int64_t
                         .match = part_of(out->match, first, count)};
 }
 
+/* In the arena, also of what lies on the device already: a recorded group finds all it reads and writes where it was before. */
+static int room_inside(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err)
+{
+    *inner = outer;
+    return b2_on_host(ctx) || !outer.data ? 0 : b2_stage_take(ctx, inner, outer.rows, outer.cols, err);
+}
+
+static int bring_inside(b2_ctx *ctx, b2_tensor *inner, b2_tensor outer, b2_err *err)
+{
+    if (room_inside(ctx, inner, outer, err) < 0)
+        return -1;
+    return inner->data == outer.data ? 0 : b2_upload_rows(ctx, *inner, outer, err);
+}
+
 /* Room for those in backend memory. `given`: the vision states are an input. */
 static int take_room(b2_ctx *ctx, b2_encoded *inner, const b2_encoded *outer, int given, b2_err *err)
 {
-    return (given ? b2_bring_in : b2_room_for)(ctx, &inner->vision, outer->vision, err) < 0 ||
-                   b2_room_for(ctx, &inner->pooled, outer->pooled, err) < 0 ||
-                   b2_room_for(ctx, &inner->qformer, outer->qformer, err) < 0 ||
-                   b2_room_for(ctx, &inner->text, outer->text, err) < 0 ||
-                   b2_room_for(ctx, &inner->features, outer->features, err) < 0 ||
-                   b2_room_for(ctx, &inner->embeds, outer->embeds, err) < 0 ||
-                   b2_room_for(ctx, &inner->match, outer->match, err) < 0
+    return (given ? bring_inside : room_inside)(ctx, &inner->vision, outer->vision, err) < 0 ||
+                   room_inside(ctx, &inner->pooled, outer->pooled, err) < 0 ||
+                   room_inside(ctx, &inner->qformer, outer->qformer, err) < 0 ||
+                   room_inside(ctx, &inner->text, outer->text, err) < 0 ||
+                   room_inside(ctx, &inner->features, outer->features, err) < 0 ||
+                   room_inside(ctx, &inner->embeds, outer->embeds, err) < 0 ||
+                   room_inside(ctx, &inner->match, outer->match, err) < 0
                ? -1
                : 0;
 }
@@ -499,7 +513,7 @@ static int encode_group(b2_ctx *ctx, const b2_blip2 *model, const b2_encoded *ou
     }
     b2_encoded outer = group_of(model, out, first, count, positions.rows, words, text), inner;
     b2_tensor pixels = b2_tensor_of((float *)group.data, count, group.channels * group.height * group.width);
-    if (b2_bring_in(ctx, &pixels, pixels, err) < 0 || take_room(ctx, &inner, &outer, given, err) < 0)
+    if (bring_inside(ctx, &pixels, pixels, err) < 0 || take_room(ctx, &inner, &outer, given, err) < 0)
         return -1;
     group.data = pixels.data;
     return encode_pictures(ctx, model, &inner, group, positions, texts ? &own : NULL, err) < 0

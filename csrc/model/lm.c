@@ -36,8 +36,9 @@ int b2_lm_head(b2_ctx *ctx, const b2_lm_batch *batch, b2_tensor x, const b2_weig
 int b2_lm_store(b2_ctx *ctx, const b2_lm_batch *batch, int layer, b2_tensor k, b2_tensor v, b2_err *err)
 {
     b2_tensor keys = b2_kv_cache_keys(batch->cache, layer), values = b2_kv_cache_values(batch->cache, layer);
-    return b2_copy_rows(ctx, keys, batch->cache_rows, k, NULL, k.rows, err) < 0 ||
-                   b2_copy_rows(ctx, values, batch->cache_rows, v, NULL, v.rows, err) < 0
+    b2_dtype dtype = batch->cache->dtype;
+    return b2_store_rows(ctx, keys, dtype, batch->cache_rows, k, err) < 0 ||
+                   b2_store_rows(ctx, values, dtype, batch->cache_rows, v, err) < 0
                ? -1
                : 0;
 }
@@ -54,6 +55,7 @@ b2_attention_args b2_lm_attention(const b2_lm_batch *batch, int layer, b2_tensor
         .v = values,
         .prefix_starts = batch->prefix_starts,
         .prefix_lens = batch->prefix_lens,
+        .keys = batch->cache->dtype,
         .k_suffix = keys,
         .v_suffix = values,
         .suffix_slots = batch->suffix_slots,

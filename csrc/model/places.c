@@ -166,9 +166,19 @@ static int plan_shortlists(b2_step *step, int64_t rows, const b2_choice *choice,
 static int make_shortlist(b2_step *step, int64_t n, b2_shortlist *list, b2_err *err);
 static int fetch_logits(b2_step *step, int64_t row, float *logits, b2_err *err);
 
+/* What keys and values are kept as: on a device as the weights that make them, quantised ones as float16. */
+static b2_dtype kept_as(const b2_places *p)
+{
+    b2_dtype weights = p->model->dtypes[B2_PART_LANGUAGE];
+    if (b2_on_host(p->ctx) || weights == B2_F32 || p->model->lm->kv_width % 2 != 0)
+        return B2_F32;
+    return weights == B2_BF16 ? B2_BF16 : B2_F16;
+}
+
 static int open_caches(b2_places *p, b2_err *err)
 {
     const b2_lm *lm = p->model->lm;
+    b2_dtype dtype = kept_as(p);
     const b2_places_size *size = &p->size;
     int64_t running = size->places * size->rows_per_place, most = INT32_MAX;
     if (running > most || size->longest > most || size->longest_encoded > most ||
@@ -177,10 +187,10 @@ static int open_caches(b2_places *p, b2_err *err)
                        "many", (long long)size->places, (long long)size->longest, (long long)size->rows_per_place,
                        (long long)size->steps);
     int64_t region = size->longest + size->rows_per_place * size->steps;
-    if (b2_kv_cache_create(&p->cache, p->ctx->memory, lm->kv_layers, lm->kv_width, size->places * region, err) < 0)
+    if (b2_kv_cache_create(&p->cache, p->ctx->memory, dtype, lm->kv_layers, lm->kv_width, size->places * region, err) < 0)
         return -1;
     return size->longest_encoded == 0 ? 0
-                                      : b2_kv_cache_create(&p->cross, p->ctx->memory, lm->kv_layers,
+                                      : b2_kv_cache_create(&p->cross, p->ctx->memory, dtype, lm->kv_layers,
                                                            lm->kv_width, size->places * size->longest_encoded, err);
 }
 
@@ -768,7 +778,7 @@ int b2_places_keep(b2_prefix **kept, b2_places *p, int32_t place, const int32_t 
     if (seat->prompt.mask)
         return b2_fail(err, B2_E_VALUE, "prefix: a prompt with a mask can not be kept");
     int32_t *rows = b2_alloc((size_t)all, sizeof *rows, "rows of a prefix", err);
-    b2_prefix *prefix = rows ? b2_prefix_create(p->model, p->ctx->memory, p->cache.layers, p->cache.width, all, err) : NULL;
+    b2_prefix *prefix = rows ? b2_prefix_create(p->model, &p->cache, all, err) : NULL;
     int status = -1;
     if (prefix) {
         list_rows(p, seat, rows, more, beams, row);

@@ -4,7 +4,7 @@
 
 #include "core/memory.h"
 
-b2_prefix *b2_prefix_create(const void *model, b2_memory *memory, int layers, int64_t width, int64_t length, b2_err *err)
+b2_prefix *b2_prefix_create(const void *model, const b2_kv_cache *like, int64_t length, b2_err *err)
 {
     b2_prefix *prefix = b2_alloc_zeroed(1, sizeof *prefix, "prefix", err);
     if (!prefix)
@@ -13,7 +13,8 @@ b2_prefix *b2_prefix_create(const void *model, b2_memory *memory, int layers, in
     prefix->length = length;
     prefix->ids = b2_alloc((size_t)length, sizeof *prefix->ids, "prefix ids", err);
     prefix->rule_ids = b2_alloc((size_t)length, sizeof *prefix->rule_ids, "prefix ids", err);
-    if (prefix->ids && prefix->rule_ids && b2_kv_cache_create(&prefix->cache, memory, layers, width, length, err) == 0)
+    if (prefix->ids && prefix->rule_ids &&
+        b2_kv_cache_create(&prefix->cache, like->memory, like->dtype, like->layers, like->width, length, err) == 0)
         return prefix;
     b2_prefix_release(prefix);
     return NULL;
@@ -29,8 +30,11 @@ void b2_prefix_release(b2_prefix *prefix)
     b2_free(prefix);
 }
 
-static b2_tensor from_row(b2_tensor t, int64_t first)
+/* Rows from `first` on, to be copied as they are: two elements of 16 bits as one of 32. */
+static b2_tensor from_row(const b2_kv_cache *cache, b2_tensor t, int64_t first)
 {
+    if (cache->dtype != B2_F32)
+        t = b2_tensor_of(t.data, t.rows, t.cols / 2);
     return b2_rows(t, first, t.rows - first);
 }
 
@@ -38,16 +42,17 @@ int b2_prefix_copy(b2_ctx *ctx, const b2_kv_cache *to, int64_t first, const b2_k
                    int64_t n, b2_err *err)
 {
     for (int i = 0; i < to->layers; i++)
-        if (b2_copy_rows(ctx, from_row(b2_kv_cache_keys(to, i), first), NULL, b2_kv_cache_keys(from, i), rows, n, err) < 0 ||
-            b2_copy_rows(ctx, from_row(b2_kv_cache_values(to, i), first), NULL, b2_kv_cache_values(from, i), rows, n,
-                         err) < 0)
+        if (b2_copy_rows(ctx, from_row(to, b2_kv_cache_keys(to, i), first), NULL,
+                         from_row(from, b2_kv_cache_keys(from, i), 0), rows, n, err) < 0 ||
+            b2_copy_rows(ctx, from_row(to, b2_kv_cache_values(to, i), first), NULL,
+                         from_row(from, b2_kv_cache_values(from, i), 0), rows, n, err) < 0)
             return -1;
     return 0;
 }
 
 int b2_prefix_head(b2_prefix **head, b2_ctx *ctx, const b2_prefix *prefix, int64_t length, b2_err *err)
 {
-    b2_prefix *p = b2_prefix_create(prefix->model, ctx->memory, prefix->cache.layers, prefix->cache.width, length, err);
+    b2_prefix *p = b2_prefix_create(prefix->model, &prefix->cache, length, err);
     if (!p)
         return -1;
     /* No masked pads: every token takes one position. */

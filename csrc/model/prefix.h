@@ -19,8 +19,8 @@ typedef struct b2_prefix {
     b2_kv_cache cache;     /* [layers, length, width], owned */
 } b2_prefix;
 
-/* Nothing in it yet. */
-b2_prefix *b2_prefix_create(const void *model, b2_memory *memory, int layers, int64_t width, int64_t length, b2_err *err);
+/* Nothing in it yet; its cache is of `like`'s layers, width and kind, and in the same memory. */
+b2_prefix *b2_prefix_create(const void *model, const b2_kv_cache *like, int64_t length, b2_err *err);
 /* NULL is nothing. */
 void b2_prefix_release(b2_prefix *prefix);
 

@@ -461,11 +461,9 @@ static int fill_cross_cache(b2_ctx *ctx, const t5 *m, b2_lm_batch *batch, buffer
 {
     for (int i = 0; i < m->decoder.count; i++) {
         const t5_layer *layer = &m->decoder.layers[i];
-        b2_tensor keys = b2_kv_cache_keys(batch->cache, i), values = b2_kv_cache_values(batch->cache, i);
         if (project(ctx, w->k, batch->x, &layer->cross_k, err) < 0 ||
             project(ctx, w->v, batch->x, &layer->cross_v, err) < 0 ||
-            b2_copy_rows(ctx, keys, batch->cache_rows, w->k, NULL, w->k.rows, err) < 0 ||
-            b2_copy_rows(ctx, values, batch->cache_rows, w->v, NULL, w->v.rows, err) < 0)
+            b2_lm_store(ctx, batch, i, w->k, w->v, err) < 0)
             return -1;
     }
     return 0;
@@ -525,6 +523,7 @@ static int cross_attention(b2_ctx *ctx, const t5 *m, int i, b2_lm_batch *batch, 
         return -1;
     b2_attention_args args = attention_over(&m->base.config, batch, w, b2_kv_cache_keys(batch->cross, i),
                                             b2_kv_cache_values(batch->cross, i));
+    args.keys = batch->cross->dtype;
     args.prefix_starts = batch->cross_starts;
     args.prefix_lens = batch->cross_lens;
     args.key_mask = batch->cross_mask;

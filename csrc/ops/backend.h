@@ -41,6 +41,13 @@ typedef struct b2_device_array {
     int64_t shape[B2_ARRAY_AXES], strides[B2_ARRAY_AXES]; /* in elements */
 } b2_device_array;
 
+/* Who else may have put work into streams that uses a block. */
+typedef enum b2_export {
+    B2_NOT_EXPORTED,
+    B2_TO_DEFAULT_STREAM, /* or to others that it waits for; the device may go on while that is found out */
+    B2_TO_ANY_STREAM      /* which may be gone by now: the whole device is waited for */
+} b2_export;
+
 typedef struct b2_backend b2_backend;
 struct b2_backend {
     uint32_t version;  /* B2_BACKEND_VERSION */
@@ -65,9 +72,8 @@ struct b2_backend {
     int (*settle)(b2_device *device, b2_err *err);
     /* A block of the device's memory for a result. It may be given back after the device has been closed. */
     void *(*lend)(b2_device *device, size_t bytes, b2_err *err);
-    /* `exported`: somebody else may have put work that uses it into the default stream; it is not used again before that is
-     * done. */
-    void (*give_back)(b2_device *device, void *block, int exported);
+    /* The block is not used again before the work of others that uses it is done. */
+    void (*give_back)(b2_device *device, void *block, b2_export exported);
 };
 
 typedef const b2_backend *(*b2_backend_entry)(void);

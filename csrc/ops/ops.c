@@ -115,11 +115,13 @@ int b2_rope(b2_ctx *ctx, b2_tensor x, const int32_t *positions, const float *inv
 }
 
 /* All but the values and the output. */
-static int check_attention(const b2_attention_args *a, b2_err *err)
+static int check_attention(const b2_ctx *ctx, const b2_attention_args *a, b2_err *err)
 {
     if (a->heads < 1 || a->kv_heads < 1 || a->heads % a->kv_heads != 0 || a->head_dim < 1)
         return b2_fail(err, B2_E_VALUE, "attention: %d heads over %d key heads of width %d", a->heads, a->kv_heads,
                        a->head_dim);
+    if (a->keys != B2_F32 && !ctx->ops->store_rows)
+        return b2_fail(err, B2_E_UNSUPPORTED, "attention: %s does not read %s keys", ctx->ops->name, b2_dtype_name(a->keys));
     if (a->window < 0 || (a->window > 0 && a->scale == 0.0f))
         return b2_fail(err, B2_E_VALUE, "attention: a window of %lld keys with scale %g", (long long)a->window,
                        (double)a->scale);
@@ -138,7 +140,7 @@ static int check_attention(const b2_attention_args *a, b2_err *err)
 int b2_attention(b2_ctx *ctx, const b2_attention_args *a, b2_err *err)
 {
     int64_t kv_width = (int64_t)a->kv_heads * a->head_dim;
-    if (check_attention(a, err) < 0 || check_shape("attention", "out", a->out, a->q.rows, a->q.cols, err) < 0 ||
+    if (check_attention(ctx, a, err) < 0 || check_shape("attention", "out", a->out, a->q.rows, a->q.cols, err) < 0 ||
         check_shape("attention", "v", a->v, a->k.rows, kv_width, err) < 0)
         return -1;
     if (a->suffix_lens && check_shape("attention", "v_suffix", a->v_suffix, a->k_suffix.rows, kv_width, err) < 0)
@@ -148,7 +150,7 @@ int b2_attention(b2_ctx *ctx, const b2_attention_args *a, b2_err *err)
 
 int b2_attention_weights(b2_ctx *ctx, float *weights, const b2_attention_args *a, b2_err *err)
 {
-    if (check_attention(a, err) < 0)
+    if (check_attention(ctx, a, err) < 0)
         return -1;
     return a->q.rows == 0 ? 0 : ctx->ops->attention_weights(ctx, weights, a, err);
 }
@@ -195,6 +197,18 @@ int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor 
         check_row_list("out", out_rows, n, out, err) < 0 || check_row_list("x", x_rows, n, x, err) < 0)
         return -1;
     return n == 0 ? 0 : ctx->ops->copy_rows(ctx, out, out_rows, x, x_rows, n, err);
+}
+
+int b2_store_rows(b2_ctx *ctx, b2_tensor out, b2_dtype dtype, const int32_t *out_rows, b2_tensor x, b2_err *err)
+{
+    if (dtype == B2_F32)
+        return b2_copy_rows(ctx, out, out_rows, x, NULL, x.rows, err);
+    if (check_view("store_rows", "x", x, err) < 0 || check_shape("store_rows", "out", out, out.rows, x.cols, err) < 0 ||
+        check_row_list("out", out_rows, x.rows, out, err) < 0)
+        return -1;
+    if (!ctx->ops->store_rows || (dtype != B2_F16 && dtype != B2_BF16))
+        return b2_fail(err, B2_E_UNSUPPORTED, "store_rows: %s does not store %s", ctx->ops->name, b2_dtype_name(dtype));
+    return x.rows == 0 ? 0 : ctx->ops->store_rows(ctx, out, dtype, out_rows, x, err);
 }
 
 int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err)

@@ -114,6 +114,7 @@ typedef struct b2_attention_args {
     const float *distance_bias;  /* [H, 2L - 1] or NULL: entry clamp(j - (keys_b - T_b + i), -(L-1), L-1) + L - 1 is added
                                   * to the score of query i and key j: T5's relative position bias */
     int64_t distance_limit;      /* L */
+    b2_dtype keys;               /* what k, v, k_suffix and v_suffix hold: B2_F32; on devices B2_F16 or B2_BF16 too */
     int64_t window;              /* 0: all; else query i sees only keys j > keys_b - T_b + i - window (sliding window) */
     b2_dtype operands;           /* B2_F16 or B2_BF16: q, k, v and the softmax may be rounded to this before they are
                                   * multiplied, as models stored so do upstream (sums are fp32); B2_F32: they may not */
@@ -242,6 +243,8 @@ struct b2_ops {
     int (*patches)(b2_ctx *, b2_tensor out, b2_pictures pictures, int64_t patch, b2_err *);
     int (*copy_rows)(b2_ctx *, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                      b2_err *);
+    /* NULL where nothing is kept in 16 bits. */
+    int (*store_rows)(b2_ctx *, b2_tensor out, b2_dtype dtype, const int32_t *out_rows, b2_tensor x, b2_err *);
     int (*add_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
     int (*reduce_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_reduction reduction, b2_err *);
     int (*unit_rows)(b2_ctx *, b2_tensor out, b2_tensor x, b2_err *);
@@ -312,6 +315,11 @@ int b2_patches(b2_ctx *ctx, b2_tensor out, b2_pictures pictures, int64_t patch, 
 /* out[out_rows[i]] = x[x_rows[i]] for i in [0, n); a NULL index list means i itself. */
 int b2_copy_rows(b2_ctx *ctx, b2_tensor out, const int32_t *out_rows, b2_tensor x, const int32_t *x_rows, int64_t n,
                  b2_err *err);
+
+/* The same with out[out_rows[i]] = x[i] for all rows of x, `out` being of elements of `dtype` (B2_F32; on devices B2_F16 or B2_BF16
+ * too). What lies beyond the range of B2_F16 becomes NaN, which nobody overlooks (b2_note_finite): an Inf among keys may look like a key
+ * that is not seen. */
+int b2_store_rows(b2_ctx *ctx, b2_tensor out, b2_dtype dtype, const int32_t *out_rows, b2_tensor x, b2_err *err);
 
 /* out[i] += x[i mod x.rows]: the same rows (position embeddings) onto every picture. */
 int b2_add_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);

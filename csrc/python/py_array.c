@@ -14,7 +14,7 @@ struct b2py_holding {
     atomic_int references;
     b2py_place place;
     void *block;          /* lent by the device, and what keeps the device: of a caller's array an empty one */
-    atomic_int exported;
+    atomic_int exported;  /* b2_export */
     int read_only;
     void *source;         /* of the caller, whose memory it is; NULL: the block is */
     b2py_release release;
@@ -53,7 +53,7 @@ void b2py_holding_drop(b2py_holding *h)
         h->place.backend->settle(h->place.device, &ignored);
         h->release(h->source);
     }
-    h->place.backend->give_back(h->place.device, h->block, atomic_load(&h->exported));
+    h->place.backend->give_back(h->place.device, h->block, (b2_export)atomic_load(&h->exported));
     b2_free(h);
 }
 
@@ -75,9 +75,10 @@ int b2py_holding_read_only(const b2py_holding *h)
     return h->read_only;
 }
 
-void b2py_holding_export(b2py_holding *h)
+void b2py_holding_export(b2py_holding *h, b2_export to)
 {
-    atomic_store(&h->exported, 1);
+    if ((int)to > atomic_load(&h->exported)) /* the GIL is held: nobody else stores */
+        atomic_store(&h->exported, (int)to);
 }
 
 /* ---- arrays ---- */

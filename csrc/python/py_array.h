@@ -33,8 +33,8 @@ void b2py_holding_let_go(b2py_holding *holding);
 /* The block of `bytes`. */
 void *b2py_holding_block(const b2py_holding *holding);
 int b2py_holding_read_only(const b2py_holding *holding);
-/* Others will use the memory, on streams of their own. */
-void b2py_holding_export(b2py_holding *holding);
+/* Others will use the memory, on such streams. The GIL is held. */
+void b2py_holding_export(b2py_holding *holding, b2_export to);
 
 /* A float32 array of `shape` at `data`, in the memory of `holding`, to which it takes a reference of its own. */
 PyArrayObject *b2py_array_at(b2py_holding *holding, void *data, int ndim, const npy_intp *shape);

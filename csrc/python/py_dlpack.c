@@ -339,7 +339,7 @@ static void fill_tensor(dl_tensor *t, int64_t *axes, PyArrayObject *array)
     }
 }
 
-static PyObject *export_array(b2py_state *state, PyArrayObject *array, int versioned, int copied)
+static PyObject *export_array(b2py_state *state, PyArrayObject *array, int versioned, int copied, b2_export to)
 {
     b2_err err = {0};
     b2py_holding *holding = b2py_holding_of(array);
@@ -367,15 +367,17 @@ static PyObject *export_array(b2py_state *state, PyArrayObject *array, int versi
     }
     PyObject *capsule = PyCapsule_New(&e->managed, versioned ? versioned_name : old_name, drop_capsule);
     if (capsule)
-        b2py_holding_export(holding);
+        b2py_holding_export(holding, to);
     else
         delete_exported(e);
     return capsule;
 }
 
-/* None, -1 or a stream's number: the data is there whichever it is. */
-static int check_stream(PyObject *stream)
+/* None, -1 or a stream's number: the data is there whichever it is. *to: who may use it, of which 1 and 2 are default
+ * streams, that of the process and that of a thread. */
+static int read_stream(b2_export *to, PyObject *stream)
 {
+    *to = B2_TO_DEFAULT_STREAM;
     if (stream == Py_None)
         return 0;
     if (!PyLong_Check(stream) || PyBool_Check(stream)) {
@@ -388,6 +390,8 @@ static int check_stream(PyObject *stream)
         PyErr_Format(PyExc_ValueError, "stream: expected -1, 1 (the default stream) or above, found %lld", number);
         return -1;
     }
+    if (overflows != 0 || number < 1 || number > 2)
+        *to = B2_TO_ANY_STREAM;
     return 0;
 }
 
@@ -447,16 +451,17 @@ PyObject *b2py_dlpack(b2py_state *state, PyArrayObject *array, PyObject *args, P
     static char *names[] = {"stream", "max_version", "dl_device", "copy", NULL};
     PyObject *stream = Py_None, *version = Py_None, *device = Py_None, *copy = Py_None;
     int versioned, to_host;
+    b2_export to;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|$OOOO", names, &stream, &version, &device, &copy) ||
-        check_stream(stream) < 0 || read_version(&versioned, version) < 0 ||
+        read_stream(&to, stream) < 0 || read_version(&versioned, version) < 0 ||
         read_dl_device(&to_host, device, array) < 0)
         return NULL;
     if (to_host)
         return export_host(state, array, version, copy);
     if (copy != Py_True) /* of a caller's array that has just arrived, what makes it may be under way */
-        return b2py_settle(state, b2py_place_of(array)) < 0 ? NULL : export_array(state, array, versioned, 0);
+        return b2py_settle(state, b2py_place_of(array)) < 0 ? NULL : export_array(state, array, versioned, 0, to);
     PyArrayObject *copied = b2py_ordered(state, array);
-    PyObject *capsule = copied ? export_array(state, copied, versioned, 1) : NULL;
+    PyObject *capsule = copied ? export_array(state, copied, versioned, 1, to) : NULL;
     Py_XDECREF(copied);
     return capsule;
 }

@@ -144,9 +144,10 @@ typedef struct prompt_arrays {
     PyArrayObject *features, *ids, *rules;
 } prompt_arrays;
 
-static int read_prompt(prompt_arrays *a, b2_prompt *prompt, const b2_blip2 *model, PyObject *features, PyObject *ids,
+static int read_prompt(prompt_arrays *a, b2_prompt *prompt, PyObject *self, PyObject *features, PyObject *ids,
                        PyObject *rules)
 {
+    const b2_blip2 *model = b2py_loaded_model(self);
     if (!(a->ids = b2py_array(ids, "ids", NPY_INT32, 1)) || !(a->rules = b2py_array(rules, "rule_ids", NPY_INT32, 1)))
         return -1;
     prompt->ids = PyArray_DATA(a->ids);
@@ -158,7 +159,8 @@ static int read_prompt(prompt_arrays *a, b2_prompt *prompt, const b2_blip2 *mode
     }
     if (features == Py_None)
         return 0;
-    if (!(a->features = b2py_array(features, "image_features", NPY_FLOAT32, 2)))
+    if (!(a->features = b2py_floats(b2py_state_of_type(Py_TYPE(self)), features, "image_features", 2,
+                                    b2py_model_place(self))))
         return -1;
     npy_intp places = PyArray_DIM(a->features, 0), width = PyArray_DIM(a->features, 1);
     if (width != model->lm->config.hidden_size || places < 1) {
@@ -190,7 +192,7 @@ PyObject *b2py_model_prefill(PyObject *self, PyObject *args, PyObject *kwargs)
     if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O", names, &features, &ids, &rules, &before))
         return NULL;
     prompt.prefix = b2py_prefix_of(self, before, "prefix");
-    if (!PyErr_Occurred() && read_prompt(&arrays, &prompt, model, features, ids, rules) == 0)
+    if (!PyErr_Occurred() && read_prompt(&arrays, &prompt, self, features, ids, rules) == 0)
         result = run_prefill(self, model, &prompt, PyArray_DATA(arrays.rules));
     Py_XDECREF(arrays.features);
     Py_XDECREF(arrays.ids);

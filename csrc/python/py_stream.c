@@ -91,7 +91,10 @@ static int read_item(stream *s, held *h, PyObject *tuple)
         return -1;
     }
     h->tuple = Py_NewRef(tuple);
-    if (read_optional(&h->features, PyTuple_GET_ITEM(tuple, 0), "image_features", NPY_FLOAT32, 2) < 0 ||
+    PyObject *features = PyTuple_GET_ITEM(tuple, 0);
+    if ((features != Py_None &&
+         !(h->features = b2py_floats(b2py_state_of_type(Py_TYPE(s->model)), features, "image_features", 2,
+                                     b2py_model_place(s->model)))) ||
         !(h->ids = b2py_array(PyTuple_GET_ITEM(tuple, 1), "ids", NPY_INT32, 1)) ||
         !(h->rules = b2py_array(PyTuple_GET_ITEM(tuple, 2), "rule_ids", NPY_INT32, 1)) ||
         read_optional(&h->mask, PyTuple_GET_ITEM(tuple, 3), "mask", NPY_UINT8, 1) < 0 ||

@@ -4,7 +4,9 @@ Sizes are those of true models, where products go through tensor cores, which th
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,3 +74,60 @@ def test_beside_torch(cuda: str) -> None:
         theirs = theirs @ theirs * (1.0 / 4096)
         np.testing.assert_array_equal(kernels.linear(x, weight, device=cuda), alone)
     assert torch.equal(theirs, torch.ones_like(theirs))
+
+
+@pytest.fixture(scope="module")
+def sample(cuda: str) -> Any:
+    return blip2c.load("sample", device=cuda).model
+
+
+def sample_pixels(model: Any, batch: int = 2) -> torch.Tensor:
+    size = int(model.config.vision_config.image_size)
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_go_in_and_come_out_where_they_lie(sample: Any, dtype: torch.dtype) -> None:
+    pixels = sample_pixels(sample).to("cuda", dtype)
+    want = sample.vision_model(pixels.float().cpu().numpy()).last_hidden_state
+    found = sample.vision_model(pixels).last_hidden_state
+    assert found.is_cuda
+    np.testing.assert_array_equal(found.float().cpu().numpy(), want)
+    last = pixels.contiguous(memory_format=torch.channels_last)[1:]
+    np.testing.assert_array_equal(sample.vision_model(last).last_hidden_state.float().cpu().numpy(), want[1:])
+
+
+def test_work_on_a_stream_of_torch_comes_first(sample: Any) -> None:
+    """Pixels that a busy stream has yet to make; what it does with the result follows."""
+    pixels, side = sample_pixels(sample).cuda(), torch.cuda.Stream()
+    want = sample.vision_model(pixels.cpu().numpy()).last_hidden_state
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        late = torch.zeros_like(pixels)
+        torch.cuda._sleep(200_000_000)
+        late.copy_(pixels)
+        found = sample.vision_model(late).last_hidden_state
+        doubled = found * 2
+    side.synchronize()
+    np.testing.assert_array_equal(doubled.cpu().numpy(), 2 * want)
+
+
+def test_a_tensor_outlives_the_model(cuda: str) -> None:
+    model = blip2c.load("sample", device=cuda).model
+    pixels = sample_pixels(model).cuda()
+    found = model.vision_model(pixels).last_hidden_state
+    before = found.cpu()
+    del model
+    gc.collect()
+    torch.randn(1 << 20, device="cuda")
+    assert torch.equal(found.cpu(), before)
+
+
+def test_kernels_on_tensors(cuda: str) -> None:
+    x, weight = torch.randn(5, 64, device="cuda"), torch.randn(48, 64, device="cuda")
+    out = kernels.linear(x, weight, device=cuda)
+    assert out.is_cuda
+    torch.testing.assert_close(out.cpu(), (x.double() @ weight.double().T).float().cpu(), rtol=1e-4, atol=1e-4)
+    if torch.cuda.device_count() > 1:
+        with pytest.raises(ValueError, match="lies on cuda:1, expected cuda:0"):
+            kernels.gelu(x.to("cuda:1"), device=cuda)

@@ -54,6 +54,7 @@ int view_of(b2_ctx *ctx, b2_attention_view *view, const b2_attention_args *args,
     v.out_ld = args->out.ld;
     v.q = args->q.data;
     v.q_ld = args->q.ld;
+    v.keys = args->keys;
     v.k = args->k.data;
     v.k_ld = args->k.ld;
     v.v = args->v.data;
@@ -100,7 +101,7 @@ int64_t bound_of_keys(const b2_ctx *ctx, const b2_attention_args *args, const ex
 /* Whether this is a picture, or as plain as one, whose operands may be rounded. */
 int is_plain(const b2_attention_args *args, const b2_attention_view *view)
 {
-    return args->operands != B2_F32 && args->scale > 0.0f && view->by_four && !args->causal && !args->window && !args->key_mask &&
+    return args->operands != B2_F32 && args->keys == B2_F32 && args->scale > 0.0f && view->by_four && !args->causal && !args->window && !args->key_mask &&
            !args->distance_bias && !args->suffix_lens;
 }
 

@@ -10,6 +10,8 @@
 #ifndef B2_OPS_CUDA_ATTENTION_H
 #define B2_OPS_CUDA_ATTENTION_H
 
+#include <cuda_fp16.h>
+
 #include "ops/cuda/cuda.h"
 
 enum {
@@ -20,7 +22,9 @@ enum {
 /* b2_attention_args on the device; everything by value stays the same when a recorded step is repeated. */
 struct b2_attention_view {
     float *out;
-    const float *q, *k, *v, *k_suffix, *v_suffix;
+    const float *q;
+    const void *k, *v, *k_suffix, *v_suffix; /* of `keys` */
+    b2_dtype keys;                /* float32, float16 or bfloat16 */
     int64_t out_ld, q_ld, k_ld, v_ld, k_suffix_ld, v_suffix_ld;
     int64_t rows;
     const int32_t *q_offsets;     /* [B + 1] */
@@ -72,18 +76,42 @@ static __device__ __forceinline__ int64_t b2_attention_find_row(const b2_attenti
     return low;
 }
 
-/* Where key j of the row lies: key and value of the row's first head. */
+/* Elements of 16 bits that keys and values may be kept in. */
+struct b2_half_key {
+    uint16_t bits;
+};
+struct b2_bfloat_key {
+    uint16_t bits;
+};
+
+static __device__ __forceinline__ float b2_key_float(float key)
+{
+    return key;
+}
+
+static __device__ __forceinline__ float b2_key_float(b2_half_key key)
+{
+    return __half2float(__ushort_as_half(key.bits));
+}
+
+static __device__ __forceinline__ float b2_key_float(b2_bfloat_key key)
+{
+    return __uint_as_float((unsigned)key.bits << 16);
+}
+
+/* Where key j of the row lies: key and value of the row's first head. K: what view.keys says. */
+template <class K>
 static __device__ __forceinline__ void b2_attention_find_key(const b2_attention_view &a, const b2_attention_row &r, int j,
-                                                             const float **key, const float **value)
+                                                             const K **key, const K **value)
 {
     if (j < r.prefix) {
-        *key = a.k + (r.prefix_start + j) * a.k_ld;
-        *value = a.v + (r.prefix_start + j) * a.v_ld;
+        *key = (const K *)a.k + (r.prefix_start + j) * a.k_ld;
+        *value = (const K *)a.v + (r.prefix_start + j) * a.v_ld;
         return;
     }
     int64_t slot = a.suffix_slots[r.row * a.suffix_ld + j - r.prefix];
-    *key = a.k_suffix + slot * a.k_suffix_ld;
-    *value = a.v_suffix + slot * a.v_suffix_ld;
+    *key = (const K *)a.k_suffix + slot * a.k_suffix_ld;
+    *value = (const K *)a.v_suffix + slot * a.v_suffix_ld;
 }
 
 static __device__ __forceinline__ int b2_attention_shown(const b2_attention_view &a, const b2_attention_row &r, int j)
@@ -124,6 +152,27 @@ static __device__ __forceinline__ float4 b2_attention_load(const float *row, int
         return *(const float4 *)(row + d);
     return make_float4(d < width ? row[d] : 0.0f, d + 1 < width ? row[d + 1] : 0.0f, d + 2 < width ? row[d + 2] : 0.0f,
                        d + 3 < width ? row[d + 3] : 0.0f);
+}
+
+template <class K> static __device__ __forceinline__ float4 b2_attention_load_halves(const K *row, int d, int width, int by_four)
+{
+    if (by_four && d < width) {
+        uint2 x = *(const uint2 *)(row + d);
+        K a = {(uint16_t)x.x}, b = {(uint16_t)(x.x >> 16)}, c = {(uint16_t)x.y}, e = {(uint16_t)(x.y >> 16)};
+        return make_float4(b2_key_float(a), b2_key_float(b), b2_key_float(c), b2_key_float(e));
+    }
+    return make_float4(d < width ? b2_key_float(row[d]) : 0.0f, d + 1 < width ? b2_key_float(row[d + 1]) : 0.0f,
+                       d + 2 < width ? b2_key_float(row[d + 2]) : 0.0f, d + 3 < width ? b2_key_float(row[d + 3]) : 0.0f);
+}
+
+static __device__ __forceinline__ float4 b2_attention_load(const b2_half_key *row, int d, int width, int by_four)
+{
+    return b2_attention_load_halves(row, d, width, by_four);
+}
+
+static __device__ __forceinline__ float4 b2_attention_load(const b2_bfloat_key *row, int d, int width, int by_four)
+{
+    return b2_attention_load_halves(row, d, width, by_four);
 }
 
 /* Each enqueues its kernel for the rows that are its own. */

@@ -56,13 +56,13 @@ template <int STEPS, bool FOUR> struct held {
         return FOUR ? i / 4 * 4 * LANES + 4 * lane + i % 4 : i * LANES + lane;
     }
 
-    __device__ __forceinline__ void load(const float *row, int lane, int width)
+    template <class K> __device__ __forceinline__ void load(const K *row, int lane, int width)
     {
         if constexpr (FOUR) {
 #pragma unroll
             for (int i = 0; i < COUNT; i += 4) {
                 int d = column(i, lane);
-                float4 x = d < width ? *(const float4 *)(row + d) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                float4 x = d < width ? b2_attention_load(row, d, width, 1) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 at[i] = x.x;
                 at[i + 1] = x.y;
                 at[i + 2] = x.z;
@@ -71,7 +71,7 @@ template <int STEPS, bool FOUR> struct held {
         } else {
 #pragma unroll
             for (int i = 0; i < COUNT; i++)
-                at[i] = column(i, lane) < width ? row[column(i, lane)] : 0.0f;
+                at[i] = column(i, lane) < width ? b2_key_float(row[column(i, lane)]) : 0.0f;
         }
     }
 
@@ -91,7 +91,7 @@ __device__ __forceinline__ float sum_of_group(float x)
 }
 
 /* o, r: the group's running result over its keys of [first, end). All lanes of a warp stay together. */
-template <int STEPS, bool FOUR>
+template <class K, int STEPS, bool FOUR>
 __device__ __forceinline__ void read_keys(const b2_attention_view &a, const b2_attention_row &row, int head, int i, int first,
                                           int end, const held<STEPS, FOUR> &q, held<STEPS, FOUR> *o, running *r)
 {
@@ -108,7 +108,7 @@ __device__ __forceinline__ void read_keys(const b2_attention_view &a, const b2_a
             v[u].clear();
             score[u] = -INFINITY;
             if (j < end && b2_attention_shown(a, row, j)) {
-                const float *key, *value;
+                const K *key, *value;
                 b2_attention_find_key(a, row, j, &key, &value);
                 k[u].load(key + offset, lane, a.head_dim);
                 v[u].load(value + offset, lane, a.head_dim);
@@ -158,7 +158,7 @@ template <int STEPS, bool FOUR> __device__ __forceinline__ void merge_groups(hel
 }
 
 /* partial [tokens, heads, segments][Dh + 2]: o, then most and sum. NULL: one block does all segments and writes out. */
-template <int STEPS, bool FOUR>
+template <class K, int STEPS, bool FOUR>
 __global__ void __launch_bounds__(THREADS) few_kernel(b2_attention_view a, float *partial)
 {
     typedef held<STEPS, FOUR> part;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(THREADS) few_kernel(b2_attention_view a, float
         part o;
         running r = {-INFINITY, 0.0f};
         o.clear();
-        read_keys<STEPS, FOUR>(a, row, head, i, from > first ? from : first, to, q, &o, &r);
+        read_keys<K, STEPS, FOUR>(a, row, head, i, from > first ? from : first, to, q, &o, &r);
         merge_groups<STEPS, FOUR>(&o, &r);
         __syncthreads();
         if (threadIdx.x % 32 < LANES) {
@@ -237,7 +237,12 @@ __global__ void __launch_bounds__(B2_ATTENTION_WIDEST) merge_kernel(b2_attention
 
 template <int STEPS, bool FOUR> void launch(const b2_attention_view *a, float *partial, dim3 grid, cudaStream_t stream)
 {
-    B2_LAUNCH((few_kernel<STEPS, FOUR>), grid, dim3(THREADS), 0, stream, *a, partial);
+    if (a->keys == B2_F16)
+        B2_LAUNCH((few_kernel<b2_half_key, STEPS, FOUR>), grid, dim3(THREADS), 0, stream, *a, partial);
+    else if (a->keys == B2_BF16)
+        B2_LAUNCH((few_kernel<b2_bfloat_key, STEPS, FOUR>), grid, dim3(THREADS), 0, stream, *a, partial);
+    else
+        B2_LAUNCH((few_kernel<float, STEPS, FOUR>), grid, dim3(THREADS), 0, stream, *a, partial);
 }
 
 void launch_by_width(const b2_attention_view *a, float *partial, dim3 grid, cudaStream_t stream)

@@ -95,8 +95,8 @@ __device__ __forceinline__ void fetch(const b2_attention_view &a, const b2_atten
     int fours = a.head_dim / 4, count = row.keys - first < KEYS ? row.keys - first : KEYS;
     for (int p = threadIdx.x; p < count * fours; p += blockDim.x) {
         int j = p / fours, d = p % fours;
-        b2_copy16(t.fresh_k + p, a.k + (row.prefix_start + first + j) * a.k_ld + offset + 4 * d, 16);
-        b2_copy16(t.fresh_v + p, a.v + (row.prefix_start + first + j) * a.v_ld + offset + 4 * d, 16);
+        b2_copy16(t.fresh_k + p, (const float *)a.k + (row.prefix_start + first + j) * a.k_ld + offset + 4 * d, 16);
+        b2_copy16(t.fresh_v + p, (const float *)a.v + (row.prefix_start + first + j) * a.v_ld + offset + 4 * d, 16);
     }
     b2_copy_commit();
 }

@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_queries(const b2_attention_view &a, const b
 }
 
 /* Keys [first, first + KEYS) and their values; zero where there is none or the mask hides it. */
-template <int R, int WIDTH>
+template <class K, int R, int WIDTH>
 __device__ __forceinline__ void load_keys(const b2_attention_view &a, const b2_attention_row &row, int head, int first,
                                           const tiles<R, WIDTH> &t)
 {
@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_keys(const b2_attention_view &a, const b2_a
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f), y = x;
         int shown = first + j < row.keys && b2_attention_shown(a, row, first + j);
         if (shown) {
-            const float *key, *value;
+            const K *key, *value;
             b2_attention_find_key(a, row, first + j, &key, &value);
             x = b2_attention_load(key + offset, d, a.head_dim, a.by_four);
             y = b2_attention_load(value + offset, d, a.head_dim, a.by_four);
@@ -140,7 +140,7 @@ __device__ __forceinline__ void add_values(const tiles<R, WIDTH> &t, int x, int 
     }
 }
 
-template <int R, int WIDTH>
+template <class K, int R, int WIDTH>
 __global__ void __launch_bounds__(THREADS) tiles_kernel(b2_attention_view a, int blocks_per_row)
 {
     tiles<R, WIDTH> t;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(THREADS) tiles_kernel(b2_attention_view a, int
     for (int tile = first_key; tile < end_key; tile += KEYS) {
         float score[R][KEYS_EACH];
         __syncthreads();
-        load_keys(a, row, head, tile, t);
+        load_keys<K>(a, row, head, tile, t);
         __syncthreads();
         multiply_keys<R, WIDTH>(t, x, y, score);
         int hidden = 0;
@@ -238,18 +238,28 @@ __global__ void __launch_bounds__(THREADS) tiles_kernel(b2_attention_view a, int
     }
 }
 
-template <int R, int WIDTH>
-int launch(b2_ctx *ctx, const b2_attention_view *a, int64_t most_queries, b2_err *err)
+template <class K, int R, int WIDTH>
+int launch_of(b2_ctx *ctx, const b2_attention_view *a, int64_t most_queries, b2_err *err)
 {
     typedef tiles<R, WIDTH> t;
     int64_t blocks = (most_queries + t::QUERIES - 1) / t::QUERIES;
-    cudaError_t status = cudaFuncSetAttribute(tiles_kernel<R, WIDTH>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaError_t status = cudaFuncSetAttribute(tiles_kernel<K, R, WIDTH>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               (int)t::BYTES);
     if (b2_cuda_check(status, "attention: shared memory", err) < 0)
         return -1;
-    B2_LAUNCH((tiles_kernel<R, WIDTH>), dim3((unsigned)(a->rows * blocks), (unsigned)a->heads), dim3(THREADS), t::BYTES,
+    B2_LAUNCH((tiles_kernel<K, R, WIDTH>), dim3((unsigned)(a->rows * blocks), (unsigned)a->heads), dim3(THREADS), t::BYTES,
               b2_cuda_stream(ctx), *a, (int)blocks);
     return b2_cuda_launched("attention", err);
+}
+
+template <int R, int WIDTH>
+int launch(b2_ctx *ctx, const b2_attention_view *a, int64_t most_queries, b2_err *err)
+{
+    if (a->keys == B2_F16)
+        return launch_of<b2_half_key, R, WIDTH>(ctx, a, most_queries, err);
+    if (a->keys == B2_BF16)
+        return launch_of<b2_bfloat_key, R, WIDTH>(ctx, a, most_queries, err);
+    return launch_of<float, R, WIDTH>(ctx, a, most_queries, err);
 }
 
 template <int R> int launch_by_width(b2_ctx *ctx, const b2_attention_view *a, int64_t most_queries, b2_err *err)

@@ -32,6 +32,7 @@ template <class F> __device__ __forceinline__ float fold(float x, float *of_warp
 }
 
 /* Each lane makes the score of a key, so that widths need not be multiples of anything. */
+template <class K>
 __global__ void __launch_bounds__(THREADS) weights_kernel(b2_attention_view a, float *weights, const int64_t *offsets)
 {
     __shared__ float of_warp[WARPS];
@@ -46,11 +47,11 @@ __global__ void __launch_bounds__(THREADS) weights_kernel(b2_attention_view a, f
     for (int j = threadIdx.x; j < row.keys; j += THREADS) {
         float score = -INFINITY;
         if (j >= first && j < end && b2_attention_shown(a, row, j)) {
-            const float *key, *value;
+            const K *key, *value;
             b2_attention_find_key(a, row, j, &key, &value);
             score = 0.0f;
             for (int d = 0; d < a.head_dim; d++)
-                score += q[d] * key[offset + d];
+                score += q[d] * b2_key_float(key[offset + d]);
             score *= a.scale;
             if (a.distance_bias)
                 score += b2_attention_bias(a, row, head, i, j);
@@ -75,7 +76,10 @@ __global__ void __launch_bounds__(THREADS) weights_kernel(b2_attention_view a, f
 int b2_attention_weigh(b2_ctx *ctx, const b2_attention_view *view, float *weights, const int64_t *offsets, int64_t tokens,
                        b2_err *err)
 {
-    B2_LAUNCH(weights_kernel, dim3((unsigned)tokens, (unsigned)view->heads), dim3(THREADS), 0, b2_cuda_stream(ctx), *view,
+    void (*kernel)(b2_attention_view, float *, const int64_t *) = view->keys == B2_F16    ? weights_kernel<b2_half_key>
+                                                                  : view->keys == B2_BF16 ? weights_kernel<b2_bfloat_key>
+                                                                                          : weights_kernel<float>;
+    B2_LAUNCH(kernel, dim3((unsigned)tokens, (unsigned)view->heads), dim3(THREADS), 0, b2_cuda_stream(ctx), *view,
               weights, offsets);
     return b2_cuda_launched("attention weights", err);
 }

@@ -10,7 +10,7 @@ namespace {
 
 enum { THREADS = 256, WARPS = THREADS / 32, CHUNK = 128 };
 
-__global__ void __launch_bounds__(THREADS) wide_kernel(b2_attention_view a)
+template <class K> __global__ void __launch_bounds__(THREADS) wide_kernel(b2_attention_view a)
 {
     __shared__ float scores[CHUNK];
     B2_DYNAMIC_SHARED(float, q);
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(b2_attention_view a)
     }
     for (int from = b2_attention_first(a, row, i); from < end; from += CHUNK) {
         int count = from + CHUNK < end ? CHUNK : end - from;
-        const float *key, *value;
+        const K *key, *value;
         __syncthreads();
         for (int j = warp; j < count; j += WARPS) {
             float score = 0.0f;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(b2_attention_view a)
             if (shown) {
                 b2_attention_find_key(a, row, from + j, &key, &value);
                 for (int d = lane; d < a.head_dim; d += 32)
-                    score += q[d] * key[offset + d];
+                    score += q[d] * b2_key_float(key[offset + d]);
             }
             for (int step = 16; step > 0; step /= 2)
                 score += __shfl_xor_sync(0xffffffffu, score, step);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(THREADS) wide_kernel(b2_attention_view a)
                 if (scores[j] == -INFINITY)
                     continue;
                 b2_attention_find_key(a, row, from + j, &key, &value);
-                o += expf(scores[j] - reference) * value[offset + d];
+                o += expf(scores[j] - reference) * b2_key_float(value[offset + d]);
             }
             out[d] = o;
         }
@@ -77,9 +77,12 @@ int b2_attention_wide(b2_ctx *ctx, const b2_attention_view *view, int64_t tokens
     if (bytes + CHUNK * sizeof(float) > b2_cuda_of(ctx)->shared_per_block)
         return b2_fail(err, B2_E_UNSUPPORTED, "attention: heads of width %d do not fit in this device's shared memory",
                        view->head_dim);
-    cudaError_t status = cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    void (*kernel)(b2_attention_view) = view->keys == B2_F16    ? wide_kernel<b2_half_key>
+                                        : view->keys == B2_BF16 ? wide_kernel<b2_bfloat_key>
+                                                                : wide_kernel<float>;
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (b2_cuda_check(status, "attention: shared memory", err) < 0)
         return -1;
-    B2_LAUNCH(wide_kernel, dim3((unsigned)tokens, (unsigned)view->heads), dim3(THREADS), bytes, b2_cuda_stream(ctx), *view);
+    B2_LAUNCH(kernel, dim3((unsigned)tokens, (unsigned)view->heads), dim3(THREADS), bytes, b2_cuda_stream(ctx), *view);
     return b2_cuda_launched("attention in wide heads", err);
 }

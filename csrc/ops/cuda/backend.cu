@@ -31,6 +31,7 @@ static b2_ops make_table(void)
     ops.embedding = b2_cuda_embedding;
     ops.patches = b2_cuda_patches;
     ops.copy_rows = b2_cuda_copy_rows;
+    ops.store_rows = b2_cuda_store_rows;
     ops.add_rows = b2_cuda_add_rows;
     ops.reduce_rows = b2_cuda_reduce_rows;
     ops.unit_rows = b2_cuda_unit_rows;

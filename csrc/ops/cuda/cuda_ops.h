@@ -31,6 +31,9 @@ int b2_cuda_reduce_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_reduction re
 int b2_cuda_unit_rows(b2_ctx *ctx, b2_tensor out, b2_tensor x, b2_err *err);
 int b2_cuda_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
 
+/* keep.cu */
+int b2_cuda_store_rows(b2_ctx *ctx, b2_tensor out, b2_dtype dtype, const int32_t *out_rows, b2_tensor x, b2_err *err);
+
 /* search.cu: values and ids in backend memory. */
 int b2_cuda_top_k(b2_ctx *ctx, float *values, int32_t *ids, b2_tensor x, int k, b2_err *err);
 /* Waits for the stream: first_bad_row is on the host. */

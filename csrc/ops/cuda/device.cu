@@ -263,7 +263,7 @@ static cudaEvent_t event_of_others(void)
     return event;
 }
 
-void b2_cuda_give_back(b2_device *device, void *data, int exported)
+void b2_cuda_give_back(b2_device *device, void *data, b2_export exported)
 {
     b2_cuda_device *d = (b2_cuda_device *)device;
     int last;
@@ -271,7 +271,9 @@ void b2_cuda_give_back(b2_device *device, void *data, int exported)
         locked hold(&d->lock);
         b2_cuda_device_guard on(d->base.index);
         b2_cuda_block *block = take_live(d, data);
-        if (block && exported && !d->closed && !(block->busy = event_of_others()))
+        if (exported == B2_TO_ANY_STREAM)
+            cudaDeviceSynchronize();
+        if (block && exported == B2_TO_DEFAULT_STREAM && !d->closed && !(block->busy = event_of_others()))
             drop_block(block);
         else if (block)
             keep_idle(d, block);

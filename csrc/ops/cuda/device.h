@@ -71,7 +71,7 @@ int b2_cuda_after_arrivals(b2_cuda_device *device, cudaStream_t stream, b2_err *
 uint64_t b2_cuda_arrivals(b2_device *device);
 int b2_cuda_settle(b2_device *device, b2_err *err);
 void *b2_cuda_lend(b2_device *device, size_t bytes, b2_err *err);
-void b2_cuda_give_back(b2_device *device, void *block, int exported);
+void b2_cuda_give_back(b2_device *device, void *block, b2_export exported);
 /* arrays.cu */
 int b2_cuda_convert(b2_device *device, const b2_device_array *to, const b2_device_array *from, b2_err *err);
 
