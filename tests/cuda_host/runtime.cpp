@@ -52,6 +52,12 @@ struct mark {
 
 typedef std::function<std::string()> work; /* returns "" or what went wrong */
 
+/* Of a loop. */
+struct condition {
+    cudaGraphConditionalHandle handle;
+    unsigned at_launch, now;
+};
+
 struct host {
     std::recursive_mutex lock;
     device devices[DEVICES_MOST];
@@ -64,6 +70,7 @@ struct host {
     cudaError_t last = cudaSuccess;
     std::string failure; /* of the last launch that failed */
     std::map<pthread_t, int> current;
+    std::map<cudaGraphConditionalHandle, std::weak_ptr<condition>> conditions;
     size_t copied[4] = {}; /* bytes, by kind */
     unsigned long long counts[CUDA_HOST_COUNTS] = {};
 };
@@ -202,11 +209,6 @@ size_t find_place(const device &d, size_t reserved)
 }
 
 } /* namespace */
-
-/* Of a loop; its handle is its address. */
-struct condition {
-    unsigned at_launch, now;
-};
 
 struct CUgraph_st {
     std::vector<work> steps;
@@ -1037,8 +1039,10 @@ cudaError_t cudaGraphConditionalHandleCreate(cudaGraphConditionalHandle *handle,
     locked guard;
     if (!graph || flags != cudaGraphCondAssignDefault)
         return error(cudaErrorInvalidValue);
-    graph->conditions.push_back(std::make_shared<condition>(condition{value, value}));
-    *handle = (cudaGraphConditionalHandle)(uintptr_t)graph->conditions.back().get();
+    auto &all = the().conditions;
+    *handle = all.empty() ? 1 : all.rbegin()->first + 1;
+    graph->conditions.push_back(std::make_shared<condition>(condition{*handle, value, value}));
+    all[*handle] = graph->conditions.back();
     return cudaSuccess;
 }
 
@@ -1048,7 +1052,7 @@ cudaError_t cudaGraphAddNode(cudaGraphNode_t *node, cudaGraph_t graph, const cud
     locked guard;
     std::shared_ptr<condition> held;
     for (const auto &one : graph->conditions)
-        if ((cudaGraphConditionalHandle)(uintptr_t)one.get() == params->conditional.handle)
+        if (one->handle == params->conditional.handle)
             held = one;
     if (params->type != cudaGraphNodeTypeConditional || params->conditional.type != cudaGraphCondTypeWhile ||
         params->conditional.size != 1 || count != 0 || !graph->steps.empty() || !held)
@@ -1072,7 +1076,11 @@ cudaError_t cudaGraphAddNode(cudaGraphNode_t *node, cudaGraph_t graph, const cud
 
 void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value)
 {
-    ((condition *)(uintptr_t)handle)->now = value;
+    locked guard;
+    auto found = the().conditions.find(handle);
+    std::shared_ptr<condition> held = found == the().conditions.end() ? nullptr : found->second.lock();
+    if (held)
+        held->now = value;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
