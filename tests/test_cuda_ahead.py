@@ -1,5 +1,5 @@
-"""Searches on a device that run ahead (BLIP2C_STEPS_AHEAD): the same tokens and bits of scores as step by step and as on the
-processor, in fewer waits.
+"""Searches on a device that run ahead (BLIP2C_STEPS_AHEAD): the same tokens and bits of scores as step by step, and the
+tokens of the processor, in fewer waits.
 
 The host chooses again by the shortlists of the log, so that a wrong forecast costs time and no token; what shows one is
 that more graphs are launched than runs are needed.
@@ -7,7 +7,9 @@ that more graphs are launched than runs are needed.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,15 @@ import pytest
 
 import blip2c
 from blip2c import _core
+from cuda_build import ROOT, backend_sources, host_library
 from helpers import prompt_ids, random_checkpoint, random_pixels
+from running import run_python
 from test_cuda_encode import GRAPHS, WAITS, counts, on_the_host
 from test_cuda_shortlist import random_search
 from test_generate import core_inputs, core_options
 from test_kernels import interrupted
 
 NEW = 13
-RULES: list[dict[str, Any]] = [
-    {},
-    {"repetition_penalty": 1.4},
-    {"no_repeat_ngram_size": 2, "min_new_tokens": 9},
-    {"bad_words_ids": [[9], [11, 12], [30, 31, 32]], "suppress_tokens": [5, 6, 7], "begin_suppress_tokens": [8]},
-    {"sequence_bias": {(15,): 1.5, (17, 18): 2.0, (19,): -3.0}, "eos_token_id": [3, 4], "min_length": 12},
-    {"exponential_decay_length_penalty": (2, 1.05), "eos_token_id": [3, 40]},
-]
 BEAMS: list[dict[str, Any]] = [
     {"num_beams": 1},
     {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.5},
@@ -64,7 +60,9 @@ def ask(model: Any, rows: int, **options: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(found[name]) for name in names if found.get(name) is not None}
 
 
-def assert_same(monkeypatch: pytest.MonkeyPatch, pair: tuple[Any, Any], runs: list[int], rows: int, **options: Any) -> None:
+def assert_same(
+    monkeypatch: pytest.MonkeyPatch, pair: tuple[Any, Any], runs: list[int], rows: int, **options: Any
+) -> None:
     """The same arrays as step by step; the same tokens as on the processor."""
     here, there = pair
     monkeypatch.setenv("BLIP2C_STEPS_AHEAD", "0")
@@ -85,9 +83,7 @@ def test_runs_of_every_length_say_the_same(
     assert_same(monkeypatch, pairs[family], runs, 2, **BEAMS[beams])
 
 
-@pytest.mark.parametrize(
-    "seed", [*range(3), *(pytest.param(s, marks=pytest.mark.exhaustive) for s in range(3, 150))]
-)
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(s, marks=pytest.mark.exhaustive) for s in range(3, 150))])
 def test_random_options_say_the_same(
     seed: int, pairs: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,22 +93,40 @@ def test_random_options_say_the_same(
     assert_same(monkeypatch, pair, [1 + seed % 8], 1 + seed % 3, **options)
 
 
+def rules_about(said: list[int]) -> list[dict[str, Any]]:
+    """Options under which these new tokens are not said again."""
+    words = [[said[3]], [said[5], said[6]], [*said[7:9], said[9]]]
+    return [
+        {},
+        {"repetition_penalty": 2.5},
+        {"no_repeat_ngram_size": 1},
+        {"bad_words_ids": words},
+        {"suppress_tokens": said[2:4]},
+        {"sequence_bias": {tuple(word): -4.0 for word in words} | {(said[8],): 1.5}},
+        {"eos_token_id": [said[3], said[6]], "min_new_tokens": 7},
+        {"eos_token_id": [said[3], 40], "exponential_decay_length_penalty": (1, 0.5)},
+    ]
+
+
 @on_the_host
-@pytest.mark.parametrize("rules", range(len(RULES)))
-@pytest.mark.parametrize("beams", range(len(BEAMS)))
+@pytest.mark.parametrize("rules", range(8))
+@pytest.mark.parametrize("beams", [0, 1, *(pytest.param(b, marks=pytest.mark.exhaustive) for b in (2, 3))])
 def test_what_is_forecast_comes_true(
     beams: int, rules: int, pairs: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ahead by 4 steps: a launch for 4 of them, but for the first step of a shape, which is not recorded."""
-    _, there = pairs["opt"]
-    options = BEAMS[beams] | RULES[rules]
+    """One launch encodes, one is for each four steps, once the shape has been recorded."""
+    here, there = pairs["opt"]
+    said = ask(here, 1, **BEAMS[beams])["sequences"]
+    length = said.shape[1] - NEW
+    options = BEAMS[beams] | rules_about(said[0, length:].tolist())[rules]
     monkeypatch.setenv("BLIP2C_STEPS_AHEAD", "4")
     for _ in range(2):
         before = counts()
-        found = ask(there, 1, **options)
+        found = ask(there, 1, **options)["sequences"]
         asked = counts() - before
-    steps = found["sequences"].shape[1] - 1
-    assert 0 < asked[GRAPHS] <= 2 + math.ceil(steps / 4), options
+    assert rules == 0 or not np.array_equal(found, said)
+    longest = NEW if beams else found.shape[1] - length
+    assert 0 < asked[GRAPHS] <= 1 + math.ceil((longest - 1) / 4), options
 
 
 @on_the_host
@@ -143,17 +157,63 @@ def test_rows_end_at_different_steps_within_a_run(
     assert_same(monkeypatch, pairs["opt"], [4, 7], 3, eos_token_id=ends, num_beams=beams)
 
 
-@pytest.fixture(scope="module")
-def twins(cuda: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """Every token has another with the same logit in the upper half of the vocabulary."""
-    folder = random_checkpoint(tmp_path_factory.mktemp("twins"), seed=2, family="llama", tied=False)
+WRONG = {
+    "return is_one_of(c.suppress_ids, c.suppress_count, id) ? -INFINITY : score;": "return first;",
+    "float ruled(const b2_choice &c, const history &h, float score, int32_t id)\n{": "\\g<0>\n    float first = score;",
+    "bool settled = best[0] != 0 && value_of(best[0]) > -INFINITY;": "bool settled = best[0] != 0;",
+    "settled = best[c + 1] != 0 && value_of(best[c]) > value_of(best[c + 1]);": "settled = best[c + 1] != 0;",
+}
+SCRIPT = """
+import json, os, sys
+import blip2c
+from cuda_build import ROOT, backend_sources, host_library
+from helpers import prompt_ids, random_pixels
+model = blip2c.Blip2ForConditionalGeneration.from_pretrained(sys.argv[1], device="cuda")
+given = random_pixels(model.config, 2), prompt_ids(model.config, 2, 8)
+for options in json.loads(sys.argv[2]):
+    said = []
+    for run in ("0", "4"):
+        os.environ["BLIP2C_STEPS_AHEAD"] = run
+        said.append(model.generate(*given, max_new_tokens=8, **options).tolist())
+    assert said[0] == said[1], (options, said)
+"""
+
+
+@on_the_host
+def test_a_wrong_forecast_costs_no_token(cuda: str, tmp_path: Path) -> None:
+    """The backend without rules, and sure of itself where scores are equal or all tokens forbidden."""
+    source = ROOT / "csrc" / "ops" / "cuda" / "choose.cu"
+    text = source.read_text()
+    for right, wrong in WRONG.items():
+        text, count = re.subn(re.escape(right), wrong, text)
+        assert count == 1, right
+    (tmp_path / "choose.cu").write_text(text)
+    library = host_library([tmp_path / "choose.cu", *(path for path in backend_sources() if path != source)])
+    rules: list[dict[str, Any]] = [{"no_repeat_ngram_size": 1}, {"num_beams": 2, "repetition_penalty": 2.5}]
+    ties: list[dict[str, Any]] = [{}, {"num_beams": 2}]
+    for folder, options in (
+        (random_checkpoint(tmp_path / "opt", seed=8), rules),
+        (make_twins(tmp_path / "twins"), ties),
+    ):
+        done = run_python(SCRIPT, folder, json.dumps(options), BLIP2C_CUDA_LIBRARY=str(library))
+        assert done.returncode == 0, done.stderr
+
+
+def make_twins(folder: Path) -> Path:
+    """Every token of this model has another with the same logit in the upper half of the vocabulary."""
+    random_checkpoint(folder, seed=2, family="llama", tied=False)
     weights = load(folder, "cpu")._core.weights()
-    name = "language_model.lm_head.weight"
-    head = weights[name].copy()
+    head = weights["language_model.lm_head.weight"].copy()
     half = len(head) // 2
     head[half : 2 * half] = head[:half]
-    weights[name] = head
+    weights["language_model.lm_head.weight"] = head
     _core.write_safetensors(str(folder / "model.safetensors"), weights, dict.fromkeys(weights, "F32"), {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def twins(cuda: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    folder = make_twins(tmp_path_factory.mktemp("twins"))
     return load(folder, "cpu"), load(folder, cuda)
 
 
@@ -188,9 +248,7 @@ def test_items_that_enter_later(pairs: dict[str, tuple[Any, Any]], monkeypatch: 
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_no_allocation_per_step(
-    beams: int, pairs: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_allocation_per_step(beams: int, pairs: dict[str, tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     _, there = pairs["opt"]
     monkeypatch.setenv("BLIP2C_STEPS_AHEAD", "4")
     options = core_options(num_beams=beams, max_new_tokens=10, repetition_penalty=1.3)
