@@ -75,7 +75,7 @@ void b2_turns_begin(b2_turns *t, int64_t n, const int32_t *row, int64_t wanted)
     t->launched = wanted;
     t->done = t->at = 0;
     memset(t->counters, 0, sizeof t->counters);
-    t->counters[1] = (uint32_t)wanted;
+    t->counters[B2_CHOICE_WANTED] = (uint32_t)wanted;
     for (int64_t i = 0; t->choice && i < n; i++) {
         t->row[i] = row[i];
         t->map[i] = (int32_t)i;

@@ -1,6 +1,6 @@
 /* Steps that ran ahead of a search: a device goes through several, choosing tokens by itself (ops/choice.h), and leaves a log.
- * From it the search is given what it asks for as long as it asks for the same tokens; from where it does not, the rest of the log
- * is void. Belongs to the places of the search. */
+ * From it the search is given what it asks for as long as it asks for the same tokens; from where it does not, the rest of
+ * the log is void. Belongs to the places of the search. */
 #ifndef B2_MODEL_TURNS_H
 #define B2_MODEL_TURNS_H
 

@@ -69,12 +69,13 @@ typedef struct b2_choice_tables {
     int64_t key_mask_ld;
     const int32_t *prefix_lens; /* [N] */
     int32_t cache_step;         /* from a row's cache row to that of its next token */
-    uint32_t *turns;            /* [B2_CHOICE_COUNTERS]: how many steps there are to be, then zeros */
+    uint32_t *turns;            /* [B2_CHOICE_COUNTERS]: zeros, but for how many steps there are to be */
     void *log;                  /* b2_choice_log_bytes, in backend memory */
     int32_t *spare;             /* [N, history_ld + suffix_ld] in backend memory */
 } b2_choice_tables;
 
-enum { B2_CHOICE_COUNTERS = 5 };
+/* Where in `turns` that number stands. */
+enum { B2_CHOICE_COUNTERS = 5, B2_CHOICE_WANTED = 1 };
 
 /* The log: how many steps have been done, then of each its shortlist and what was chosen. */
 enum { B2_CHOICE_HEADER = 16 };

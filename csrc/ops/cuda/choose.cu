@@ -17,7 +17,7 @@ enum { THREADS = B2_SHORTLIST_THREADS, ROOM = B2_SHORTLIST_ROOM, BEAMS_MOST = B2
 const float LARGEST = 3.402823466e38f;
 
 /* b2_choice_tables.turns. */
-enum { TURN = 0, WANTED, ARRIVED, RUNNING, UNSETTLED };
+enum { TURN = 0, WANTED = B2_CHOICE_WANTED, ARRIVED, RUNNING, UNSETTLED };
 
 /* Both structs with device copies in place of host arrays. */
 struct view {
@@ -50,7 +50,12 @@ __global__ void __launch_bounds__(THREADS) list_kernel(view v, b2_tensor logits)
     entry e = entry_of(v, v.t.turns[TURN]);
     for (int64_t j = threadIdx.x; j < ld; j += THREADS) {
         int64_t said = j - v.c.fixed_count;
-        e.list.listed[i * ld + j] = said < 0 ? v.c.fixed[j] : v.c.by_history && said < length ? v.c.history[i * v.c.history_ld + said] : -1;
+        int32_t id = -1;
+        if (said < 0)
+            id = v.c.fixed[j];
+        else if (v.c.by_history && said < length)
+            id = v.c.history[i * v.c.history_ld + said];
+        e.list.listed[i * ld + j] = id;
     }
     __syncthreads();
     b2_shortlist_row(logits, e.list, i, v.c.beams > 1);

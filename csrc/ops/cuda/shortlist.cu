@@ -16,7 +16,8 @@ int b2_cuda_shortlist(b2_ctx *ctx, b2_shortlist *list, b2_tensor x, void *there,
     size_t bytes = (size_t)((char *)device.listed - (char *)there);
     if (listed_bytes > 0 && b2_cuda_upload(ctx, device.listed, list->listed, listed_bytes, err) < 0)
         return -1;
-    B2_LAUNCH(shortlist_kernel, dim3((unsigned)x.rows), dim3(B2_SHORTLIST_THREADS), 0, b2_cuda_stream(ctx), x, device, list->adds_up);
+    B2_LAUNCH(shortlist_kernel, dim3((unsigned)x.rows), dim3(B2_SHORTLIST_THREADS), 0, b2_cuda_stream(ctx), x,
+              device, list->adds_up);
     if (b2_cuda_launched("shortlist", err) < 0 || b2_cuda_download(ctx, here, there, bytes, err) < 0)
         return -1;
     list->sums = host.sums;
