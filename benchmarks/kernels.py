@@ -19,6 +19,7 @@ Other work on the machine shows in every figure: ratios between engines of one r
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import tempfile
 import time
@@ -327,12 +328,21 @@ def beside_ctranslate2(rounds: int, threads: int, width: int = 2560, inner: int 
             )
 
 
+def keep_freed_memory() -> None:
+    """Else every output and every scratch would be new pages, which a model's calls are not."""
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, 1 << 30)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="comma-separated parts of names")
     arguments = parser.parse_args()
+    keep_freed_memory()
     _core.set_num_threads(arguments.threads)
     torch.set_num_threads(arguments.threads)
     limits, rng = ceilings(), np.random.default_rng(0)

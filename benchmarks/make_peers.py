@@ -87,7 +87,7 @@ def make_ctranslate2_vision(weights: Weights, vision: dict[str, Any], out: Path)
     )
     positions = read.tensor("embeddings.position_embedding")[0]  # [T, D]
     encoder.scale_embeddings = False
-    encoder.embeddings[0].weight = positions
+    encoder.embeddings[0].weight = positions[::-1].copy()  # equal ones would become one, and both be quantised
     encoder.position_encodings.encodings = positions
     read.norm(encoder.layer_norm, "post_layernorm")
     for i, layer in enumerate(encoder.layer):

@@ -28,114 +28,141 @@ static int stream_panels(b2_dtype dtype, int rows)
     return 1;
 }
 
-B2_INLINE __m256i pair_at(const char *x)
-{
-    int32_t pair;
-    memcpy(&pair, x, sizeof pair);
-    return _mm256_set1_epi32(pair);
-}
+/* Ten sums, two operands of weights, x, a product and a mask are fifteen of sixteen registers, and GCC spills half of them:
+ * written out. Sums in ymm0 to ymm9, weights in ymm12 and ymm13, x in ymm14, a product in ymm15, the mask in one of the
+ * others. Weights are unpacked once for all rows.
+ *
+ * DO(row, its two sums) for each row. */
+#define ROWS_1(DO, AT) DO(AT, 0, 0, 1)
+#define ROWS_2(DO, AT) ROWS_1(DO, AT) DO(AT, 1, 2, 3)
+#define ROWS_3(DO, AT) ROWS_2(DO, AT) DO(AT, 2, 4, 5)
+#define ROWS_4(DO, AT) ROWS_3(DO, AT) DO(AT, 3, 6, 7)
+#define ROWS_5(DO, AT) ROWS_4(DO, AT) DO(AT, 4, 8, 9)
 
-B2_INLINE __m256i add_pairs(__m256i acc, __m256i w, const char *x)
-{
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, pair_at(x)));
-}
+#define ZERO(AT, r, i0, i1)                                                                                         \
+    "vpxor %%xmm" #i0 ", %%xmm" #i0 ", %%xmm" #i0 "\n\t"                                                            \
+    "vpxor %%xmm" #i1 ", %%xmm" #i1 ", %%xmm" #i1 "\n\t"
+#define OFFSET(AT, r, i0, i1)                                                                                       \
+    "vpbroadcastd 4*" #r "(%[offsets]), %%ymm" #i0 "\n\t"                                                          \
+    "vmovdqa %%ymm" #i0 ", %%ymm" #i1 "\n\t"
+/* The pair of x at 8 * row + AT */
+#define MULTIPLY(AT, r, i0, i1)                                                                                     \
+    "vpbroadcastd 8*" #r "+" AT ", %%ymm14\n\t"                                                                    \
+    "vpmaddwd %%ymm12, %%ymm14, %%ymm15\n\t"                                                                       \
+    "vpmaddwd %%ymm13, %%ymm14, %%ymm14\n\t"                                                                       \
+    "vpaddd %%ymm15, %%ymm" #i0 ", %%ymm" #i0 "\n\t"                                                               \
+    "vpaddd %%ymm14, %%ymm" #i1 ", %%ymm" #i1 "\n\t"
+#define STORE(AT, r, i0, i1)                                                                                        \
+    "vmovdqu %%ymm" #i0 ", 64*" #r "(%[out])\n\t"                                                                  \
+    "vmovdqu %%ymm" #i1 ", 64*" #r "+32(%[out])\n\t"
+#define ADD_SCALED(AT, r, i0, i1)                                                                                   \
+    "vcvtdq2ps %%ymm" #i0 ", %%ymm" #i0 "\n\t"                                                                     \
+    "vcvtdq2ps %%ymm" #i1 ", %%ymm" #i1 "\n\t"                                                                     \
+    "vfmadd213ps 64*" #r "(%[c]), %%ymm12, %%ymm" #i0 "\n\t"                                                       \
+    "vfmadd213ps 64*" #r "+32(%[c]), %%ymm13, %%ymm" #i1 "\n\t"                                                    \
+    "vmovups %%ymm" #i0 ", 64*" #r "(%[c])\n\t"                                                                    \
+    "vmovups %%ymm" #i1 ", 64*" #r "+32(%[c])\n\t"
 
-/* out [rows][16] = sums over `blocks` blocks of I8; x: the first of `rows` rows, quads lie `distance` bytes apart */
-B2_INLINE void sum_i8(int32_t *out, const char *x, int64_t distance, const uint8_t *w, int64_t blocks, const int rows)
-{
-    const __m256i even_bytes = _mm256_set1_epi16(255);
-    __m256i acc[2 * ROWS_AT_ONCE];
-    B2_UNROLL
-    for (int i = 0; i < 2 * rows; i++)
-        acc[i] = _mm256_setzero_si256();
-    for (int64_t q = 0; q < blocks * QUADS_PER_BLOCK; q++, w += 64, x += distance) {
-        __builtin_prefetch(w + AHEAD);
-        B2_UNROLL
-        for (int h = 0; h < 2; h++) {
-            __m256i both = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * h));
-            __m256i even = _mm256_and_si256(both, even_bytes), odd = _mm256_srli_epi16(both, 8);
-            B2_UNROLL
-            for (int r = 0; r < rows; r++) {
-                acc[2 * r + h] = add_pairs(acc[2 * r + h], even, x + r * X_BYTES);
-                acc[2 * r + h] = add_pairs(acc[2 * r + h], odd, x + r * X_BYTES + 4);
-            }
-        }
-    }
-    B2_UNROLL
-    for (int i = 0; i < 2 * rows; i++)
-        _mm256_storeu_si256((__m256i *)(void *)(out + 8 * i), acc[i]);
-}
+/* Weights in ymm12 and ymm13 */
+#define MASKED                                                                                                      \
+    "vpand (%[w]), %[mask], %%ymm12\n\t"                                                                           \
+    "vpand 32(%[w]), %[mask], %%ymm13\n\t"
+#define SHIFTED(BITS)                                                                                               \
+    "vmovdqu (%[w]), %%ymm12\n\t"                                                                                  \
+    "vmovdqu 32(%[w]), %%ymm13\n\t"                                                                                \
+    "vpsrlw $" #BITS ", %%ymm12, %%ymm12\n\t"                                                                      \
+    "vpsrlw $" #BITS ", %%ymm13, %%ymm13\n\t"
+#define SHIFTED_AND_MASKED(BITS)                                                                                    \
+    SHIFTED(BITS)                                                                                                   \
+    "vpand %[mask], %%ymm12, %%ymm12\n\t"                                                                          \
+    "vpand %[mask], %%ymm13, %%ymm13\n\t"
+#define CLOBBERED                                                                                                   \
+    "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm12",        \
+        "xmm13", "xmm14", "xmm15"
 
-/* The same of one block of I4. */
-B2_INLINE void sum_i4(int32_t *out, const char *x, int64_t distance, const uint8_t *w, int64_t blocks, const int rows)
-{
-    const __m256i nibbles = _mm256_set1_epi16(15);
-    __m256i acc[2 * ROWS_AT_ONCE];
-    B2_UNROLL
-    for (int i = 0; i < 2 * rows; i++)
-        acc[i] = _mm256_setzero_si256();
-    for (int64_t q = 0; q < blocks * QUADS_PER_BLOCK / 2; q++, w += 64, x += 2 * distance) {
-        __builtin_prefetch(w + AHEAD);
-        B2_UNROLL
-        for (int h = 0; h < 2; h++) {
-            __m256i all = _mm256_loadu_si256((const __m256i *)(const void *)(w + 32 * h));
-            __m256i n0 = _mm256_and_si256(all, nibbles), n1 = _mm256_and_si256(_mm256_srli_epi16(all, 8), nibbles);
-            __m256i n2 = _mm256_and_si256(_mm256_srli_epi16(all, 4), nibbles), n3 = _mm256_srli_epi16(all, 12);
-            B2_UNROLL
-            for (int r = 0; r < rows; r++) {
-                const char *low = x + r * X_BYTES, *high = low + distance;
-                __m256i sum = add_pairs(add_pairs(acc[2 * r + h], n0, low), n1, low + 4);
-                acc[2 * r + h] = add_pairs(add_pairs(sum, n2, high), n3, high + 4);
-            }
-        }
-    }
-    B2_UNROLL
-    for (int i = 0; i < 2 * rows; i++)
-        _mm256_storeu_si256((__m256i *)(void *)(out + 8 * i), acc[i]);
-}
-
-#define DEFINE_SUM(R)                                                                                               \
-    static void sum_##R(int32_t *out, const char *x, int64_t distance, const uint8_t *w, int64_t blocks,            \
-                        b2_dtype dtype)                                                                             \
+/* x: the first of R rows, quads lie `distance` bytes apart.
+ * sum_i8: out [R][16] = sums of (q + 128) * X over `quads` quads.
+ * add_i4: c [R][16] += scales * (sums of (q + 8) * X over a block + offset). */
+#define DEFINE_SUMS(R)                                                                                              \
+    static void sum_i8_##R(int32_t *out, const char *x, int64_t distance, const uint8_t *w, int64_t quads)          \
     {                                                                                                               \
-        if (dtype == B2_I8)                                                                                         \
-            sum_i8(out, x, distance, w, blocks, R);                                                                 \
-        else                                                                                                        \
-            sum_i4(out, x, distance, w, blocks, R);                                                                 \
+        const __m256i mask = _mm256_set1_epi16(255);                                            \
+        __asm__ volatile(ROWS_##R(ZERO, ) "1:\n\t"                                                                 \
+                         "prefetcht0 %c[ahead](%[w])\n\t"                                                          \
+                         MASKED ROWS_##R(MULTIPLY, "0(%[x])")                                                        \
+                         SHIFTED(8) ROWS_##R(MULTIPLY, "4(%[x])")                                                   \
+                         "add %[distance], %[x]\n\t"                                                               \
+                         "add $64, %[w]\n\t"                                                                       \
+                         "dec %[quads]\n\t"                                                                        \
+                         "jnz 1b\n\t" ROWS_##R(STORE, )                                                            \
+                         : [x] "+r"(x), [w] "+r"(w), [quads] "+r"(quads)                                            \
+                         : [out] "r"(out), [distance] "r"(distance), [ahead] "i"(AHEAD), [mask] "x"(mask)                  \
+                         : CLOBBERED);                                                                              \
+    }                                                                                                               \
+    static void add_i4_##R(float *c, const char *x, int64_t distance, const uint8_t *w, const int32_t *offsets,     \
+                           const uint16_t *scales)                                                                  \
+    {                                                                                                               \
+        const __m256i mask = _mm256_set1_epi16(15);                                             \
+        int64_t pairs = QUADS_PER_BLOCK / 2;                                                                        \
+        __asm__ volatile(ROWS_##R(OFFSET, ) "1:\n\t"                                                               \
+                         "prefetcht0 %c[ahead](%[w])\n\t"                                                          \
+                         MASKED ROWS_##R(MULTIPLY, "0(%[x])")                                                        \
+                         SHIFTED_AND_MASKED(8) ROWS_##R(MULTIPLY, "4(%[x])")                                        \
+                         "add %[distance], %[x]\n\t"                                                               \
+                         SHIFTED_AND_MASKED(4) ROWS_##R(MULTIPLY, "0(%[x])")                                         \
+                         SHIFTED(12) ROWS_##R(MULTIPLY, "4(%[x])")                                                  \
+                         "add %[distance], %[x]\n\t"                                                               \
+                         "add $64, %[w]\n\t"                                                                       \
+                         "dec %[pairs]\n\t"                                                                        \
+                         "jnz 1b\n\t"                                                                              \
+                         "vcvtph2ps (%[scales]), %%ymm12\n\t"                                                      \
+                         "vcvtph2ps 16(%[scales]), %%ymm13\n\t" ROWS_##R(ADD_SCALED, )                             \
+                         : [x] "+r"(x), [w] "+r"(w), [pairs] "+r"(pairs)                                            \
+                         : [c] "r"(c), [distance] "r"(distance), [offsets] "r"(offsets), [scales] "r"(scales),      \
+                           [ahead] "i"(AHEAD), [mask] "x"(mask)                                                            \
+                         : CLOBBERED);                                                                              \
     }
 
-DEFINE_SUM(1)
-DEFINE_SUM(2)
-DEFINE_SUM(3)
-DEFINE_SUM(4)
-DEFINE_SUM(5)
+DEFINE_SUMS(1)
+DEFINE_SUMS(2)
+DEFINE_SUMS(3)
+DEFINE_SUMS(4)
+DEFINE_SUMS(5)
 
-typedef void (*sum_fn)(int32_t *, const char *, int64_t, const uint8_t *, int64_t, b2_dtype);
-
-static const sum_fn sums_of[ROWS_AT_ONCE] = {sum_1, sum_2, sum_3, sum_4, sum_5};
-
-/* acc [rows][16] over blocks [first, first + count) */
+/* acc [rows][16] over blocks [first, first + count) of I8 */
 static void sum_rows(int32_t *acc, const b2_quad_rows *x, const b2_quad_panels *w, int64_t first, int64_t count)
 {
+    typedef void (*sum_fn)(int32_t *, const char *, int64_t, const uint8_t *, int64_t);
+    static const sum_fn sums_of[ROWS_AT_ONCE] = {sum_i8_1, sum_i8_2, sum_i8_3, sum_i8_4, sum_i8_5};
     int64_t distance = (int64_t)x->rows * X_BYTES;
     const char *values = (const char *)x->values + first * QUADS_PER_BLOCK * distance;
-    const uint8_t *from = w->data + first * block_bytes(w->dtype);
+    const uint8_t *from = w->data + first * block_bytes(B2_I8);
     for (int r = 0; r < x->rows; r += ROWS_AT_ONCE) {
         int rows = x->rows - r < ROWS_AT_ONCE ? x->rows - r : ROWS_AT_ONCE;
-        sums_of[rows - 1](acc + r * B2_PANEL, values + r * X_BYTES, distance, from, count, w->dtype);
+        sums_of[rows - 1](acc + r * B2_PANEL, values + r * X_BYTES, distance, from, count * QUADS_PER_BLOCK);
     }
 }
 
-/* c [16] += t * scales of the group */
+static void stream_i4(float *c, const b2_quad_rows *x, const b2_quad_panels *w)
+{
+    typedef void (*add_fn)(float *, const char *, int64_t, const uint8_t *, const int32_t *, const uint16_t *);
+    static const add_fn adds_of[ROWS_AT_ONCE] = {add_i4_1, add_i4_2, add_i4_3, add_i4_4, add_i4_5};
+    int64_t distance = (int64_t)x->rows * X_BYTES;
+    for (int64_t g = 0; g < w->groups; g++)
+        for (int r = 0; r < x->rows; r += ROWS_AT_ONCE) {
+            int rows = x->rows - r < ROWS_AT_ONCE ? x->rows - r : ROWS_AT_ONCE;
+            const char *values = (const char *)x->values + g * QUADS_PER_BLOCK * distance + r * X_BYTES;
+            adds_of[rows - 1](c + r * B2_PANEL, values, distance, w->data + g * block_bytes(B2_I4),
+                              x->narrow + g * x->rows + r, (const uint16_t *)w->scales + g * B2_PANEL);
+        }
+}
+
+/* c [16] += t * scales of the group of I8 */
 B2_INLINE void add_scaled(float *c, __m256 t0, __m256 t1, const b2_quad_panels *w, int64_t group)
 {
-    int64_t at = group * B2_PANEL;
-    const float *wide = (const float *)w->scales + at;
-    const uint16_t *half = (const uint16_t *)w->scales + at;
-    __m256 s0 = w->dtype == B2_I8 ? v_load(wide) : v_load_f16(half);
-    __m256 s1 = w->dtype == B2_I8 ? v_load(wide + VW) : v_load_f16(half + VW);
-    v_store(c, v_fma(s0, t0, v_load(c)));
-    v_store(c + VW, v_fma(s1, t1, v_load(c + VW)));
+    const float *scales = (const float *)w->scales + group * B2_PANEL;
+    v_store(c, v_fma(v_load(scales), t0, v_load(c)));
+    v_store(c + VW, v_fma(v_load(scales + VW), t1, v_load(c + VW)));
 }
 
 B2_INLINE __m256i load_whole(const int32_t *p)
@@ -187,6 +214,8 @@ static void stream(float *c, const b2_quad_rows *x, const b2_quad_panels *w, int
     memset(c, 0, (size_t)x->rows * B2_PANEL * sizeof *c);
     if (x->wide)
         stream_wide(c, x, w);
+    else if (w->dtype == B2_I4)
+        stream_i4(c, x, w);
     else
         stream_narrow(c, x, w);
     for (int i = 0; i < x->rows * B2_PANEL; i++)
