@@ -629,7 +629,7 @@ static int run_laid_out(b2_places *p, int64_t n, b2_tensor outer, b2_err *err)
     fill_call(p, &call, n, x, inner);
     if (p->turns.launched > 0)
         fill_choice(p, &call);
-    b2_step_shape shape = {.key = &call, .bytes = sizeof call, .repeats = p->turns.launched > 0 ? &repeats : NULL};
+    b2_step_shape shape = {.key = &call, .bytes = sizeof call, .turns = (int)p->turns.launched, .repeats = &repeats};
     b2_rows_are before = ctx->rows_are;
     ctx->rows_are = B2_ROWS_APART;
     int status = b2_step_run(ctx, shape, run_step, &call, err);

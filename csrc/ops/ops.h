@@ -221,7 +221,8 @@ typedef struct b2_step_shape {
     size_t bytes;
     int constant;    /* 1: the body makes the host arrays itself, and makes the same ones whenever the key is the same; then their
                       * addresses do not matter */
-    int *repeats;    /* NULL, or: the body ends with b2_choose. Out: 1 where that has been done, and as many steps as it says */
+    int turns;       /* 0, or: the body ends with b2_choose, which asks for so many steps */
+    int *repeats;    /* out where turns > 0: 1 where up to so many are done, by one call of b2_step_run; 0: this one alone */
 } b2_step_shape;
 
 typedef int (*b2_step_fn)(b2_ctx *ctx, void *argument, b2_err *err);

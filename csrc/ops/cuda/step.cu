@@ -180,18 +180,22 @@ static int record_whole(b2_ctx *ctx, step *s, int loops, b2_step_fn body, void *
     return status;
 }
 
-static int replay(b2_ctx *ctx, step *s, b2_err *err)
+/* turns: steps that it may become. */
+static int replay(b2_ctx *ctx, step *s, int turns, b2_err *err)
 {
     b2_cuda *q = b2_cuda_of(ctx);
     b2_cuda_recording *r = &s->recording;
     /* The copy of the arrays of the step before has been made: whoever asks for a step has read its predecessor's results. */
     for (int i = 0; !r->constant && i < r->count; i++)
         memcpy(r->host + r->arrays[i].at, r->arrays[i].host, r->arrays[i].bytes);
-    if (r->used > 0 && !r->sent && b2_cuda_check(cudaMemcpyAsync(r->device, r->host, r->used, cudaMemcpyHostToDevice, q->stream),
-                                     "arrays of a step", err) < 0)
+    if (r->used > 0 && !r->sent &&
+        b2_cuda_check(cudaMemcpyAsync(r->device, r->host, r->used, cudaMemcpyHostToDevice, q->stream), "arrays of a step",
+                      err) < 0)
         return -1;
     r->sent = r->constant;
-    return b2_cuda_check(cudaGraphLaunch(s->exec, q->stream), "step", err) < 0 ? -1 : b2_cuda_pace_on(ctx, s->work, err);
+    if (b2_cuda_check(cudaGraphLaunch(s->exec, q->stream), "step", err) < 0)
+        return -1;
+    return b2_cuda_pace_on(ctx, turns * s->work, err);
 }
 
 /* The first time: what it costs decides whether it is worth a recording. */
@@ -224,13 +228,13 @@ int b2_cuda_step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argume
         return run_first(ctx, s, body, argument, err);
     }
     if (!s->exec) {
-        int recorded = shape.repeats && record_whole(ctx, s, 1, body, argument) == 0;
+        int recorded = shape.turns > 0 && record_whole(ctx, s, 1, body, argument) == 0;
         s->refused = !recorded && record_whole(ctx, s, 0, body, argument) < 0;
     }
     if (!s->refused) {
-        if (shape.repeats)
+        if (shape.turns > 0)
             *shape.repeats = s->loops;
-        return replay(ctx, s, err);
+        return replay(ctx, s, s->loops ? shape.turns : 1, err);
     }
     release_recording(b2_cuda_device_of(q), &s->recording);
     return body(ctx, argument, err);
