@@ -19,9 +19,6 @@ struct b2_cancel {
 
 enum { B2_POLL_INTERVAL_NS = 25 * 1000 * 1000 };
 
-/* Monotonic time. */
-int64_t b2_now_ns(void);
-
 /* The flag alone: for worker threads. */
 static inline int b2_cancelled(const b2_cancel *cancel)
 {
@@ -31,5 +28,8 @@ static inline int b2_cancelled(const b2_cancel *cancel)
 
 /* The flag, after polling the owner if the interval has passed: for the starting thread. */
 int b2_cancel_poll(b2_cancel *cancel);
+
+/* Monotonic time. */
+int64_t b2_now_ns(void);
 
 #endif
