@@ -677,16 +677,23 @@ static void list_ids(const b2_seat_rows *seat, b2_prefix *prefix, const int32_t 
     memcpy(prefix->rule_ids + seat->length, ids, (size_t)kept * sizeof *prefix->rule_ids);
 }
 
+int b2_prompt_check_keep(const b2_prompt *prompt, int64_t row, b2_err *err)
+{
+    if (prompt->decoder_ids)
+        return b2_fail(err, B2_E_UNSUPPORTED, "row %lld: prefix: an encoder reads the whole prompt at once, a beginning of it "
+                       "can not be kept", (long long)row);
+    if (prompt->mask)
+        return b2_fail(err, B2_E_VALUE, "row %lld: prefix: a prompt with a mask can not be kept", (long long)row);
+    return 0;
+}
+
 int b2_places_keep(b2_prefix **kept, b2_places *p, int32_t place, const int32_t *rules, const int32_t *ids, int64_t length,
                    const int32_t *beams, int32_t row, b2_err *err)
 {
     const b2_seat_rows *seat = &p->seats[place];
     int64_t more = length > 0 ? length - 1 : 0, all = seat->length + more;
-    if (p->size.longest_encoded > 0)
-        return b2_fail(err, B2_E_UNSUPPORTED, "prefix: an encoder reads the whole prompt at once, a beginning of it can not "
-                       "be kept");
-    if (seat->prompt.mask)
-        return b2_fail(err, B2_E_VALUE, "prefix: a prompt with a mask can not be kept");
+    if (b2_prompt_check_keep(&seat->prompt, place, err) < 0)
+        return -1;
     int32_t *rows = b2_alloc((size_t)all, sizeof *rows, "rows of a prefix", err);
     b2_prefix *prefix = rows ? b2_prefix_create(p->model, &p->cache, all, err) : NULL;
     int status = -1;

@@ -70,6 +70,8 @@ typedef struct b2_places {
 /* Of one prompt: ids in range, not empty, with as many image places as features, decoder ids where the model
  * has a decoder, a prefix of this model. `row` names it in the message. */
 int b2_prompt_check(const b2_blip2 *model, const b2_prompt *prompt, int64_t row, b2_err *err);
+/* Whether it can be kept as a prefix: not by an encoder-decoder, and not with a mask. */
+int b2_prompt_check_keep(const b2_prompt *prompt, int64_t row, b2_err *err);
 /* Tokens on the timeline. */
 int64_t b2_prompt_length(const b2_prompt *prompt);
 
