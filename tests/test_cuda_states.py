@@ -19,7 +19,7 @@ from test_instructblip import arrays, distance, tensors
 
 F32 = np.float32
 FAMILIES: dict[str, dict[str, Any]] = {
-    "opt": {"text": {"eos_token_id": 300}, "num_query_tokens": 16},
+    "opt": {"text": {"eos_token_id": 300}, "num_query_tokens": 15},
     "instructblip": {
         "instruct": True,
         "family": "llama",
@@ -124,7 +124,8 @@ def test_states_stay_on_the_device(folder: Path, cuda: str) -> None:
     here, there = blip2c.load(folder), blip2c.load(folder, device=cuda)
     pictures = images(3)
     want = [answers(here, picture) for picture in pictures]
-    there.encode(pictures)  # what is made once
+    for _ in range(3):  # what is made once
+        there.encode(pictures)
     pixels = sum(there.prompts.pixels(picture).nbytes for picture in pictures)
     went, came = copied(HOST_TO_DEVICE), copied(DEVICE_TO_HOST)
     states = there.encode(pictures)
