@@ -249,8 +249,19 @@ uint64_t b2_cuda_arrivals(b2_device *device)
 
 int b2_cuda_settle(b2_device *device, b2_err *err)
 {
+    b2_cuda_device *d = (b2_cuda_device *)device;
     b2_cuda_device_guard on(device->index);
-    return b2_cuda_check(cudaStreamSynchronize(((b2_cuda_device *)device)->copies), "arrays", err);
+    cudaEvent_t event = NULL;
+    int status = b2_cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "arrays", err);
+    if (status < 0)
+        return -1;
+    {
+        locked hold(&d->lock); /* somebody may close the device; it is not held while one waits */
+        status = b2_cuda_check(cudaEventRecord(event, d->copies), "arrays", err);
+    }
+    status = status < 0 ? -1 : b2_cuda_check(cudaEventSynchronize(event), "arrays", err);
+    cudaEventDestroy(event);
+    return status;
 }
 
 void *b2_cuda_lend(b2_device *device, size_t bytes, b2_err *err)
@@ -338,8 +349,9 @@ void b2_cuda_device_close(b2_device *device)
             locked hold(&d->lock);
             d->closed = 1;
         }
+        b2_cuda_queues_destroy(d); /* which gives blocks back and takes the lock for it */
+        locked hold(&d->lock);     /* an array's copy to the host may be under way */
         cudaStreamSynchronize(d->copies);
-        b2_cuda_queues_destroy(d);
         free_idle(d);
         for (int i = 0; i < B2_CUDA_STAGES; i++) {
             if (d->staged[i])
@@ -351,7 +363,6 @@ void b2_cuda_device_close(b2_device *device)
         cudaStreamDestroy(d->copies);
         d->copies = NULL; /* what is still lent is copied in the default stream */
         d->arrived = NULL;
-        locked hold(&d->lock);
         d->closed = 2;
         lent = d->live != NULL;
     }
