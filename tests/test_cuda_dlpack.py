@@ -255,12 +255,8 @@ def test_nonsense_leaves_nothing_behind(there: Any) -> None:
 
 def test_arrays_of_more_axes_than_a_device_is_told(there: Any) -> None:
     values = normal(2, 6)
-    array = there._core.put(values)
-    most = array.reshape(1, 2, 1, 1, 6, 1, 1, 1)
+    most = there._core.put(values.reshape(1, 2, 1, 1, 6, 1, 1, 1))
     assert np.array_equal(most[..., ::-1, :].numpy(), values.reshape(most.shape))
-    for more in (lambda: array[(None,) * 7], lambda: array.reshape(*[1] * 7, 2, 6)):
-        with pytest.raises(ValueError, match="DeviceArray: expected at most 8 axes, found 9"):
-            more()
     with pytest.raises(ValueError, match="DeviceArray: expected at most 8 axes, found 9"):
         there._core.put(values.reshape([1] * 7 + [2, 6]))
 

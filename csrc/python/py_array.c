@@ -365,11 +365,6 @@ static void array_dealloc(PyObject *self)
 /* Around a view of the layout, which is taken over. */
 static PyObject *view_of(PyObject *self, PyObject *layout)
 {
-    if (layout && PyArray_NDIM((PyArrayObject *)layout) > B2_ARRAY_AXES) {
-        PyErr_Format(PyExc_ValueError, "DeviceArray: expected at most %d axes, found %d", B2_ARRAY_AXES,
-                     PyArray_NDIM((PyArrayObject *)layout));
-        Py_CLEAR(layout);
-    }
     return b2py_give(state_of(self), layout);
 }
 
