@@ -186,6 +186,8 @@ def test_tensors_that_are_wrong(
         ([2] * 8, [1 << 59] * 8, BufferError, "not in the memory"),
         ([2, 64], [1 << 38, 1], BufferError, "not in the memory"),
         ([2, 64], [-(1 << 38), 1], BufferError, "not in the memory"),
+        ([2, 64], [-32, 1], BufferError, "not in the memory"),
+        ([9, 32], [32, 1], BufferError, "not in the memory"),
         ([1 << 50], [1], BufferError, "not in the memory"),
     ],
 )
