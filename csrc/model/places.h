@@ -10,6 +10,7 @@
 #include "generate/generate.h"
 #include "model/blip2.h"
 #include "model/prefix.h"
+#include "model/turns.h"
 
 /* One prompt. The timeline (what rules, lengths and results count) is prefix and ids; of an encoder-decoder it is
  * decoder_ids, and ids go to the encoder. */
@@ -56,6 +57,8 @@ typedef struct b2_places {
     float *logits;
     int logits_stay; /* of this call: they are made there and not handed over */
     void *list_there, *list_here;
+    b2_turns turns;
+    int64_t rows_now; /* of the last advance; 0 after a prefill */
     /* Of one call. */
     int32_t *ids, *positions, *cache_rows; /* [group_tokens], or [P*W] if that is more */
     int32_t *offsets;                      /* [P*W + 1] */

@@ -1,11 +1,8 @@
 /* The kernels one by one on arrays: for tests and for people who want to see what they do. blip2c/kernels.py gives them
  * their public signatures. A result lies where the first array lies; on the host it starts as NaN, so that an element that
  * a kernel forgot shows. */
-#define _POSIX_C_SOURCE 200809L
 #include "python/py_kernels.h"
 #include "python/py_kernel_call.h"
-
-#include <time.h>
 
 #include "model/t5.h"
 #include "ops/cpu/common.h"
@@ -157,9 +154,7 @@ static PyObject *linear(PyObject *module, PyObject *args)
 
 static double seconds(void)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return 1e-9 * (double)b2_now_ns();
 }
 
 /* Seconds per call of linear over each of `weights` in turn, with scratch reserved once, as a session runs it. */

@@ -53,6 +53,12 @@ struct mark {
 
 typedef std::function<std::string()> work; /* returns "" or what went wrong */
 
+/* Of a loop. */
+struct condition {
+    cudaGraphConditionalHandle handle;
+    unsigned at_launch, now;
+};
+
 struct host {
     std::recursive_mutex lock;
     device devices[DEVICES_MOST];
@@ -65,6 +71,7 @@ struct host {
     cudaError_t last = cudaSuccess;
     std::string failure; /* of the last launch that failed */
     std::map<pthread_t, int> current;
+    std::map<cudaGraphConditionalHandle, std::weak_ptr<condition>> conditions;
     size_t copied[4] = {}; /* bytes, by kind */
     long allocations_left = -1; /* until there is no memory for any; below 0: as many as fit */
     long refused = 0;           /* of those since then */
@@ -219,6 +226,9 @@ size_t find_place(const device &d, size_t reserved)
 
 struct CUgraph_st {
     std::vector<work> steps;
+    std::vector<std::shared_ptr<condition>> conditions;
+    std::vector<std::shared_ptr<CUgraph_st>> bodies; /* of its loops */
+    CUgraph_st *body = nullptr;                      /* what a node's parameters point to */
 };
 struct CUgraphExec_st {
     std::vector<work> steps;
@@ -233,6 +243,7 @@ struct CUstream_st {
     bool blocking; /* with the default stream */
     std::deque<work> queue;
     CUgraph_st *capture = nullptr;
+    bool capture_is_body = false; /* it belongs to another graph */
     bool invalidated = false;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
     pthread_t capturer;
@@ -1035,6 +1046,15 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void 
 
 /* ---- graphs ---- */
 
+static void begin_capture(CUstream_st *stream, CUgraph_st *graph, bool is_body, cudaStreamCaptureMode mode)
+{
+    stream->capture = graph;
+    stream->capture_is_body = is_body;
+    stream->invalidated = false;
+    stream->mode = mode;
+    stream->capturer = pthread_self();
+}
+
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode)
 {
     locked guard;
@@ -1043,11 +1063,82 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     if (stream->capture)
         return error(cudaErrorIllegalState);
     cudaError_t status = drain(stream);
-    stream->capture = new CUgraph_st();
-    stream->invalidated = false;
-    stream->mode = mode;
-    stream->capturer = pthread_self();
+    begin_capture(stream, new CUgraph_st(), false, mode);
     return status;
+}
+
+cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t graph, const cudaGraphNode_t *,
+                                          const cudaGraphEdgeData *, size_t count, cudaStreamCaptureMode mode)
+{
+    locked guard;
+    if (!stream || stream == cudaStreamLegacy || !the().streams.count(stream))
+        return error(cudaErrorStreamCaptureUnsupported);
+    if (stream->capture)
+        return error(cudaErrorIllegalState);
+    if (!graph || count != 0 || !graph->steps.empty())
+        return error(cudaErrorInvalidValue);
+    cudaError_t status = drain(stream);
+    begin_capture(stream, graph, true, mode);
+    return status;
+}
+
+cudaError_t cudaGraphCreate(cudaGraph_t *graph, unsigned flags)
+{
+    *graph = nullptr;
+    if (flags != 0)
+        return error(cudaErrorInvalidValue);
+    *graph = new CUgraph_st();
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphConditionalHandleCreate(cudaGraphConditionalHandle *handle, cudaGraph_t graph, unsigned value,
+                                             unsigned flags)
+{
+    locked guard;
+    if (!graph || flags != cudaGraphCondAssignDefault)
+        return error(cudaErrorInvalidValue);
+    auto &all = the().conditions;
+    *handle = all.empty() ? 1 : all.rbegin()->first + 1;
+    graph->conditions.push_back(std::make_shared<condition>(condition{*handle, value, value}));
+    all[*handle] = graph->conditions.back();
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphAddNode(cudaGraphNode_t *node, cudaGraph_t graph, const cudaGraphNode_t *, const cudaGraphEdgeData *,
+                             size_t count, cudaGraphNodeParams *params)
+{
+    locked guard;
+    std::shared_ptr<condition> held;
+    for (const auto &one : graph->conditions)
+        if (one->handle == params->conditional.handle)
+            held = one;
+    if (params->type != cudaGraphNodeTypeConditional || params->conditional.type != cudaGraphCondTypeWhile ||
+        params->conditional.size != 1 || count != 0 || !graph->steps.empty() || !held)
+        return error(cudaErrorInvalidValue);
+    auto body = std::make_shared<CUgraph_st>();
+    graph->bodies.push_back(body);
+    graph->body = body.get();
+    graph->steps.push_back([held, body] {
+        for (held->now = held->at_launch; held->now;)
+            for (const work &step : body->steps) {
+                std::string wrong = step();
+                if (!wrong.empty())
+                    return wrong;
+            }
+        return std::string();
+    });
+    *node = nullptr;
+    params->conditional.phGraph_out = &graph->body;
+    return cudaSuccess;
+}
+
+void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value)
+{
+    locked guard;
+    auto found = the().conditions.find(handle);
+    std::shared_ptr<condition> held = found == the().conditions.end() ? nullptr : found->second.lock();
+    if (held)
+        held->now = value;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
@@ -1056,10 +1147,10 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
     *graph = nullptr;
     if (!the().streams.count(stream) || !stream->capture)
         return error(cudaErrorIllegalState);
-    if (stream->invalidated)
-        delete stream->capture;
-    else
+    if (!stream->invalidated)
         *graph = stream->capture;
+    else if (!stream->capture_is_body)
+        delete stream->capture;
     stream->capture = nullptr;
     return stream->invalidated ? error(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }
