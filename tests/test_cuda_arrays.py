@@ -19,7 +19,7 @@ import blip2c
 from blip2c import _core, kernels
 from blip2c._core import DeviceArray
 from blip2c.inputs import to_numpy
-from cuda_callers import DEVICE_TO_HOST, HOST_TO_DEVICE, CallerArray, Stream, Taken, copied, free_bytes
+from cuda_callers import DEVICE_TO_HOST, HOST_TO_DEVICE, CallerArray, Pinned, Stream, Taken, copied, free_bytes
 from helpers import prompt_ids, random_checkpoint, random_pixels
 from running import run_python
 
@@ -413,19 +413,6 @@ def test_kernels_on_tensors_of_the_host() -> None:
     assert torch.equal(values, torch.topk(x, 2).values)
     assert ids.dtype == torch.int32
     assert isinstance(kernels.layer_norm(x.numpy()), np.ndarray)
-
-
-class Pinned:
-    """Memory of the host that a device can reach, kDLCUDAHost."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 3, 0
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.values.__dlpack__(**{k: v for k, v in options.items() if k != "stream"})
 
 
 def test_arrays_of_the_host_are_read_where_they_lie() -> None:

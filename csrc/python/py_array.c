@@ -311,6 +311,12 @@ PyObject *b2py_give(b2py_state *state, PyObject *array)
 {
     if (!array || !b2py_is_on_device((PyArrayObject *)array))
         return array;
+    int ndim = PyArray_NDIM((PyArrayObject *)array);
+    if (ndim > B2_ARRAY_AXES) {
+        Py_DECREF(array);
+        PyErr_Format(PyExc_ValueError, "DeviceArray: expected at most %d axes, found %d", B2_ARRAY_AXES, ndim);
+        return NULL;
+    }
     array_object *self = (array_object *)state->array_type->tp_alloc(state->array_type, 0);
     if (!self) {
         Py_DECREF(array);
@@ -359,11 +365,6 @@ static void array_dealloc(PyObject *self)
 /* Around a view of the layout, which is taken over. */
 static PyObject *view_of(PyObject *self, PyObject *layout)
 {
-    if (layout && PyArray_NDIM((PyArrayObject *)layout) > B2_ARRAY_AXES) {
-        PyErr_Format(PyExc_ValueError, "DeviceArray: expected at most %d axes, found %d", B2_ARRAY_AXES,
-                     PyArray_NDIM((PyArrayObject *)layout));
-        Py_CLEAR(layout);
-    }
     return b2py_give(state_of(self), layout);
 }
 
@@ -456,6 +457,11 @@ static PyObject *array_reshape(PyObject *self, PyObject *args)
     return view_of(self, view);
 }
 
+static PyObject *array_copy(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    return view_of(self, (PyObject *)b2py_ordered(state_of(self), layout_of(self)));
+}
+
 static PyObject *array_numpy(PyObject *self, PyObject *Py_UNUSED(ignored))
 {
     return b2py_to_host(state_of(self), layout_of(self));
@@ -504,6 +510,7 @@ static PyObject *array_repr(PyObject *self)
 
 static PyMethodDef array_methods[] = {
     {"reshape", array_reshape, METH_VARARGS, "reshape(*shape) -> DeviceArray: the same elements in another shape."},
+    {"copy", array_copy, METH_NOARGS, "copy() -> DeviceArray: the same elements in order, in memory of their own."},
     {"numpy", array_numpy, METH_NOARGS, "numpy() -> a copy on the host."},
     {"__array__", KEYWORDS(array_interface), "__array__(dtype=None, copy=None) -> a copy on the host."},
     {"__dlpack__", KEYWORDS(array_dlpack),
@@ -535,7 +542,7 @@ static PyType_Slot array_slots[] = {
 };
 
 static PyType_Spec array_spec = {
-    .name = "blip2c._core.DeviceArray",
+    .name = "blip2c.DeviceArray",
     .basicsize = sizeof(array_object),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = array_slots,

@@ -180,7 +180,7 @@ void destroy(b2_cuda_device *d)
 int open_stages(b2_cuda_device *d, b2_err *err)
 {
     for (int i = 0; i < B2_CUDA_STAGES; i++) {
-        if (!d->stage[i] && b2_cuda_check(cudaMallocHost(&d->stage[i], stage_bytes), "pinned memory", err) < 0)
+        if (!d->stage[i] && b2_cuda_pinned(&d->stage[i], stage_bytes, err) < 0)
             return -1;
         if (!d->staged[i] &&
             b2_cuda_check(cudaEventCreateWithFlags(&d->staged[i], cudaEventDisableTiming), "event", err) < 0)
@@ -222,6 +222,16 @@ int download(b2_memory *memory, void *to, const void *from, size_t bytes, b2_err
 }
 
 } // namespace
+
+int b2_cuda_pinned(void **data, size_t bytes, b2_err *err)
+{
+    cudaError_t status = cudaMallocHost(data, bytes);
+    if (status != cudaErrorMemoryAllocation)
+        return b2_cuda_check(status, "pinned memory", err);
+    cudaGetLastError();
+    *data = NULL;
+    return b2_fail(err, B2_E_MEMORY, "pinned memory: could not allocate %zu bytes on the host", bytes);
+}
 
 /* ---- life ---- */
 
