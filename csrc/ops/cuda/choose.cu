@@ -130,7 +130,8 @@ __device__ float decayed(const b2_choice &c, const history &h, float score)
     int64_t over = h.made - c.decay_start;
     if (over <= 0 || !(fabsf(score) <= LARGEST))
         return score;
-    float factor = (float)(pow(c.decay_factor, (double)over) - 1.0);
+    float factor = at_most((float)(pow(c.decay_factor, (double)over) - 1.0)); /* 0 * Inf would be NaN */
+    factor = factor < -LARGEST ? -LARGEST : factor;
     return at_most(__fadd_rn(score, at_most(__fmul_rn(fabsf(score), factor))));
 }
 
