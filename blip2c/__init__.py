@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip2c._core import (
     CheckpointError,
+    DeviceArray,
     NumericError,
     UnsupportedError,
     cpu_info,
@@ -121,6 +122,7 @@ __all__ = [
     "Captions",
     "Chat",
     "CheckpointError",
+    "DeviceArray",
     "GenerationConfig",
     "Hit",
     "Hits",

@@ -37,10 +37,13 @@ def _policies(dtype: str | dict[str, str], /) -> str: ...
 """How a dtype holds each part: "vision=int8,qformer=half,language=int4"."""
 
 class DeviceArray:
-    """A float32 array on a device, which results are where inputs were. torch.from_dlpack, cupy.from_dlpack and others
-    take it without a copy; numpy() copies it to the host. An index is of integers and slices. It outlives its model.
+    """A float32 array of up to 8 axes on a device, which results are where inputs were: blip2c.DeviceArray.
 
-    Raises TypeError for another index, BufferError for what DLPack cannot say, MemoryError.
+    torch.from_dlpack, cupy.from_dlpack and others take it without a copy; numpy() copies it to the host. An index is of
+    integers and slices and gives a view, as reshape() does where it can; copy() has memory of its own. It outlives its
+    model. Nobody makes one but blip2c.
+
+    Raises TypeError for another index, ValueError for more axes, BufferError for what DLPack cannot say, MemoryError.
     """
 
     @property
@@ -58,6 +61,7 @@ class DeviceArray:
     def __len__(self) -> int: ...
     def __getitem__(self, key: Any, /) -> DeviceArray: ...
     def reshape(self, *shape: Any) -> DeviceArray: ...
+    def copy(self) -> DeviceArray: ...
     def numpy(self) -> NDArray[np.float32]: ...
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]: ...
     def __dlpack__(
@@ -117,11 +121,11 @@ class Model:
     device), BufferError, MemoryError."""
     def put(self, array: NDArray[np.float32], /) -> DeviceArray: ...
     """A copy on the model's device."""
-    def vision(self, pixel_values: NDArray[np.float32]) -> NDArray[np.float32]: ...
+    def vision(self, pixel_values: NDArray[np.float32] | DeviceArray, on_device: bool = False) -> Any: ...
     """[B, 3, S, S] -> [B, T, Dv]: the vision encoder alone, after post_layernorm."""
     def read(
-        self, image_embeds: NDArray[np.float32] | DeviceArray, text: PackedTexts | None = None
-    ) -> NDArray[np.float32]: ...
+        self, image_embeds: NDArray[np.float32] | DeviceArray, text: PackedTexts | None = None, on_device: bool = False
+    ) -> Any: ...
     """[B, T, Dv], what vision() gives, any T -> [B, Q, D_lm]: Q-Former and projection alone. text: what the Q-Former
     reads beside each picture, where it reads one (InstructBLIP)."""
     def encode(

@@ -272,8 +272,9 @@ class Captioner:
     def _encode(self, pictures: Sequence[Any], first: int = 0) -> list[State]:
         pixels = np.concatenate([self.prompts.pixels(picture) for picture in pictures])
         names = [picture_name(picture, first + place) for place, picture in enumerate(pictures)]
-        encoded = np.asarray(self.prompts.encode(pixels))
-        return [State(self.prompts, embeds.copy(), name) for embeds, name in zip(encoded, names, strict=True)]
+        encoded = self.prompts.encode(pixels)
+        # Copies: a picture that is kept keeps nothing of those that it was encoded with.
+        return [State(self.prompts, encoded[place].copy(), name) for place, name in enumerate(names)]
 
     def _collect(
         self,

@@ -82,10 +82,9 @@ def entries() -> list[Entry]:
             continue
         try:
             metadata, size = _core.SafetensorsFile(path).metadata(), path.stat().st_size
-            source = json.loads(metadata.get(SOURCE_KEY, "{}"))
-        except (ValueError, OSError):
-            metadata, size, source = {}, 0, {}
-        sources = [str(file[0]) for file in source.get("files", [])] if isinstance(source, dict) else []
+            sources = [str(file[0]) for file in json.loads(metadata[SOURCE_KEY])["files"]]
+        except (ValueError, LookupError, TypeError, RecursionError, OSError):  # anybody's file, or half of one
+            metadata, size, sources = {}, 0, []
         found.append(Entry(path, size, sources, metadata.get("blip2c.dtypes", "")))
     return found
 
@@ -182,7 +181,7 @@ def _keep(model: _core.Model, path: Path, source: str, core: Mapping[str, Any]) 
         seconds = time.monotonic() - start
         log.info("packed weights for the next load: %s (%.1f MB, %.0f s)", path, model.nbytes / 1e6, seconds)
         _remove_outdated(path, source)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         warnings.warn(
             f"packed weights are not kept for the next load: {path.parent}: {error} ({SETTING} names another folder,"
             f" {SETTING}=off or cache=False keeps none)",
@@ -210,7 +209,7 @@ def _remove_outdated(path: Path, source: str) -> None:
             continue
         try:
             outdated = identity(_core.SafetensorsFile(other).metadata()[SOURCE_KEY]) == identity(source)
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, LookupError, TypeError, RecursionError, OSError):
             continue
         if outdated:
             other.unlink(missing_ok=True)

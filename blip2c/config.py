@@ -49,7 +49,7 @@ class PretrainedConfig:
     architectures: list[str] | None = None
     transformers_version: str | None = None
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         if "torch_dtype" in values:  # the name before transformers 4.56
             legacy = values.pop("torch_dtype")
             if values.get("dtype") is None:
@@ -60,7 +60,8 @@ class PretrainedConfig:
         for name, default in self._defaults().items():
             setattr(self, name, copy.copy(default))
         for name, value in values.items():
-            setattr(self, self.attribute_map.get(name, name), value)
+            _refuse_reserved(type(self), name)
+            setattr(self, type(self).attribute_map.get(name, name), value)
 
     @classmethod
     def _defaults(cls) -> dict[str, Any]:
@@ -119,6 +120,13 @@ class PretrainedConfig:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string()}"
+
+
+def _refuse_reserved(kind: type, name: str) -> None:
+    """What a class has methods for can not be a value of a file: it would take their place."""
+    own = getattr(kind, name, None)
+    if name.startswith("__") or callable(own) or isinstance(own, property):
+        raise CheckpointError(f"config.json: {name} is no name for a value of a {kind.__name__}")
 
 
 class Blip2VisionConfig(PretrainedConfig):
@@ -203,7 +211,7 @@ class OPTConfig(PretrainedConfig):
     layer_norm_elementwise_affine: bool = True
     tie_word_embeddings: bool = True
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         super().__init__(**values)
         if self.word_embed_proj_dim is None:
             self.word_embed_proj_dim = self.hidden_size
@@ -245,7 +253,7 @@ class T5Config(PretrainedConfig):
     decoder_start_token_id: int | None = None
     classifier_dropout: float = 0.0
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         tied = values.pop("tie_word_embeddings", None)
         values.pop("is_encoder_decoder", None)
         aliases = {name: values.pop(name) for name in list(values) if name in self.attribute_map}
@@ -292,7 +300,7 @@ class LlamaConfig(PretrainedConfig):
     mlp_bias: bool = False
     head_dim: int | None = None
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         parameters = standard_parameters(
             values, values.get("max_position_embeddings", self._defaults()["max_position_embeddings"])
         )
@@ -332,12 +340,12 @@ class Qwen2Config(LlamaConfig):
     max_window_layers: int = 28
     layer_types: list[str] | None = None
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         super().__init__(**values)
         if not self.use_sliding_window:
             self.sliding_window = None
-        if self.layer_types is None:
-            first = self.num_hidden_layers if self.sliding_window is None else self.max_window_layers
+        first = self.num_hidden_layers if self.sliding_window is None else self.max_window_layers
+        if self.layer_types is None and _is_count(self.num_hidden_layers) and isinstance(first, int):
             self.layer_types = [
                 "sliding_attention" if layer >= first else "full_attention" for layer in range(self.num_hidden_layers)
             ]
@@ -350,10 +358,15 @@ class Qwen3Config(Qwen2Config):
     head_dim: int | None = 128
 
 
+def _is_count(value: Any) -> bool:
+    """Whether it is a number of layers that core_config() would take; it says so itself where it is not."""
+    return isinstance(value, int) and 0 <= value <= MAX_LAYERS
+
+
 class UnknownTextConfig(PretrainedConfig):
     """A language model of a kind that blip2c does not compute: its values are kept, loading it is refused."""
 
-    def __init__(self, model_type: str = "", **values: Any) -> None:
+    def __init__(self, /, model_type: str = "", **values: Any) -> None:
         super().__init__(**values)
         object.__setattr__(self, "model_type", model_type)
 
@@ -375,6 +388,8 @@ def _part(kind: type[PretrainedConfig], name: str, values: Any) -> PretrainedCon
 
 def _text_part(values: Any) -> PretrainedConfig:
     model_type = values.get("model_type") or "opt" if isinstance(values, Mapping) else "opt"
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"config.json: text_config.model_type must be a string, found {model_type!r}")
     if model_type in TEXT_CONFIGS or not isinstance(values, Mapping):
         return _part(TEXT_CONFIGS.get(model_type, OPTConfig), "text_config", values)
     return UnknownTextConfig(**dict(values))
@@ -403,14 +418,15 @@ class Blip2Config(PretrainedConfig):
 
     def __init__(
         self,
+        /,
         vision_config: Mapping[str, Any] | PretrainedConfig | None = None,
         qformer_config: Mapping[str, Any] | PretrainedConfig | None = None,
         text_config: Mapping[str, Any] | PretrainedConfig | None = None,
         **values: Any,
     ) -> None:
         super().__init__(**values)
-        self.vision_config = _part(self.parts[0], "vision_config", vision_config)
-        self.qformer_config = _part(self.parts[1], "qformer_config", qformer_config)
+        self.vision_config = _part(type(self).parts[0], "vision_config", vision_config)
+        self.qformer_config = _part(type(self).parts[1], "qformer_config", qformer_config)
         self.text_config = _text_part(text_config)
         # transformers overrides whatever the file says here.
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
@@ -489,7 +505,7 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
 
 
 def _epsilon(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= float(value) <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise CheckpointError(f"config.json: {name} must be a number in 0..1, found {value!r}")
     return float(value)
 

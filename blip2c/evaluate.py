@@ -56,7 +56,7 @@ class Question:
 def _read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{path}: is no JSON: {error}") from None
 
 
@@ -89,7 +89,8 @@ def read_captions(
                 continue
             sentences = _get(entry, "sentences", list, where)
             raw = [_get(sentence, "raw", str, where) for sentence in sentences]
-            name = Path(entry.get("filepath") or "") / _get(entry, "filename", str, where)
+            below = _get(entry, "filepath", str, where) if entry.get("filepath") else ""
+            name = Path(below) / _get(entry, "filename", str, where)
             found.append(PictureTexts(str(root / name), _texts(raw, where)))
     if not found:
         raise DatasetError(f"{path}: holds no pictures of the split {split!r}")

@@ -240,7 +240,7 @@ class Flow:
             if place < len(self._order):
                 self._load_ahead(place)
         if pixels:
-            encoded = self._prompts.encode(np.concatenate(list(pixels.values())), on_device=True)
+            encoded = self._prompts.encode(np.concatenate(list(pixels.values())))
             for row, index in enumerate(pixels):
                 states[index] = State(self._prompts, encoded[row], picture_name(self._pictures[index], index))
         return place

@@ -20,6 +20,7 @@ import numpy as np
 
 from blip2c import options as check
 from blip2c._core import UnsupportedError
+from blip2c.checkpoint import read_object
 
 __all__ = ["Call", "GenerationConfig", "core_options", "for_search_alone", "resolve"]
 
@@ -135,7 +136,7 @@ class GenerationConfig:
     Raises ValueError for values that are wrong whatever the call. (transformers: `generation.GenerationConfig`.)
     """
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         for name in NAMES:
             setattr(self, name, values.pop(name, None))
         from_model = values.pop("_from_model_config", None)
@@ -143,6 +144,8 @@ class GenerationConfig:
             values.pop(name, None)
         if not from_model:
             for name, value in values.items():
+                if name.startswith("__") or callable(getattr(type(self), name, None)):
+                    raise ValueError(f"{name} is no name for an option of generate()")
                 setattr(self, name, value)
         self.validate()
 
@@ -212,14 +215,8 @@ class GenerationConfig:
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str], **changes: Any) -> GenerationConfig:
-        """Reads a file; ValueError if it does not hold a JSON object."""
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{os.fspath(path)}: expected a JSON object, found {type(values).__name__}")
-        return cls.from_dict(values, **changes)
+        """Reads a file; CheckpointError, a ValueError, if it does not hold a JSON object."""
+        return cls.from_dict(read_object(path), **changes)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], **changes: Any) -> GenerationConfig:

@@ -106,6 +106,56 @@ def model_identity(model: Any) -> dict[str, str]:
     return {"name": str(model.model.name_or_path), "fingerprint": digest.hexdigest(), "dtypes": held}
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """What an index holds at one time: who searches takes it once, who adds puts a new one in its place.
+
+    newest: for each path its entry. replaced: entries of files as they were before they changed.
+    """
+
+    header: Header
+    entries: list[dict[str, Any]]
+    records: NDArray[np.uint8]
+    newest: dict[str, int]
+    replaced: list[int]
+
+    @classmethod
+    def read(cls, folder: Path, header: Header, check: bool) -> _Contents:
+        empty = cls(header, [], np.zeros((0, header.record), np.uint8), {}, [])
+        return empty.grown(folder, header, index_files.read_entries(folder, header), check)
+
+    def grown(self, folder: Path, header: Header, entries: Sequence[dict[str, Any]], check: bool) -> _Contents:
+        """With more entries; header: of all of them."""
+        newest, replaced = dict(self.newest), list(self.replaced)
+        for number, entry in enumerate(entries, len(self.entries)):
+            if entry["path"] in newest:
+                replaced.append(newest[entry["path"]])
+            newest[entry["path"]] = number
+        records = index_files.map_records(folder, header, check)
+        return _Contents(header, [*self.entries, *entries], records, newest, replaced)
+
+    @property
+    def places(self) -> list[int]:
+        """Entries of the pictures, in the order in which they were added."""
+        return sorted(self.newest.values())
+
+    def scores(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[T, P] -> [T, entries]"""
+        header = self.header
+        return _core._picture_scores(np.ascontiguousarray(vectors), self.records, header.queries, header.dtype)
+
+    def best(self, scores: NDArray[np.float32], k: int) -> list[list[Hit]]:
+        """The k best of each row of scores()."""
+        if not self.newest:
+            return [[] for _ in scores]
+        scores[:, self.replaced] = -np.inf
+        values, found = _core._top_k(scores, min(k, len(self.newest)), "cpu")
+        return [
+            [Hit(self.entries[e]["path"], float(v), float(v), entry=int(e)) for v, e in zip(row, ids, strict=True)]
+            for row, ids in zip(values, found, strict=True)
+        ]
+
+
 class Index:
     """Pictures in a folder of their own, to be searched. Made by Index.create() and Index.open().
 
@@ -115,15 +165,7 @@ class Index:
     def __init__(self, folder: Path, header: Header, model: Any, check: bool) -> None:
         """Use Index.create() or Index.open()."""
         self.folder, self.model = folder, model
-        self._read(header, check)
-
-    def _read(self, header: Header, check: bool) -> None:
-        folder, self._header = self.folder, header
-        self._entries = index_files.read_entries(folder, header)
-        self._records = index_files.map_records(folder, header, check)
-        self._newest: dict[str, int] = {}
-        self._replaced: list[int] = []
-        self._note(self._entries, 0)
+        self._now = _Contents.read(folder, header, check)
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], model: Any, dtype: str = "float16") -> Index:
@@ -164,7 +206,7 @@ class Index:
         return cls(path, header, model, check)
 
     def __len__(self) -> int:
-        return len(self._newest)
+        return len(self._now.newest)
 
     def __repr__(self) -> str:
         return f"Index({str(self.folder)!r}, {len(self)} pictures, {self.dtype}, made with {self.made_with['name']})"
@@ -172,32 +214,34 @@ class Index:
     @property
     def dtype(self) -> str:
         """Of the vectors: "float16" or "int8"."""
-        return self._header.dtype
+        return self._now.header.dtype
 
     @property
     def queries(self) -> int:
         """Vectors a picture."""
-        return self._header.queries
+        return self._now.header.queries
 
     @property
     def records(self) -> int:
         """Entries of the files: the pictures, and what pictures were before their files changed."""
-        return self._header.count
+        return self._now.header.count
 
     @property
     def made_with(self) -> dict[str, str]:
         """{"name", "fingerprint", "dtypes"} of the model."""
-        return dict(self._header.model)
+        return dict(self._now.header.model)
 
     @property
     def paths(self) -> list[str]:
         """Of the pictures, in the order in which they were added."""
-        return [self._entries[entry]["path"] for entry in sorted(self._newest.values())]
+        now = self._now
+        return [now.entries[entry]["path"] for entry in now.places]
 
     def vectors(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """float32 [N, Q, P]: the vectors of entries start to stop, as they are held."""
-        records = np.asarray(self._records[start:stop])
-        return index_files.unpack_records(records, self.queries, self._header.width, self.dtype)
+        now = self._now
+        records = np.asarray(now.records[start:stop])
+        return index_files.unpack_records(records, now.header.queries, now.header.width, now.header.dtype)
 
     # -- adding ---------------------------------------------------------------------------------------------------
 
@@ -230,8 +274,8 @@ class Index:
     def _catch_up(self) -> None:
         """Another process may have added since this index was opened."""
         header = index_files.read_header(self.folder)
-        if header != self._header:
-            self._read(header, check=False)
+        if header != self._now.header:
+            self._now = _Contents.read(self.folder, header, check=False)
 
     def _unknown(
         self, sources: Sequence[tuple[str, Any]], errors: list[tuple[str, Exception]]
@@ -244,8 +288,8 @@ class Index:
             except OSError as error:
                 errors.append((name, error))
                 continue
-            known = self._newest.get(name)
-            if name not in wanted and (known is None or self._entries[known]["stamp"] != stamp):
+            known = self._now.newest.get(name)
+            if name not in wanted and (known is None or self._now.entries[known].get("stamp") != stamp):
                 wanted[name] = {"path": name, "stamp": stamp}, source
         return list(wanted.values())
 
@@ -257,7 +301,7 @@ class Index:
         errors: list[tuple[str, Exception]],
     ) -> int:
         waiting: list[tuple[dict[str, Any], NDArray[np.float32]]] = []
-        before, last = self._header.count, time.monotonic()
+        before, last = self._now.header.count, time.monotonic()
         found = self.model.stream_embeddings([source for _, source in wanted], batch_size)
         with progress_bar(len(wanted), batch_size, progress) as bar:
             try:
@@ -272,7 +316,7 @@ class Index:
                         last = time.monotonic()
             finally:
                 self._commit(waiting)
-        return self._header.count - before
+        return self._now.header.count - before
 
     def _commit(self, waiting: list[tuple[dict[str, Any], NDArray[np.float32]]]) -> None:
         if not waiting:
@@ -280,16 +324,8 @@ class Index:
         vectors, entries = np.stack([v for _, v in waiting]), [entry for entry, _ in waiting]
         waiting.clear()
         records = index_files.pack_records(vectors, self.dtype)
-        self._header = index_files.append(self.folder, self._header, records, entries)
-        self._note(entries, len(self._entries))
-        self._entries.extend(entries)
-        self._records = index_files.map_records(self.folder, self._header, check=False)
-
-    def _note(self, entries: Sequence[dict[str, Any]], first: int) -> None:
-        for number, entry in enumerate(entries, first):
-            if entry["path"] in self._newest:
-                self._replaced.append(self._newest[entry["path"]])
-            self._newest[entry["path"]] = number
+        header = index_files.append(self.folder, self._now.header, records, entries)
+        self._now = self._now.grown(self.folder, header, entries, check=False)
 
     # -- searching ------------------------------------------------------------------------------------------------
 
@@ -326,46 +362,33 @@ class Index:
         check_count("k", k, 1)
         if not is_picture(image):
             raise TypeError(f"image: expected one picture, found {type(image).__name__}")
-        vectors = np.ascontiguousarray(self.model.embed(image), np.float32)
-        scores = self._scores(vectors).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+        vectors, now = np.ascontiguousarray(self.model.embed(image), np.float32), self._now
+        scores = now.scores(vectors).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
         name = str(os.fspath(image)) if isinstance(image, str | os.PathLike) else "picture"
-        return Hits(self._best(scores, k)[0], name)
+        return Hits(now.best(scores, k)[0], name)
 
     def search_vectors(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[Hit]]:
         """The k nearest pictures of each of vectors [T, P] (text vectors of length 1), best first."""
-        vectors = np.ascontiguousarray(vectors)
-        if vectors.ndim != 2 or vectors.dtype != np.float32 or vectors.shape[1] != self._header.width:
+        vectors, now = np.ascontiguousarray(vectors), self._now
+        if vectors.ndim != 2 or vectors.dtype != np.float32 or vectors.shape[1] != now.header.width:
             raise ValueError(
-                f"vectors: expected float32 [T, {self._header.width}], found {vectors.dtype} {list(vectors.shape)}"
+                f"vectors: expected float32 [T, {now.header.width}], found {vectors.dtype} {list(vectors.shape)}"
             )
         if not np.isfinite(vectors).all():
             raise _core.NumericError("vectors: hold values that are not finite")
         check_count("k", k, 1)
-        step = max(1, _SCORES_AT_ONCE // max(1, self.records))
+        step = max(1, _SCORES_AT_ONCE // max(1, now.header.count))
         found: list[list[Hit]] = []
         for start in range(0, len(vectors), step):
-            found.extend(self._best(self._scores(vectors[start : start + step]), k))
+            found.extend(now.best(now.scores(vectors[start : start + step]), k))
         return found
 
     def scores(self, texts: str | Sequence[str]) -> NDArray[np.float32]:
         """[T, N]: the cosine of every text with every picture, in the order of `paths`."""
         _check_model(self.model)
         vectors = np.atleast_2d(self.model.embed_text([texts] if isinstance(texts, str) else list(texts)))
-        return np.ascontiguousarray(self._scores(vectors)[:, sorted(self._newest.values())])
-
-    def _scores(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[T, P] -> [T, records]"""
-        return _core._picture_scores(np.ascontiguousarray(vectors), self._records, self.queries, self.dtype)
-
-    def _best(self, scores: NDArray[np.float32], k: int) -> list[list[Hit]]:
-        if not len(self):
-            return [[] for _ in scores]
-        scores[:, self._replaced] = -np.inf
-        values, entries = _core._top_k(scores, min(k, len(self)), "cpu")
-        return [
-            [Hit(self._entries[e]["path"], float(v), float(v), entry=int(e)) for v, e in zip(row, ids, strict=True)]
-            for row, ids in zip(values, entries, strict=True)
-        ]
+        now = self._now
+        return np.ascontiguousarray(now.scores(vectors)[:, now.places])
 
 
 def rerank_hits(model: Any, text: str, hits: Sequence[Hit], pictures: Sequence[Any], batch_size: int) -> list[Hit]:

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blip2c._core import CheckpointError
+from blip2c.checkpoint import read_object
 
 FORMAT, VERSION = "blip2c-index", 1
 HEADER, VECTORS, PICTURES, LOCK = "index.json", "vectors.bin", "pictures.jsonl", "lock"
@@ -127,8 +128,8 @@ def read_header(folder: Path) -> Header:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: is no index: it holds no {HEADER}")
     try:
-        values = json.loads(path.read_bytes())
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
+        values = read_object(path)
+        if values.get("format") != FORMAT:
             raise ValueError(f"is not of the format {FORMAT}")
         if values.get("version") != VERSION:
             raise ValueError(f"is of version {values.get('version')!r}; this blip2c reads {VERSION}")
@@ -147,6 +148,8 @@ def read_header(folder: Path) -> Header:
         if header.vectors.size != header.count * header.record:
             raise ValueError(f"{header.count} pictures do not fit {header.vectors.size} bytes of vectors")
         return header
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -202,6 +205,8 @@ def check_file(path: Path, extent: Extent) -> None:
     with open(path, "rb") as file:
         while left:
             data = file.read(min(left, _CHUNK))
+            if not data:  # it has become shorter meanwhile
+                raise CheckpointError(f"{path}: ends {left} bytes early: it is damaged")
             left, crc = left - len(data), zlib.crc32(data, crc)
     if crc != extent.crc32:
         raise CheckpointError(f"{path}: its checksum does not fit: it is damaged")
@@ -218,7 +223,7 @@ def read_entries(folder: Path, header: Header) -> list[dict[str, Any]]:
         entries = [json.loads(line) for line in lines]
         if len(entries) != header.count or not all(isinstance(entry["path"], str) for entry in entries):
             raise ValueError(f"{len(entries)} lines for {header.count} pictures")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / PICTURES}: {error}") from None
     return entries
 

@@ -90,7 +90,7 @@ def _own(value: Any, name: str, device: str) -> Any:
     if (
         is_on_cuda(value)
         and name not in _FOR_THE_HOST
-        and not any(kind in str(value.dtype) for kind in ("int", "bool"))
+        and not any(kind in str(getattr(value, "dtype", "")) for kind in ("int", "bool"))
     ):
         return _core._take(value.detach() if is_torch(value) else value, name, device)
     return to_numpy(value)

@@ -449,5 +449,5 @@ def _choices(choices: Sequence[str]) -> str:
 def _put(prompt: str, *values: str) -> str:
     try:
         return prompt.format(*values)
-    except (IndexError, KeyError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"prompt {prompt!r} does not take {len(values)} texts: {error!r}") from None

@@ -37,7 +37,7 @@ def number(name: str, value: Any) -> float:
         raise ValueError(f"{name}: expected a number, found {value!r}")
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: expected a number, found {value!r}") from None
     if not math.isfinite(result):
         raise ValueError(f"{name}: expected a finite number, found {value!r}")

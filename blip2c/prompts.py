@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blip2c._core import NumericError, Prefix, UnsupportedError
+from blip2c._core import DeviceArray, NumericError, Prefix, UnsupportedError
 from blip2c.callables import Hooks
 from blip2c.captions import Caption, Captions
 from blip2c.forward import Blip2WithQFormer, decoder_arguments
@@ -78,21 +78,23 @@ class Prompts:
         """[1, 3, S, S] of anything that load_image() takes. Raises ROW_ERRORS."""
         return read_pixels(self.model, self.processor, picture)
 
-    def encode(self, pixels: F32, on_device: bool = False) -> Floats:
+    def encode(self, pixels: F32) -> Floats:
         """[B, 3, S, S] to the image features [B, Q, D_lm]; where the Q-Former reads the prompt, too, to the image
-        embeddings [B, T, Dv]. on_device: features stay where the model is."""
+        embeddings [B, T, Dv]. They stay where the model is."""
         core = self.model._core
-        if self.words_tokenizer is not None:
-            return core.vision(pixels)
-        features: Floats = core.encode(pixels, on_device=on_device and core.device != "cpu")
-        return features
+        encode = core.encode if self.words_tokenizer is None else core.vision
+        encoded: Floats = encode(pixels, on_device=core.device != "cpu")
+        return encoded
 
     def features(self, encoded: Floats, prompt: str | None) -> Floats:
         """What encode() gave of one picture as the language model reads it, [Q, D_lm]."""
+        core = self.model._core
+        if isinstance(encoded, DeviceArray) and encoded.device != core.device:  # the model has been moved
+            encoded = encoded.numpy()
         if self.words_tokenizer is None:
             return encoded
         words = pack_texts([self._words(self.words_tokenizer, prompt)])
-        features: F32 = self.model._core.read(np.asarray(encoded)[None], words)[0]
+        features: Floats = core.read(encoded[None], words, on_device=core.device != "cpu")[0]
         return features
 
     def ids(self, prompt: str | None, plan: Plan) -> list[int]:

@@ -44,7 +44,7 @@ def standard_parameters(values: dict[str, Any], max_position_embeddings: Any) ->
     if partial is not None:
         result.setdefault("partial_rotary_factor", partial)
     result.setdefault("rope_type", result.get("type", "default"))
-    if result["rope_type"] in WITH_ORIGINAL_LENGTH:
+    if isinstance(result["rope_type"], str) and result["rope_type"] in WITH_ORIGINAL_LENGTH:
         if "original_max_position_embeddings" in values:
             result["original_max_position_embeddings"] = values["original_max_position_embeddings"]
         else:
@@ -70,7 +70,13 @@ def rope(parameters: Mapping[str, Any], head_dim: int, max_position_embeddings: 
         )
     if head_dim % 2:
         raise UnsupportedError(f"config.json: text_config.head_dim {head_dim} is odd, rotary positions turn pairs")
-    found = TYPES[kind](parameters, head_dim, max_position_embeddings)
+    try:
+        with np.errstate(all="ignore"):
+            found = TYPES[kind](parameters, head_dim, max_position_embeddings)
+    except (ArithmeticError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"config.json: text_config.rope_parameters {dict(parameters)}: {error}") from None
     if not np.isfinite(found.frequencies).all() or not math.isfinite(found.scaling):
         raise CheckpointError(f"config.json: text_config.rope_parameters {dict(parameters)} give no finite frequencies")
     return found
@@ -88,7 +94,7 @@ def _number(parameters: Mapping[str, Any], name: str, default: float | None = No
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0.0 < float(value) < math.inf
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 1e300
 
 
 def _powers(parameters: Mapping[str, Any], dim: int) -> NDArray[np.float32]:

@@ -28,8 +28,8 @@ class State:
     """A picture that a model has looked at, from `model.encode(picture)`: stands wherever a picture can.
 
     embeds: float32 [Q, D_lm], what the language model reads; of an InstructBLIP, whose Q-Former reads the prompt, too,
-    the vision encoder's output [T, Dv]. name: what the picture was called. tokens_read: how many tokens of picture and
-    prompts have been read into what is kept.
+    the vision encoder's output [T, Dv]. It is kept where the model was. name: what the picture was called. tokens_read:
+    how many tokens of picture and prompts have been read into what is kept.
 
     May be shared by threads. Pickled without the model; the same checkpoint, loaded elsewhere, takes it. Models that
     keep no prefix (encoder-decoders, InstructBLIP) still run the vision encoder only once.
@@ -40,6 +40,7 @@ class State:
         self._identity = _identity(prompts) if prompts is not None else identity
         self._lock = threading.Lock()
         self._prefix: Prefix | None = None
+        self._reader: Any = None  # the core that has read it: another one, after .to() or .half(), reads anew
         self.tokens_read = 0
         self.name = name
         self.encoded = encoded
@@ -75,6 +76,8 @@ class State:
         wanted = min(shared_beginning(rows), shortest) if len(rows) > 1 else 0
         with self._lock:
             known = 0
+            if self._reader is not prompts.model._core:
+                self._prefix, self._reader = None, prompts.model._core
             if self._prefix is not None:
                 read = self._prefix.ids[prompts.queries :].tolist()
                 known = min(shared_beginning([read, *rows]), shortest)
@@ -87,7 +90,7 @@ class State:
     def _read_on(self, prompts: Prompts, ids: Sequence[int], known: int) -> None:
         before = None if self._prefix is None else self._prefix.head(prompts.queries + known)
         new, rules = prompts.behind(ids, 0 if before is None else len(before))
-        features = self.encoded if before is None else None
+        features = prompts.features(self.encoded, None) if before is None else None
         self._prefix = prompts.model._core.prefill(features, new, rules, before)
         self.tokens_read += len(new)
 
@@ -130,6 +133,7 @@ class Chat:
         self._captioner = captioner
         self._lock = threading.Lock()
         self._prefix: Prefix | None = None
+        self._reader: Any = None  # as a State's
         self.state = state
         self.template = template
         self.options = dict(options)
@@ -183,6 +187,8 @@ class Chat:
 
     def _known(self, prompts: Prompts, ids: list[int]) -> Prefix | None:
         """As much of the prompt as has been read: of the conversation, or at least the picture."""
+        if self._reader is not prompts.model._core:
+            self._prefix, self._reader = None, prompts.model._core
         if self._prefix is not None:
             read = self._prefix.ids[prompts.queries :].tolist()
             known = min(shared_beginning([read, ids]), len(ids) - 1)

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from blip2c._core import CheckpointError, UnsupportedError
 from blip2c.batch import BatchFeature
 from blip2c.images import is_torch
-from blip2c.tokenizer_classes import class_defaults, rebuild
+from blip2c.tokenizer_classes import CLASS_OPTIONS, class_defaults, rebuild
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # From here on transformers takes a length for "no limit".
@@ -345,7 +345,11 @@ class Blip2Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | os.PathLike[str], **options: Any) -> Blip2Tokenizer:
-        """From a folder or Hub id. Raises FileNotFoundError, or CheckpointError naming what is damaged."""
+        """From a folder or Hub id. Raises FileNotFoundError, or CheckpointError naming what is damaged.
+
+        The class is that of tokenizer_config.json, else that of config.json; where neither names one, tokenizer.json
+        is taken as it is (transformers takes any tokenizer of a BLIP-2 for GPT-2's then, and garbles others).
+        """
         from blip2c.hub import pop_hub_options, resolve
 
         folder = resolve(path_or_id, weights=False, **pop_hub_options(options))
@@ -357,6 +361,8 @@ class Blip2Tokenizer:
         # Files since transformers 4.34 list every added token in the config; older ones in special_tokens_map.json.
         if "added_tokens_decoder" not in config:
             config.update(_read_optional(folder / "special_tokens_map.json"))
+        if not config.get("tokenizer_class"):
+            config["tokenizer_class"] = _read_optional(folder / "config.json").get("tokenizer_class")
         config = {**class_defaults(config), **config, **options}
         if (folder / "tokenizer.json").is_file():
             try:
@@ -367,6 +373,7 @@ class Blip2Tokenizer:
             rebuild(backend, config)
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             backend = _from_vocabulary(folder, config)
+            config["tokenizer_class"] = config["tokenizer_class"] or "GPT2Tokenizer"
         else:
             raise FileNotFoundError(f"{folder}: no tokenizer.json, nor vocab.json with merges.txt")
         for index, token in sorted((int(k), v) for k, v in (config.get("added_tokens_decoder") or {}).items()):
@@ -380,12 +387,12 @@ class Blip2Tokenizer:
         (folder / "tokenizer.json").write_text(self.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
         config: dict[str, Any] = {
             **self.special_tokens_map,
-            "tokenizer_class": self.init_kwargs.get("tokenizer_class") or "GPT2Tokenizer",
+            "tokenizer_class": self.init_kwargs.get("tokenizer_class") or "PreTrainedTokenizerFast",
             "model_max_length": self.model_max_length,
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
             "clean_up_tokenization_spaces": self.clean_up_tokenization_spaces,
-            "add_prefix_space": bool(self.init_kwargs.get("add_prefix_space", False)),
+            **{name: self.init_kwargs[name] for name in CLASS_OPTIONS if name in self.init_kwargs},
             "processor_class": "Blip2Processor",
         }
         if self._extra:

@@ -13,11 +13,13 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-__all__ = ["class_defaults", "rebuild"]
+__all__ = ["CLASS_OPTIONS", "class_defaults", "rebuild"]
 
 SPACE = "\u2581"
 # What a class says where tokenizer_config.json does not.
 DEFAULTS: dict[str, dict[str, Any]] = {"LlamaTokenizer": {"padding_side": "left"}}
+# Entries of tokenizer_config.json that classes read.
+CLASS_OPTIONS = ("add_prefix_space", "legacy", "do_lower_case", "strip_accents", "tokenize_chinese_chars")
 
 
 def _name(config: Mapping[str, Any]) -> str:

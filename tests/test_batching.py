@@ -321,6 +321,10 @@ def test_a_conversation_goes_on(decoder_only: Small, mode: str) -> None:
             np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
+def refuse_steps(*seen: Any) -> None:
+    raise AssertionError("the model was asked before it was known that the result can not be kept")
+
+
 def test_prefixes_that_do_not_fit_are_named(opt: Small, tmp_path_factory: pytest.TempPathFactory) -> None:
     picture = opt.prompts(1, seed=11)[0]
     prefix = opt.core.prefill(picture["features"], picture["ids"], picture["ids"])
@@ -345,13 +349,13 @@ def test_prefixes_that_do_not_fit_are_named(opt: Small, tmp_path_factory: pytest
     with pytest.raises(_core.UnsupportedError, match="an encoder reads the whole prompt at once"):
         t5.core.prefill(prompt["features"], prompt["ids"], prompt["ids"])
     with pytest.raises(_core.UnsupportedError, match="an encoder reads the whole prompt at once"):
-        t5.generate([prompt], t5.options(), keep=True)
+        t5.generate([prompt], t5.options(), keep=True, tap=refuse_steps)
     many = opt.options(do_sample=True, num_return_sequences=2**30, seed=0)
     with pytest.raises(ValueError, match=r"1073741824 x \d+ new ones are too many"):
         opt.generate([picture], many, keep=True)
     masked = opt.prompts(1, seed=13, pads=True)
     with pytest.raises(ValueError, match="a prompt with a mask can not be kept"):
-        opt.generate(masked, opt.options(), keep=True)
+        opt.generate(masked, opt.options(), keep=True, tap=refuse_steps)
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -174,11 +174,26 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("num_query_tokens", 10**6),
         ("image_token_index", 50304),
         ("image_token_index", -2),
+        ("vision_config.layer_norm_eps", 10**400),
+        ("text_config.model_type", ["opt"]),
+        ("text_config", {"model_type": "qwen2", "num_hidden_layers": 10**12}),
+        ("text_config", {"model_type": "qwen2", "num_hidden_layers": "3"}),
+        ("text_config", {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": None}),
+        ("to_dict", 1),
+        ("vision_config.__class__", "Blip2Config"),
     ],
 )
 def test_wrong_values_are_refused_by_name(path: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=path.rsplit(".", maxsplit=1)[-1]):
         core_config(Blip2Config.from_dict(changed(path, value)))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("parts", [1, 2]), ("self", 1), ("vision_config.self", 1), ("text_config.attribute_map", {"vocab_size": "pad"})],
+)
+def test_keys_that_are_names_here_change_nothing(path: str, value: Any) -> None:
+    assert core_config(Blip2Config.from_dict(changed(path, value))) == core_config(Blip2Config.from_dict(NEW))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +214,22 @@ def test_wrong_values_are_refused_by_name(path: str, value: Any) -> None:
 def test_what_is_not_computed_is_refused_by_name(path: str, value: Any, name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         core_config(Blip2Config.from_dict(changed(path, value)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_type": ["linear"]},
+        {"rope_type": "linear", "factor": 10**400},
+        {"rope_type": "longrope", "original_max_position_embeddings": 1, "short_factor": [1.0], "long_factor": [1.0]},
+        {"rope_type": "yarn", "factor": 1e-320},
+    ],
+    ids=str,
+)
+def test_positions_that_no_machine_turns_are_refused(values: dict[str, Any]) -> None:
+    text = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "rope_scaling": values}
+    with pytest.raises((CheckpointError, UnsupportedError), match="rope_parameters"):
+        core_config(Blip2Config.from_dict({**NEW, "text_config": text}))
 
 
 @pytest.mark.parametrize("values", [[], "x", {"vision_config": 3}, {"text_config": [1]}], ids=str)

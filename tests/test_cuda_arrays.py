@@ -19,7 +19,7 @@ import blip2c
 from blip2c import _core, kernels
 from blip2c._core import DeviceArray
 from blip2c.inputs import to_numpy
-from cuda_callers import DEVICE_TO_HOST, HOST_TO_DEVICE, CallerArray, Stream, Taken, copied, free_bytes
+from cuda_callers import DEVICE_TO_HOST, HOST_TO_DEVICE, CallerArray, Pinned, Stream, Taken, copied, free_bytes
 from helpers import prompt_ids, random_checkpoint, random_pixels
 from running import run_python
 
@@ -300,13 +300,19 @@ def test_indices_shapes_and_protocol(there: Any) -> None:
     assert np.array_equal(a.T.reshape(-1).numpy(), values.T.reshape(-1))
     assert np.array_equal(np.asarray(a, np.float64), values.astype(np.float64))
     assert np.array_equal(np.from_dlpack(a, device="cpu"), values)
-    for key in ([0, 1], np.array([0]), True, values > 0):
-        with pytest.raises(TypeError, match="integers and slices"):
+    for key in ([0, 1], np.array([0]), True, values > 0, torch.tensor([0, 1]), (0, torch.tensor([True, False]))):
+        with pytest.raises(TypeError, match="integers and slices"):  # NumPy would read the data, from the host
             a[key]
+    assert np.array_equal(a[torch.tensor(2), 1].numpy(), values[2, 1])
     with pytest.raises(IndexError):
         a[7]
     with pytest.raises(ValueError, match="reshape"):
         a.reshape(7)
+    most = a[(None,) * 5]
+    assert np.array_equal(most.T.numpy(), values[(None,) * 5].T)
+    for more in (lambda: most[None], lambda: a.reshape(*[1] * 6, 3, 4, 5)):
+        with pytest.raises(ValueError, match="at most 8 axes, found 9"):
+            more()
     wrong: list[tuple[dict[str, Any], type]] = [
         ({"stream": 0}, ValueError),
         ({"stream": "x"}, TypeError),
@@ -324,6 +330,20 @@ def test_indices_shapes_and_protocol(there: Any) -> None:
     assert np.array_equal(other.read(), values)
     same.drop()
     other.drop()
+
+
+def test_arrays_while_their_model_goes(folder: Path, cuda: str) -> None:
+    """A copy to the host is under way in one thread while the other forgets the model."""
+    pixels = np.zeros((4, 3, 32, 32), F32)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(6):
+            model = blip2c.Blip2ForConditionalGeneration.from_pretrained(folder, device=cuda)
+            array = model._core.put(pixels)
+            copies = [pool.submit(lambda a: (a.T.numpy(), a[1:].T.reshape(-1).numpy()), array) for _ in range(20)]
+            del model
+            gc.collect()
+            for copy in copies:
+                assert not copy.result()[0].any()
 
 
 def test_read_only_stays_read_only(there: Any) -> None:
@@ -393,19 +413,6 @@ def test_kernels_on_tensors_of_the_host() -> None:
     assert torch.equal(values, torch.topk(x, 2).values)
     assert ids.dtype == torch.int32
     assert isinstance(kernels.layer_norm(x.numpy()), np.ndarray)
-
-
-class Pinned:
-    """Memory of the host that a device can reach, kDLCUDAHost."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 3, 0
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self.values.__dlpack__(**{k: v for k, v in options.items() if k != "stream"})
 
 
 def test_arrays_of_the_host_are_read_where_they_lie() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cuda_build import HOST, ROOT, host_library
 
@@ -20,7 +21,7 @@ POINTERS = ("out", "q", "k", "v", "k_suffix", "v_suffix", "q_offsets", "prefix_s
             "suffix_lens", "key_mask", "distance_bias")  # fmt: skip
 NUMBERS = ("out_floats", "q_rows", "k_rows", "suffix_rows", "out_ld", "q_ld", "kv_ld", "rows", "suffix_ld",
            "key_mask_ld", "causal", "heads", "kv_heads", "head_dim", "distance_limit", "window", "operands",
-           "wants_weights", "multiprocessors", "capturing")  # fmt: skip
+           "keys", "wants_weights", "multiprocessors", "capturing")  # fmt: skip
 
 
 class AttentionCall(ctypes.Structure):
@@ -68,6 +69,8 @@ class Case:
     """Floats between two rows."""
     scale: float = 0.0
     operands: str = "float32"
+    keys: str = "float32"
+    """What keys and values are kept in."""
     multiprocessors: int = MULTIPROCESSORS
     capturing: bool = False
     seed: int = 0
@@ -92,12 +95,13 @@ class Arrays:
 def arrays_of(case: Case) -> Arrays:
     rng = np.random.default_rng(case.seed)
 
-    def normal(rows: int, heads: int) -> np.ndarray:
-        return rng.standard_normal((rows, heads * case.width)).astype(F32)
+    def normal(rows: int, heads: int, kept: str = "float32") -> np.ndarray:
+        values = torch.from_numpy(rng.standard_normal((rows, heads * case.width)).astype(F32))
+        return values.to(getattr(torch, kept)).float().numpy()
 
     q = [normal(row.queries, case.heads) for row in case.rows]
-    k = [normal(row.keys, case.kv_heads) for row in case.rows]
-    v = [normal(row.keys, case.kv_heads) for row in case.rows]
+    k = [normal(row.keys, case.kv_heads, case.keys) for row in case.rows]
+    v = [normal(row.keys, case.kv_heads, case.keys) for row in case.rows]
     shown = [rng.random(row.keys) < 0.6 if case.masked else np.ones(row.keys, bool) for row in case.rows]
     if case.masked == "all":
         shown[0][:] = False
@@ -150,6 +154,12 @@ def apart(rows: np.ndarray, gap: int) -> np.ndarray:
     return out
 
 
+def kept(rows: np.ndarray, case: Case) -> np.ndarray:
+    """As caches hold them."""
+    values = torch.from_numpy(apart(rows, case.apart)).to(getattr(torch, case.keys))
+    return (values if case.keys == "float32" else values.view(torch.int16)).numpy()
+
+
 class Placed:
     """Keys and values of all rows as caches hold them: prefixes one after another, suffixes through shuffled slots;
     whatever no query may see is NaN."""
@@ -185,13 +195,13 @@ def run(library: ctypes.CDLL, case: Case, arrays: Arrays, weights: bool = False)
     held = {
         "out": out,
         "q": apart(np.concatenate(arrays.q), case.apart),
-        "k": apart(placed.k, case.apart),
-        "v": apart(placed.v, case.apart),
+        "k": kept(placed.k, case),
+        "v": kept(placed.v, case),
         "q_offsets": np.cumsum([0] + [row.queries for row in case.rows]).astype(I32),
         "prefix_starts": placed.starts,
         "prefix_lens": placed.prefix_lens,
-        "k_suffix": apart(placed.k_suffix, case.apart) if case.suffixes else None,
-        "v_suffix": apart(placed.v_suffix, case.apart) if case.suffixes else None,
+        "k_suffix": kept(placed.k_suffix, case) if case.suffixes else None,
+        "v_suffix": kept(placed.v_suffix, case) if case.suffixes else None,
         "suffix_slots": placed.slots if case.suffixes else None,
         "suffix_lens": placed.suffix_lens if case.suffixes else None,
         "key_mask": placed.mask if case.masked else None,
@@ -203,8 +213,8 @@ def run(library: ctypes.CDLL, case: Case, arrays: Arrays, weights: bool = False)
         "kv_ld": case.kv_heads * case.width + case.apart, "rows": len(case.rows), "suffix_ld": placed.suffix_ld,
         "key_mask_ld": placed.mask.shape[1], "causal": case.causal, "heads": case.heads, "kv_heads": case.kv_heads,
         "head_dim": case.width, "distance_limit": case.distances, "window": case.window,
-        "operands": OPERANDS[case.operands], "wants_weights": weights, "multiprocessors": case.multiprocessors,
-        "capturing": case.capturing,
+        "operands": OPERANDS[case.operands], "keys": OPERANDS[case.keys], "wants_weights": weights,
+        "multiprocessors": case.multiprocessors, "capturing": case.capturing,
     }  # fmt: skip
     pointers = {name: None if array is None else array.ctypes.data for name, array in held.items()}
     peak = ctypes.c_int64()
@@ -256,6 +266,7 @@ def random_case(seed: int) -> Case:
         masked=str(rng.choice(["", "", "some", "all"])),
         distances=int(rng.choice([0, 0, 1, 9, 60])),
         apart=int(rng.choice([0, 4, 5])),
+        keys=str(rng.choice(["float32", "float16", "bfloat16"])),
         seed=seed,
     )
 
@@ -282,6 +293,8 @@ def test_many_random_cases(library: ctypes.CDLL, seed: int) -> None:
         Case([Row(1, 40)], 16, heads=8, kv_heads=1, scale=-0.3),
         Case([Row(9, 20), Row(1, 150, 20)], 129, heads=4, causal=True, window=13),
         Case([Row(2, 9)], 1024, heads=1, kv_heads=1, distances=4),
+        Case([Row(3, 140, 9), Row(1, 0, 2)], 130, heads=4, causal=True, keys="float16", apart=3),
+        Case([Row(2, 20, 8), Row(1, 7)], 200, masked="all", distances=6, keys="bfloat16"),
     ],
     ids=str,
 )

@@ -29,9 +29,15 @@ def test_what_is_kept_takes_half_the_memory(cuda: str, tmp_path: Path, dtype: st
     assert prefix_bytes(load(folder, "cpu", dtype)) == share * prefix_bytes(load(folder, cuda, dtype))
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "t5"])
-def test_beams_read_it_and_prefixes_are_gone_on_from(cuda: str, tmp_path: Path, family: str) -> None:
-    folder = random_checkpoint(tmp_path, seed=3, family=family, dtype="float16")
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [("opt", {}), ("llama", {}), ("t5", {}), ("qwen3", {"head_dim": 136})],
+    ids=["opt", "llama", "t5", "wide heads"],
+)
+def test_beams_read_it_and_prefixes_are_gone_on_from(
+    cuda: str, tmp_path: Path, family: str, text: dict[str, Any]
+) -> None:
+    folder = random_checkpoint(tmp_path, seed=3, family=family, text=text, dtype="float16")
     here, there = load(folder, "cpu"), load(folder, cuda)
     pixels, ids = random_pixels(here.config, 2), prompt_ids(here.config, 2, 9)
     for search in ({}, {"num_beams": 3}):

@@ -121,7 +121,7 @@ def test_a_crowded_row_says_so(library: ctypes.CDLL) -> None:
 
 SEARCH = ["core/pool.c", "core/cancel.c", "core/error.c", "core/memory.c"] + [
     f"generate/{name}.c"
-    for name in ("beam", "draw", "few", "generate", "rules", "scores", "search", "single", "topk", "warpers")
+    for name in ("ahead", "beam", "draw", "few", "generate", "rules", "scores", "search", "single", "topk", "warpers")
 ]
 
 

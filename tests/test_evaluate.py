@@ -128,12 +128,14 @@ def test_datasets_in_both_forms(pictures: Path) -> None:
     for wrong, message in [
         ({"images": 3}, "'images'"), ([{"image": "x.jpg"}], "entry 0"), ([], "no pictures"), ([3], "entry 0"),
         ({"images": [{"split": "test", "sentences": [{}]}]}, r"images\[0\]"),
+        ({"images": [{"split": "test", "sentences": [], "filename": "x", "filepath": 3}]}, r"images\[0\].*filepath"),
     ]:  # fmt: skip
         with pytest.raises(DatasetError, match=message):
             read_captions(write(pictures / "wrong.json", wrong))
-    (pictures / "wrong.json").write_text("{")
-    with pytest.raises(DatasetError, match="no JSON"):
-        read_captions(pictures / "wrong.json")
+    for text in ("{", "[" * 100_000):
+        (pictures / "wrong.json").write_text(text)
+        with pytest.raises(DatasetError, match="no JSON"):
+            read_captions(pictures / "wrong.json")
 
 
 def test_captions_and_answers_on_the_command_line(pictures: Path, capfd: Any) -> None:

@@ -74,11 +74,18 @@ def without_cross_attention(qformer: Any) -> None:
     qformer.attentions = tuple(weights for weights in qformer.attentions if id(weights) not in cross)
 
 
-def padded(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same with pads: behind the image, inside, and at the end of a row."""
-    mask = torch.ones_like(inputs["input_ids"])
-    mask[0, 4:6], mask[1, 7], mask[2, -2:] = 0, 0, 0
-    return {**inputs, "attention_mask": mask}
+def padded(inputs: dict[str, Any], side: str = "right") -> dict[str, Any]:
+    """The same with pads: behind the image, inside, and at the end of a row; or in front of rows, as processors put
+    them for generate()."""
+    ids = inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    if side == "right":
+        mask[0, 4:6], mask[1, 7], mask[2, -2:] = 0, 0, 0
+        return {**inputs, "attention_mask": mask}
+    ids = ids.clone()
+    for row, pads in ((0, 1), (2, 3)):
+        ids[row, pads:], ids[row, :pads], mask[row, :pads] = ids[row, :-pads].clone(), 1, 0
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
 
 
 def test_every_output_of_every_part(family: Family, inputs: dict[str, Any]) -> None:
@@ -112,12 +119,15 @@ def test_arrays_give_arrays(family: Family, inputs: dict[str, Any]) -> None:
     assert want.loss.shape == ()
 
 
-def test_loss(family: Family, inputs: dict[str, Any]) -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss(family: Family, inputs: dict[str, Any], side: str) -> None:
     """Of whole prompts with their pads."""
-    inputs = padded(inputs)
+    inputs = padded(inputs, side)
     if family.has_decoder:
         inputs.pop("decoder_input_ids")  # made of the labels
     labels = labels_for(family, inputs["input_ids"].shape[1])
+    if side == "left":  # pads in front see nothing: of transformers' attentions each makes something else of them
+        labels[:, :4] = -100
     with torch.no_grad():
         want = family.reference(**inputs, labels=labels)
         tuples = family.reference(**inputs, labels=labels, return_dict=False)
@@ -151,9 +161,10 @@ def test_labels_of_the_last_places(family: Family, inputs: dict[str, Any]) -> No
     assert found.loss.item() == pytest.approx(mean.item(), rel=LOSS)
 
 
-def test_pads_leave_the_real_tokens_alone(family: Family, inputs: dict[str, Any]) -> None:
-    """Hidden states and attentions of the language model where the mask shows a token."""
-    inputs = padded(inputs)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pads_leave_the_real_tokens_alone(family: Family, inputs: dict[str, Any], side: str) -> None:
+    """Logits, hidden states and attentions of the language model where the mask shows a token."""
+    inputs = padded(inputs, side)
     mask = inputs["attention_mask"].bool()
     with torch.no_grad():
         want = family.reference_base(**inputs, **EVERYTHING).language_model_outputs
@@ -167,6 +178,17 @@ def test_pads_leave_the_real_tokens_alone(family: Family, inputs: dict[str, Any]
         assert torch.allclose(ours.transpose(1, 2)[mask], theirs.transpose(1, 2)[mask], rtol=1e-4, atol=1e-4)
     if family.has_decoder:
         assert_same(found.cross_attentions, want.cross_attentions)
+        assert_same(found.logits, want.logits)
+    else:
+        assert torch.allclose(found.logits[mask], want.logits[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_pads_in_front_that_see_nothing(family: Family, inputs: dict[str, Any]) -> None:
+    """Their logits, too, are those of transformers' default attention."""
+    inputs = padded(inputs, "left")
+    reference = type(family.reference).from_pretrained(family.model.name_or_path, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        assert_same(family.model(**inputs).logits, reference(**inputs).logits)
 
 
 def test_some_layers_only(family: Family, inputs: dict[str, Any]) -> None:

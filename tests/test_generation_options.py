@@ -70,6 +70,17 @@ def test_a_string_is_no_number(name: str) -> None:
         resolve(num_beams=2, **{name: "1.5"})
 
 
+@pytest.mark.parametrize("name", ["to_dict", "validate", "__class__"])
+def test_what_has_a_meaning_of_its_own_is_no_option(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is no name for an option"):
+        GenerationConfig.from_dict({name: 1})
+
+
+def test_a_number_beyond_all_floats_is_refused() -> None:
+    with pytest.raises(ValueError, match="temperature: expected a number"):
+        resolve(do_sample=True, temperature=10**400)
+
+
 def test_files_go_both_ways(tmp_path: Path) -> None:
     values = {"num_beams": 4, "eos_token_id": [2, 3], "early_stopping": "never", "do_sample": True, "own_entry": [1]}
     ours = GenerationConfig(**values)
@@ -85,7 +96,7 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    for text in ("{", "[1]", "\udcff"):
+    for text in ("{", "[1]", "\udcff", "[" * 100_000, '{"top_k": 3, "top_k": 4}'):
         (tmp_path / "generation_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(ValueError, match=r"generation_config\.json: "):
             GenerationConfig.from_pretrained(tmp_path)

@@ -261,6 +261,26 @@ def test_one_process_adds_at_a_time(names: list[str], tmp_path: Path, model: Any
     assert index.add(names[:1]).added == 1
 
 
+def test_a_search_sees_one_state_of_an_index_that_grows(
+    names: list[str], tmp_path: Path, model: Any, monkeypatch: Any
+) -> None:
+    """Pictures come and are replaced just after the vectors were compared: the search knows nothing of them."""
+    index = blip2c.Index.create(tmp_path / "index", model)
+    index.add(names[:2])
+    before, plain = index.search(QUERY, 10), _core._picture_scores
+
+    def compare_while_it_grows(*arguments: Any) -> Any:
+        found = plain(*arguments)
+        save_pictures(tmp_path / "pictures", ["0.png"], seed=90)
+        index.add(names)
+        return found
+
+    monkeypatch.setattr(_core, "_picture_scores", compare_while_it_grows)
+    assert index.search(QUERY, 10) == before
+    monkeypatch.setattr(_core, "_picture_scores", plain)
+    assert len(index.search(QUERY, 10)) == len(names) == len(index)
+
+
 # -- files that are refused -------------------------------------------------------------------------------------------
 
 
@@ -278,6 +298,21 @@ def test_a_damaged_file_is_refused(names: list[str], tmp_path: Path, model: Any,
     missing_index = name == index_files.HEADER and how == "missing"
     with pytest.raises(FileNotFoundError if missing_index else CheckpointError, match="index"):
         blip2c.Index.open(tmp_path / "index", model)
+
+
+def test_a_header_nested_without_end_is_refused(tmp_path: Path, model: Any) -> None:
+    blip2c.Index.create(tmp_path / "index", model)
+    (tmp_path / "index" / index_files.HEADER).write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"index\.json: "):
+        blip2c.Index.open(tmp_path / "index", model)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "vectors.bin"
+    path.write_bytes(bytes(10))
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: os.stat_result((0o100644, *[0] * 5, 20, 0, 0, 0)))
+    with pytest.raises(CheckpointError, match=r"vectors\.bin: ends 10 bytes early"):
+        index_files.check_file(path, index_files.Extent(20, 1))
 
 
 def test_another_version_model_or_dtype_is_refused(

@@ -596,6 +596,18 @@ def test_top_k_of_too_many_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(2, 2**20), (2**31 - 1, 2), (2**31 - 1, 2**31 - 1)])
+def test_weights_of_too_many_rows_take_no_memory(queries: int, keys: int) -> None:
+    offsets, lengths, starts = (np.array(x, np.int32) for x in ([0, queries], [keys], [0]))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"attention: (row 0: .* prefix|q_offsets run)"):
+            kernels.packed_attention(T[0], offsets, T[0], T[0], starts, lengths, heads=2, weights=True)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_queries_of_no_row_are_refused() -> None:
     x, none = np.ones((3, 4), np.float32), np.zeros(0, np.int32)
     with pytest.raises(ValueError, match="q_offsets run from 0 to 0, expected 0 to 3"):

@@ -438,6 +438,16 @@ def test_listing_and_clearing(plain: Path, own_cache: Path, capsys: pytest.Captu
     assert cache.entries() == []
 
 
+@pytest.mark.parametrize("source", ["3", '{"files": 3}', '{"files": [[]]}', '{"files": [{}]}', "[" * 100_000])
+def test_a_source_that_says_nothing_is_listed_and_replaced(plain: Path, own_cache: Path, source: str) -> None:
+    kept = own_cache / "packed-0.safetensors"
+    own_cache.mkdir()
+    _core.write_safetensors(kept, {"x": np.zeros(3, np.float32)}, {}, {cache.SOURCE_KEY: source})
+    assert [(entry.path, entry.sources) for entry in cache.entries()] == [(kept, [])]
+    assert load(plain, dtype="int8", cache=True).is_quantized
+    assert len(cached(own_cache)) == 2
+
+
 def test_files_that_others_take_away_meanwhile(plain: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A temporary file that another process renames between the listing and the look at it changes nothing."""
     gone = [own_cache / "packed-gone.tmp", own_cache / "packed-gone.safetensors"]

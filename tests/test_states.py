@@ -44,9 +44,9 @@ class Counting:
         self.pictures += len(pixels)
         return self.core.encode(pixels, **options)
 
-    def vision(self, pixels: Any) -> Any:
+    def vision(self, pixels: Any, **options: Any) -> Any:
         self.pictures += len(pixels)
-        return self.core.vision(pixels)
+        return self.core.vision(pixels, **options)
 
     def prefill(self, features: Any, ids: Any, *more: Any) -> Any:
         self.tokens += len(ids)

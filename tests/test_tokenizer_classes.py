@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 import blip2c
 from blip2c.tokenizer import Blip2Tokenizer
-from helpers import CORPUS, random_checkpoint, reference_model, small_t5_tokenizer, word_tokenizer
+from helpers import CORPUS, random_checkpoint, reference_model, small_t5_tokenizer, small_tokenizer, word_tokenizer
 
 SPACE = "\u2581"
 TEXTS = [
@@ -74,6 +74,14 @@ def compare(folder: Path) -> tuple[Any, Any]:
     return ours, theirs
 
 
+def assert_saved_as_it_is(tokenizer: Blip2Tokenizer, folder: Path) -> None:
+    """What it saves is read by both as what it was."""
+    tokenizer.save_pretrained(folder)
+    again, _ = compare(folder)
+    assert [again(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
+    assert again.padding_side == tokenizer.padding_side
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -86,8 +94,7 @@ def compare(folder: Path) -> tuple[Any, Any]:
 def test_llama_s(config: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = compare(save_llama(tmp_path / "a", **config))
     assert ours.padding_side == theirs.padding_side
-    ours.save_pretrained(tmp_path / "b")
-    compare(tmp_path / "b")
+    assert_saved_as_it_is(ours, tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +107,7 @@ def test_t5_s(change: dict[str, Any], tmp_path: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     ours, _ = compare(tmp_path)
     assert ours("Two GREEN")["input_ids"] != ours("two green")["input_ids"]
+    assert_saved_as_it_is(ours, tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +117,26 @@ def test_bert_s(config: dict[str, Any], tmp_path: Path) -> None:
     word_tokenizer(120).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "BertTokenizer", **config}))
-    compare(tmp_path)
+    assert_saved_as_it_is(compare(tmp_path)[0], tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("named_by", ["nobody", "config.json"])
+def test_a_config_that_names_no_class(kind: str, named_by: str, tmp_path: Path) -> None:
+    """config.json may name it, else the file is obeyed; what is saved is read as the same by both."""
+    folder, names = tmp_path / "a", {"gpt2": "GPT2Tokenizer", "llama": "LlamaTokenizer", "t5": "T5Tokenizer"}
+    if kind == "llama":
+        save_llama(folder)
+    else:
+        (small_tokenizer() if kind == "gpt2" else small_t5_tokenizer()).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k != "tokenizer_class"}
+    file.write_text(json.dumps(config))
+    if named_by == "config.json":
+        (folder / "config.json").write_text(json.dumps({"model_type": "blip-2", "tokenizer_class": names[kind]}))
+    ours, theirs = compare(folder)
+    assert ours.padding_side == theirs.padding_side
+    assert_saved_as_it_is(ours, tmp_path / "b")
 
 
 class Written:

@@ -158,3 +158,12 @@ def test_stacks_are_as_in_transformers() -> None:
 @pytest.mark.exhaustive
 def test_ten_thousand_stacks_are_as_in_transformers() -> None:
     run_stacks(10_000, 2)
+
+
+def test_a_decay_beyond_all_floats_leaves_a_score_of_zero() -> None:
+    scores = np.zeros((1, VOCABULARY), np.float32)
+    scores[0, EOS[0]] = 1.0
+    ids = np.full((1, PROMPT + 4), 3)
+    found = ours(scores, ids, {"exponential_decay_length_penalty": (1, 1e200), "max_new_tokens": 9}, None)
+    assert found[0, EOS[1]] == 0
+    assert found[0, EOS[0]] == np.finfo(np.float32).max or found[0, EOS[0]] == np.inf

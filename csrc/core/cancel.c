@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <time.h>
 
-static int64_t now_ns(void)
+int64_t b2_now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -16,7 +16,7 @@ int b2_cancel_poll(b2_cancel *cancel)
     if (!cancel)
         return 0;
     if (!b2_cancelled(cancel) && cancel->poll) {
-        int64_t now = now_ns();
+        int64_t now = b2_now_ns();
         if (now >= cancel->next_poll_ns) {
             cancel->next_poll_ns = now + B2_POLL_INTERVAL_NS;
             if (cancel->poll(cancel->owner))

@@ -29,4 +29,7 @@ static inline int b2_cancelled(const b2_cancel *cancel)
 /* The flag, after polling the owner if the interval has passed: for the starting thread. */
 int b2_cancel_poll(b2_cancel *cancel);
 
+/* Monotonic time. */
+int64_t b2_now_ns(void);
+
 #endif

@@ -141,6 +141,13 @@ static float beam_addend(const b2_search *s, int64_t i)
     return g->sums[s->row[i]];
 }
 
+static float beam_slot(const b2_search *s, int64_t r)
+{
+    const beams *g = s->choosing;
+    const slot *slots = g->slots[s->seats[r / g->beam_count].now];
+    return slots[r].ended ? slots[r].score : B2_CHOICE_EMPTY;
+}
+
 static int all_ended(const slot *slots, int count)
 {
     for (int j = 0; j < count; j++)
@@ -406,6 +413,7 @@ const b2_chooser b2_beam_chooser = {
     .release = beam_release,
     .enter = beam_enter,
     .addend = beam_addend,
+    .slot = beam_slot,
     .choose = beam_choose,
     .give_out = beam_give_out,
 };

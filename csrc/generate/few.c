@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "generate/ahead.h"
 #include "generate/scores.h"
 
 enum { LISTED_MOST = 1024 };
@@ -78,7 +79,7 @@ static int fits(b2_few *few, const b2_search *s)
     return 1;
 }
 
-static int reserve(b2_few *few, const b2_search *s, b2_err *err)
+static int reserve(b2_few *few, b2_search *s, b2_err *err)
 {
     size_t rows = (size_t)(s->size.places * s->rows_per_seat), room = (size_t)few->room;
     few->fixed = b2_alloc((size_t)few->fixed_count + 1, sizeof *few->fixed, "search shortlist", err);
@@ -91,7 +92,16 @@ static int reserve(b2_few *few, const b2_search *s, b2_err *err)
         return -1;
     list_fixed(few, s->opts);
     few->list.listed = few->listed;
-    return s->step->plan(s->step, (int64_t)rows, few->list.k, few->list.listed_ld, err);
+    b2_choice listing;
+    memset(&listing, 0, sizeof listing); /* steps compare it, what lies between the fields too */
+    listing.k = few->list.k;
+    listing.by_history = few->by_history;
+    listing.fixed = few->fixed_count > 0 ? few->fixed : NULL;
+    listing.fixed_count = few->fixed_count;
+    listing.listed_ld = few->list.listed_ld;
+    if (b2_ahead_reserve(s, &listing, err) < 0)
+        return -1;
+    return s->step->plan(s->step, (int64_t)rows, s->choice, err);
 }
 
 int b2_few_reserve(b2_search *s, b2_err *err)

@@ -131,7 +131,7 @@ static int next_prompt(b2_source *source, b2_item *item, int wait, b2_sourced *f
     array_source *from = (array_source *)source;
     const b2_prompts *prompts = from->prompts;
     int64_t b = from->next++;
-    *found = b < prompts->rows ? B2_SOURCE_ITEM : B2_SOURCE_END;
+    *found = b >= prompts->rows ? B2_SOURCE_END : b + 1 == prompts->rows ? B2_SOURCE_LAST : B2_SOURCE_ITEM;
     if (b < prompts->rows)
         *item = (b2_item){.index = b,
                           .ids = prompts->ids + prompts->offsets[b],

@@ -27,12 +27,13 @@ typedef struct b2_item {
     const void *prompt;  /* what the step reads; the search does not look at it */
 } b2_item;
 
-typedef enum b2_sourced { B2_SOURCE_END = 0, B2_SOURCE_ITEM, B2_SOURCE_LATER } b2_sourced;
+typedef enum b2_sourced { B2_SOURCE_END = 0, B2_SOURCE_ITEM, B2_SOURCE_LAST, B2_SOURCE_LATER } b2_sourced;
 
 /* Where items come from. Asked whenever there is a free place, before each step. */
 typedef struct b2_source b2_source;
 struct b2_source {
-    /* *found = B2_SOURCE_ITEM: *item is filled in. B2_SOURCE_LATER: none yet, ask again; never where `wait` is 1, which is
+    /* *found = B2_SOURCE_ITEM: *item is filled in. B2_SOURCE_LAST: likewise, and it is known that it is the last one; not asked
+     * again. B2_SOURCE_LATER: none yet, ask again; never where `wait` is 1, which is
      * when nothing runs: the source then waits. B2_SOURCE_END: none any more; not asked again. */
     int (*next)(b2_source *source, b2_item *item, int wait, b2_sourced *found, b2_err *err);
 };
@@ -57,6 +58,7 @@ struct b2_sink {
 typedef struct b2_step b2_step;
 struct b2_step {
     int64_t vocabulary; /* V */
+    int alone;          /* the search sets it before advance() */
     /* n items enter at free places [n], ascending. logits [n, V] of the last token of each prompt. */
     int (*prefill)(b2_step *step, int64_t n, const int32_t *places, const b2_item *items, float *logits, b2_err *err);
     /* n running rows go on by one token: row[i] takes over the history of running row parent[i] (of the same place; at an
@@ -67,10 +69,12 @@ struct b2_step {
     /* The item at this place is gone. */
     void (*leave)(b2_step *step, int32_t place);
     /* For steps whose logits are made in the memory of a device; else NULL, all three. plan: shortlists of up to `rows` rows
-     * are going to be asked for; called before the first step. From then on `logits` above may be NULL: they stay where they
-     * are, and logits that are not numbers are an error. shortlist (ops.h): of the n rows of the last call. logits: row `row`
-     * of it, to the host. */
-    int (*plan)(b2_step *step, int64_t rows, int k, int64_t listed_ld, b2_err *err);
+     * are going to be asked for as `choice` says, which is valid to the end of the search; called before the first step. From then
+     * on `logits` above may be NULL: they stay where they are, and logits that are not numbers are an error. shortlist (ops.h):
+     * of the n rows of the last call. logits: row `row` of it, to the host.
+     * advance() may then compute further steps ahead where `alone` is 1: all that changes in `choice` is true of its rows, and
+     * nobody is going to enter. Which of these steps are wanted the next calls say. */
+    int (*plan)(b2_step *step, int64_t rows, const b2_choice *choice, b2_err *err);
     int (*shortlist)(b2_step *step, int64_t n, b2_shortlist *list, b2_err *err);
     int (*logits)(b2_step *step, int64_t row, float *logits, b2_err *err);
 };

@@ -29,6 +29,11 @@ static float at_most(float score)
     return score > FLT_MAX ? FLT_MAX : score;
 }
 
+static float within(float value)
+{
+    return value < -FLT_MAX ? -FLT_MAX : at_most(value);
+}
+
 /* Every id of the history is penalised once however often it occurs: read all scores first, then write. */
 static void penalise_repetition(float *scores, int64_t vocabulary, const b2_history *history, float penalty,
                                 float *scratch)
@@ -159,7 +164,7 @@ static void decay(float *scores, const b2_history *history, const b2_generate_op
     int64_t over = history->made_length - opts->decay_start;
     if (over <= 0)
         return;
-    float factor = (float)(pow(opts->decay_factor, (double)over) - 1.0);
+    float factor = within((float)(pow(opts->decay_factor, (double)over) - 1.0)); /* 0 * Inf would be NaN */
     for (int64_t i = 0; i < opts->eos_count; i++) {
         float *score = &scores[opts->eos_ids[i]];
         if (isfinite(*score) && !said_before(opts->eos_ids, i))

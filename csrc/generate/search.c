@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "generate/ahead.h"
 #include "generate/few.h"
 #include "generate/scores.h"
 #include "generate/search.h"
@@ -76,6 +77,7 @@ static void release(b2_search *s)
 {
     s->chooser->release(s);
     b2_few_release(s);
+    b2_ahead_release(s);
     void *blocks[] = {s->seats,  s->entering, s->group, s->row,   s->step_parent, s->step_token, s->broken,
                       s->scores, s->scratch,  s->alive, s->parent, s->token,      s->said[0],    s->said[1],
                       s->lengths, s->final_scores, s->shown};
@@ -278,8 +280,8 @@ static int gather(b2_search *s, b2_err *err)
         b2_item *item = &s->entering[s->group_count];
         if (s->source->next(s->source, item, running + s->group_count == 0, &found, err) < 0)
             return -1;
-        s->source_ended = found == B2_SOURCE_END;
-        if (found != B2_SOURCE_ITEM)
+        s->source_ended = found == B2_SOURCE_END || found == B2_SOURCE_LAST;
+        if (found == B2_SOURCE_END || found == B2_SOURCE_LATER)
             return 0;
         if (sit_down(s, place, item, err) < 0)
             return -1;
@@ -370,6 +372,7 @@ static int advance(b2_search *s, b2_err *err)
     s->stats.steps++;
     s->stats.items_advanced += s->group_count;
     s->stats.rows_advanced += s->rows;
+    b2_ahead_tell(s);
     if (s->step->advance(s->step, s->rows, s->row, s->step_parent, s->step_token, s->few ? NULL : s->scores, err) < 0)
         return -1;
     return settle(s, 0, err);

@@ -28,6 +28,8 @@ typedef struct b2_chooser {
     void (*enter)(b2_search *search, int32_t place);
     /* What is added to the scores of packed row i before choose() compares them; NULL: nothing. May run on any thread. */
     float (*addend)(const b2_search *search, int64_t i);
+    /* The score of the ended hypothesis that running row r stands for, B2_CHOICE_EMPTY where it is none; NULL: there are none. */
+    float (*slot)(const b2_search *search, int64_t r);
     /* For every seat of the group: said, alive, parent, token of its rows; seat->over where it is finished. */
     int (*choose)(b2_search *search, b2_err *err);
     /* `finished` of a seat that is over: ids, beams, lengths, scores. */
@@ -49,6 +51,7 @@ struct b2_search {
     const b2_chooser *chooser;
     void *choosing;       /* the chooser's own state */
     b2_few *few;          /* few.h; NULL: whole rows of scores are looked at */
+    b2_choice *choice;    /* ahead.h; NULL likewise */
     int64_t width;        /* room for new tokens in a row of `said` */
     int64_t rows_per_seat;/* W */
     int source_ended;

@@ -118,6 +118,7 @@ void b2_places_close(b2_places *p)
     b2_memory_free(p->ctx->memory, p->logits);
     b2_memory_free(p->ctx->memory, p->list_there);
     b2_free(p->list_here);
+    b2_turns_release(&p->turns, p->ctx);
 }
 
 static int own_tables(b2_places *p, b2_err *err)
@@ -161,7 +162,7 @@ static int prefill_step(b2_step *step, int64_t n, const int32_t *places, const b
 static int advance_step(b2_step *step, int64_t n, const int32_t *row, const int32_t *parent, const int32_t *token,
                         float *logits, b2_err *err);
 static void leave_step(b2_step *step, int32_t place);
-static int plan_shortlists(b2_step *step, int64_t rows, int k, int64_t listed_ld, b2_err *err);
+static int plan_shortlists(b2_step *step, int64_t rows, const b2_choice *choice, b2_err *err);
 static int make_shortlist(b2_step *step, int64_t n, b2_shortlist *list, b2_err *err);
 static int fetch_logits(b2_step *step, int64_t row, float *logits, b2_err *err);
 
@@ -470,6 +471,8 @@ static int prefill_step(b2_step *step, int64_t n, const int32_t *places, const b
 {
     b2_places *p = (b2_places *)step;
     b2_tensor all = step_logits(p, n, logits);
+    b2_turns_forget(&p->turns);
+    p->rows_now = 0;
     for (int64_t i = 0; i < n; i++)
         if (b2_prompt_check(p->model, items[i].prompt, items[i].index, err) < 0 ||
             sit_down(p, places[i], items[i].prompt, items[i].index, err) < 0)
@@ -553,6 +556,8 @@ typedef struct step_call {
     const int32_t *ids; /* [n] */
     b2_lm_batch batch;
     b2_kv_cache cache, cross; /* what `batch` points to, for comparing */
+    b2_choice choice;         /* k is 0: it does not choose */
+    b2_choice_tables tables;
 } step_call;
 
 static int run_step(b2_ctx *ctx, void *argument, b2_err *err)
@@ -560,9 +565,10 @@ static int run_step(b2_ctx *ctx, void *argument, b2_err *err)
     const step_call *call = argument;
     const b2_lm *lm = call->lm;
     b2_lm_batch batch = call->batch;
-    return lm->class_->embed(ctx, lm, batch.x, call->ids, err) < 0 || lm->class_->forward(ctx, lm, &batch, err) < 0
-               ? -1
-               : check_logits(ctx, batch.logits, err);
+    if (lm->class_->embed(ctx, lm, batch.x, call->ids, err) < 0 || lm->class_->forward(ctx, lm, &batch, err) < 0 ||
+        check_logits(ctx, batch.logits, err) < 0)
+        return -1;
+    return call->choice.k > 0 ? b2_choose(ctx, &call->choice, &call->tables, batch.logits, err) : 0;
 }
 
 static void fill_call(b2_places *p, step_call *call, int64_t n, b2_tensor x, b2_tensor logits)
@@ -590,27 +596,77 @@ static void fill_call(b2_places *p, step_call *call, int64_t n, b2_tensor x, b2_
     name_cross(p, batch);
 }
 
-static int advance_step(b2_step *step, int64_t n, const int32_t *row, const int32_t *parent, const int32_t *token,
-                        float *logits, b2_err *err)
+/* What the step reads that it writes for the next one. */
+static void fill_choice(b2_places *p, step_call *call)
 {
-    b2_places *p = (b2_places *)step;
+    b2_choice_tables *t = &call->tables;
+    memcpy(&call->choice, p->turns.choice, sizeof call->choice);
+    t->ids = p->ids;
+    t->positions = p->positions;
+    t->cache_rows = p->cache_rows;
+    t->suffix_lens = p->suffix_lens;
+    t->suffix_slots = p->suffix_slots;
+    t->suffix_ld = p->size.steps;
+    t->key_mask = p->size.masked ? p->mask : NULL;
+    t->key_mask_ld = p->size.longest + p->size.steps;
+    t->prefix_lens = p->lens;
+    t->cache_step = (int32_t)p->size.rows_per_place;
+    t->turns = p->turns.counters;
+    t->log = p->turns.log_there;
+    t->spare = p->turns.spare;
+}
+
+/* The step that is laid out for n rows, and up to turns.launched - 1 that follow; 0 there: it alone, choosing nothing. */
+static int run_laid_out(b2_places *p, int64_t n, b2_tensor outer, b2_err *err)
+{
     b2_ctx *ctx = p->ctx;
-    b2_tensor outer = step_logits(p, n, logits), x, inner;
+    b2_tensor x, inner;
     step_call call;
-    if (lay_out_step(p, n, row, parent, err) < 0)
-        return -1;
-    memcpy(p->ids, token, (size_t)n * sizeof *token);
+    int repeats = 0;
     b2_ctx_mark mark = b2_ctx_marked(ctx);
     if (b2_stage_take(ctx, &x, n, p->model->lm->config.hidden_size, err) < 0 || take_logits(p, &inner, outer, err) < 0)
         return -1;
     fill_call(p, &call, n, x, inner);
+    if (p->turns.launched > 0)
+        fill_choice(p, &call);
+    b2_step_shape shape = {.key = &call, .bytes = sizeof call, .turns = (int)p->turns.launched, .repeats = &repeats};
     b2_rows_are before = ctx->rows_are;
     ctx->rows_are = B2_ROWS_APART;
-    int status = b2_step_run(ctx, (b2_step_shape){.key = &call, .bytes = sizeof call}, run_step, &call, err);
+    int status = b2_step_run(ctx, shape, run_step, &call, err);
     ctx->rows_are = before;
+    if (!repeats)
+        b2_turns_forget(&p->turns);
     if (status < 0 || (!p->logits_stay && b2_hand_over(ctx, outer, inner, err) < 0))
         return -1;
     b2_ctx_reset(ctx, mark);
+    return 0;
+}
+
+/* Steps that all of these rows have room for. */
+static int64_t room_of(const b2_places *p, int64_t n, const int32_t *row)
+{
+    int64_t room = p->size.steps, positions = p->model->lm->config.max_position_embeddings;
+    for (int64_t i = 0; i < n; i++) {
+        const b2_seat_rows *seat = &p->seats[row[i] / p->size.rows_per_place];
+        room = b2_min64(room, b2_min64(p->size.steps - seat->taken, positions - seat->next_position - seat->taken));
+    }
+    return room;
+}
+
+static int advance_step(b2_step *step, int64_t n, const int32_t *row, const int32_t *parent, const int32_t *token,
+                        float *logits, b2_err *err)
+{
+    b2_places *p = (b2_places *)step;
+    b2_tensor outer = step_logits(p, n, logits);
+    if (lay_out_step(p, n, row, parent, err) < 0)
+        return -1;
+    memcpy(p->ids, token, (size_t)n * sizeof *token);
+    p->rows_now = n;
+    if (!b2_turns_have(&p->turns, n, row, parent, token)) {
+        b2_turns_begin(&p->turns, n, row, step->alone ? b2_turns_wanted(&p->turns, n, room_of(p, n, row)) : 0);
+        if (run_laid_out(p, n, outer, err) < 0)
+            return -1;
+    }
     count_step(p, n, row);
     uint64_t allocations = b2_alloc_count();
     p->step_allocations += (int64_t)(allocations - p->allocations_seen);
@@ -627,27 +683,61 @@ static void leave_step(b2_step *step, int32_t place)
 
 /* ---- logits that stay ---- */
 
-static int plan_shortlists(b2_step *step, int64_t rows, int k, int64_t listed_ld, b2_err *err)
+static int plan_shortlists(b2_step *step, int64_t rows, const b2_choice *choice, b2_err *err)
 {
     b2_places *p = (b2_places *)step;
-    size_t bytes = b2_shortlist_bytes(rows, k, listed_ld);
+    size_t bytes = b2_shortlist_bytes(rows, choice->k, choice->listed_ld);
     p->logits = b2_memory_alloc(p->ctx->memory, (size_t)(rows * step->vocabulary), sizeof *p->logits, "logits", err);
     p->list_there = b2_memory_alloc(p->ctx->memory, bytes, 1, "shortlists", err);
     p->list_here = b2_alloc(bytes, 1, "shortlists", err);
-    return p->logits && p->list_there && p->list_here ? 0 : -1;
+    if (!p->logits || !p->list_there || !p->list_here)
+        return -1;
+    return b2_turns_plan(&p->turns, p->ctx, choice, rows, p->size.steps, err);
+}
+
+/* What is not finite may come behind the end of every row, where nobody has asked for it: then this step goes alone. */
+static int fetch_turns(b2_places *p, b2_err *err)
+{
+    b2_err why = {0};
+    int status = b2_turns_fetch(&p->turns, p->ctx, &why);
+    if (status < 0 && why.code == B2_E_NUMERIC && p->turns.launched > 1) {
+        why = (b2_err){0};
+        b2_turns_begin(&p->turns, p->rows_now, p->turns.row, 1);
+        status = run_laid_out(p, p->rows_now, step_logits(p, p->rows_now, NULL), &why);
+        status = status < 0 || p->turns.launched == 0 ? status : b2_turns_fetch(&p->turns, p->ctx, &why);
+    }
+    if (status < 0)
+        *err = why;
+    return status;
 }
 
 static int make_shortlist(b2_step *step, int64_t n, b2_shortlist *list, b2_err *err)
 {
     b2_places *p = (b2_places *)step;
     b2_tensor logits = b2_tensor_of(p->logits, n, step->vocabulary);
-    return b2_make_shortlist(p->ctx, list, logits, p->list_there, p->list_here, err);
+    if (p->turns.launched > 0 && fetch_turns(p, err) < 0)
+        return -1;
+    if (p->turns.launched > 0)
+        return b2_turns_list(&p->turns, n, list, p->list_here, err);
+    if (b2_make_shortlist(p->ctx, list, logits, p->list_there, p->list_here, err) < 0)
+        return -1;
+    if (p->rows_now > 0)
+        b2_turns_waited(&p->turns, 1);
+    return 0;
 }
 
+/* Where a step is not the last of its run its logits are gone; it is done again. */
 static int fetch_logits(b2_step *step, int64_t row, float *logits, b2_err *err)
 {
     b2_places *p = (b2_places *)step;
-    return b2_download(p->ctx, logits, p->logits + row * step->vocabulary, (size_t)step->vocabulary * sizeof *logits, err);
+    int64_t at = b2_turns_logits(&p->turns, row);
+    if (at < 0) {
+        b2_turns_forget(&p->turns);
+        if (run_laid_out(p, p->rows_now, step_logits(p, p->rows_now, NULL), err) < 0)
+            return -1;
+        at = row;
+    }
+    return b2_download(p->ctx, logits, p->logits + at * step->vocabulary, (size_t)step->vocabulary * sizeof *logits, err);
 }
 
 /* ---- keeping ---- */
@@ -677,16 +767,23 @@ static void list_ids(const b2_seat_rows *seat, b2_prefix *prefix, const int32_t 
     memcpy(prefix->rule_ids + seat->length, ids, (size_t)kept * sizeof *prefix->rule_ids);
 }
 
+int b2_prompt_check_keep(const b2_prompt *prompt, int64_t row, b2_err *err)
+{
+    if (prompt->decoder_ids)
+        return b2_fail(err, B2_E_UNSUPPORTED, "row %lld: prefix: an encoder reads the whole prompt at once, a beginning of it "
+                       "can not be kept", (long long)row);
+    if (prompt->mask)
+        return b2_fail(err, B2_E_VALUE, "row %lld: prefix: a prompt with a mask can not be kept", (long long)row);
+    return 0;
+}
+
 int b2_places_keep(b2_prefix **kept, b2_places *p, int32_t place, const int32_t *rules, const int32_t *ids, int64_t length,
                    const int32_t *beams, int32_t row, b2_err *err)
 {
     const b2_seat_rows *seat = &p->seats[place];
     int64_t more = length > 0 ? length - 1 : 0, all = seat->length + more;
-    if (p->size.longest_encoded > 0)
-        return b2_fail(err, B2_E_UNSUPPORTED, "prefix: an encoder reads the whole prompt at once, a beginning of it can not "
-                       "be kept");
-    if (seat->prompt.mask)
-        return b2_fail(err, B2_E_VALUE, "prefix: a prompt with a mask can not be kept");
+    if (b2_prompt_check_keep(&seat->prompt, place, err) < 0)
+        return -1;
     int32_t *rows = b2_alloc((size_t)all, sizeof *rows, "rows of a prefix", err);
     b2_prefix *prefix = rows ? b2_prefix_create(p->model, &p->cache, all, err) : NULL;
     int status = -1;

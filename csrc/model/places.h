@@ -10,6 +10,7 @@
 #include "generate/generate.h"
 #include "model/blip2.h"
 #include "model/prefix.h"
+#include "model/turns.h"
 
 /* One prompt. The timeline (what rules, lengths and results count) is prefix and ids; of an encoder-decoder it is
  * decoder_ids, and ids go to the encoder. */
@@ -56,6 +57,8 @@ typedef struct b2_places {
     float *logits;
     int logits_stay; /* of this call: they are made there and not handed over */
     void *list_there, *list_here;
+    b2_turns turns;
+    int64_t rows_now; /* of the last advance; 0 after a prefill */
     /* Of one call. */
     int32_t *ids, *positions, *cache_rows; /* [group_tokens], or [P*W] if that is more */
     int32_t *offsets;                      /* [P*W + 1] */
@@ -70,6 +73,8 @@ typedef struct b2_places {
 /* Of one prompt: ids in range, not empty, with as many image places as features, decoder ids where the model
  * has a decoder, a prefix of this model. `row` names it in the message. */
 int b2_prompt_check(const b2_blip2 *model, const b2_prompt *prompt, int64_t row, b2_err *err);
+/* Whether it can be kept as a prefix: not by an encoder-decoder, and not with a mask. */
+int b2_prompt_check_keep(const b2_prompt *prompt, int64_t row, b2_err *err);
 /* Tokens on the timeline. */
 int64_t b2_prompt_length(const b2_prompt *prompt);
 

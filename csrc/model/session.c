@@ -205,6 +205,9 @@ static int generate(b2_ctx *ctx, const b2_blip2 *model, const search_prompts *s,
 {
     if (b2_generate_check(&s->view, opts, model->lm->config.vocab_size, err) < 0)
         return -1;
+    for (int64_t b = 0; kept && b < s->view.rows; b++)
+        if (b2_prompt_check_keep(&s->prompts[b], b, err) < 0)
+            return -1;
     b2_search_size search = b2_generate_size(&s->view, opts, ROWS_AT_ONCE);
     b2_places_size size = size_of(s->prompts, s->view.rows);
     size.places = search.places;

@@ -10,7 +10,7 @@
 #include "ops/ops.h"
 
 /* Changes whenever anything that crosses between _core and the library does: these structs, b2_ops, b2_ctx, b2_weight. */
-enum { B2_BACKEND_VERSION = 5 };
+enum { B2_BACKEND_VERSION = 6 };
 
 #define B2_BACKEND_SYMBOL "b2_backend_cuda"
 

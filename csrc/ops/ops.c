@@ -254,13 +254,6 @@ int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err)
     return x.rows == 0 || x.cols == 0 ? 0 : ctx->ops->log_softmax(ctx, x, err);
 }
 
-size_t b2_shortlist_bytes(int64_t rows, int k, int64_t listed_ld)
-{
-    size_t row = sizeof(double) + sizeof(float) + sizeof(int32_t) + (size_t)k * (sizeof(float) + sizeof(int32_t)) +
-                 (size_t)listed_ld * (sizeof(float) + sizeof(int32_t));
-    return (size_t)rows * row;
-}
-
 int b2_make_shortlist(b2_ctx *ctx, b2_shortlist *list, b2_tensor x, void *there, void *here, b2_err *err)
 {
     if (check_view("shortlist", "x", x, err) < 0)
@@ -270,6 +263,16 @@ int b2_make_shortlist(b2_ctx *ctx, b2_shortlist *list, b2_tensor x, void *there,
     if (!ctx->ops->shortlist)
         return b2_fail(err, B2_E_UNSUPPORTED, "shortlist: %s has its logits on the host", ctx->ops->name);
     return x.rows == 0 ? 0 : ctx->ops->shortlist(ctx, list, x, there, here, err);
+}
+
+int b2_choose(b2_ctx *ctx, const b2_choice *choice, const b2_choice_tables *tables, b2_tensor logits, b2_err *err)
+{
+    if (check_view("choose", "logits", logits, err) < 0)
+        return -1;
+    if (choice->k < 1 || choice->k > B2_SHORTLIST_MOST || choice->beams < 1 || logits.rows % choice->beams != 0)
+        return b2_fail(err, B2_E_VALUE, "choose: k = %d, %lld rows of %d beams", choice->k, (long long)logits.rows,
+                       choice->beams);
+    return logits.rows == 0 || !ctx->ops->choose ? 0 : ctx->ops->choose(ctx, choice, tables, logits, err);
 }
 
 int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err)
@@ -397,5 +400,7 @@ int b2_ctx_reserve(b2_ctx *ctx, size_t bytes, b2_err *err)
 
 int b2_step_run(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err)
 {
+    if (shape.repeats)
+        *shape.repeats = 0;
     return ctx->ops->step(ctx, shape, body, argument, err);
 }

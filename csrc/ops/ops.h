@@ -21,6 +21,13 @@
 #include "core/arena.h"
 #include "core/error.h"
 #include "core/tensor.h"
+#include "ops/choice.h"
+
+#ifdef __CUDACC__
+#define B2_ANYWHERE __host__ __device__ /* kernels call it too */
+#else
+#define B2_ANYWHERE
+#endif
 
 typedef struct b2_pool b2_pool;
 typedef struct b2_cancel b2_cancel;
@@ -172,6 +179,41 @@ typedef struct b2_shortlist {
 
 enum { B2_SHORTLIST_MOST = 64 };
 
+static inline size_t b2_shortlist_bytes(int64_t rows, int k, int64_t listed_ld)
+{
+    size_t row = sizeof(double) + sizeof(float) + sizeof(int32_t) + (size_t)k * (sizeof(float) + sizeof(int32_t)) +
+                 (size_t)listed_ld * (sizeof(float) + sizeof(int32_t));
+    return (size_t)rows * row;
+}
+
+/* How the shortlists of N rows lie in a block of b2_shortlist_bytes: results, then the listed ids. */
+typedef struct b2_shortlist_parts {
+    double *sums;
+    float *tops;
+    int32_t *crowded;
+    float *values;
+    int32_t *ids;
+    float *listed_values;
+    int32_t *listed;
+    int64_t listed_ld;
+    int k;
+} b2_shortlist_parts;
+
+B2_ANYWHERE static inline b2_shortlist_parts b2_shortlist_parts_of(void *block, int64_t rows, int k, int64_t listed_ld)
+{
+    b2_shortlist_parts p;
+    p.sums = (double *)block;
+    p.tops = (float *)(p.sums + rows);
+    p.crowded = (int32_t *)(p.tops + rows);
+    p.values = (float *)(p.crowded + rows);
+    p.ids = (int32_t *)(p.values + rows * k);
+    p.listed_values = (float *)(p.ids + rows * k);
+    p.listed = (int32_t *)(p.listed_values + rows * listed_ld);
+    p.listed_ld = listed_ld;
+    p.k = k;
+    return p;
+}
+
 /* What steps have in common that differ in nothing but the contents of the host arrays that their operations are given:
  * the arrays' addresses are the same, and all other arguments. */
 typedef struct b2_step_shape {
@@ -179,6 +221,8 @@ typedef struct b2_step_shape {
     size_t bytes;
     int constant;    /* 1: the body makes the host arrays itself, and makes the same ones whenever the key is the same; then their
                       * addresses do not matter */
+    int turns;       /* 0, or: the body ends with b2_choose, which asks for so many steps */
+    int *repeats;    /* out where turns > 0: 1 where up to so many are done, by one call of b2_step_run; 0: this one alone */
 } b2_step_shape;
 
 typedef int (*b2_step_fn)(b2_ctx *ctx, void *argument, b2_err *err);
@@ -209,6 +253,7 @@ struct b2_ops {
     int (*log_softmax)(b2_ctx *, b2_tensor x, b2_err *);
     /* NULL where backend memory is the host's. */
     int (*shortlist)(b2_ctx *, b2_shortlist *list, b2_tensor x, void *there, void *here, b2_err *);
+    int (*choose)(b2_ctx *, const b2_choice *choice, const b2_choice_tables *tables, b2_tensor logits, b2_err *err);
     int (*check_finite)(b2_ctx *, int64_t *first_bad_row, b2_tensor x, b2_err *);
     int (*note_finite)(b2_ctx *, const char *stage, int layer, b2_tensor x, b2_err *err);
     int (*picture_scores)(b2_ctx *, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *);
@@ -295,7 +340,10 @@ int b2_log_softmax(b2_ctx *ctx, b2_tensor x, b2_err *err);
 /* The shortlist of x [N, V], which is all numbers (b2_note_finite). Waits for it. there, here: b2_shortlist_bytes(N, k,
  * listed_ld) of backend and host memory, at multiples of 16. B2_E_UNSUPPORTED where backend memory is the host's. */
 int b2_make_shortlist(b2_ctx *ctx, b2_shortlist *list, b2_tensor x, void *there, void *here, b2_err *err);
-size_t b2_shortlist_bytes(int64_t rows, int k, int64_t listed_ld);
+
+/* The end of a step that chooses for itself (choice.h), from its logits [N, V]: only in a body that b2_step_run may repeat,
+ * where it counts turns and says whether there is another. Elsewhere it does nothing. */
+int b2_choose(b2_ctx *ctx, const b2_choice *choice, const b2_choice_tables *tables, b2_tensor logits, b2_err *err);
 
 /* first_bad_row = index of the first row of x that holds a NaN or an Inf, or -1. */
 int b2_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_err *err);
@@ -369,7 +417,8 @@ static inline void b2_ctx_reset(b2_ctx *ctx, b2_ctx_mark mark)
 }
 
 /* Runs body(ctx, argument), which only calls operations. A backend may record what it asks for and from then on, for the
- * same shape, repeat that on the present contents of the host arrays without calling it. */
+ * same shape, repeat that on the present contents of the host arrays without calling it. Only what is recorded repeats itself
+ * (shape.repeats). */
 int b2_step_run(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argument, b2_err *err);
 
 #endif

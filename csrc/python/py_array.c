@@ -139,10 +139,20 @@ static b2_device_array as_device_array(PyArrayObject *array)
     return a;
 }
 
+/* Waits without the GIL: what arrives may come from a stream that waits for a function of Python. */
+static int settle(b2py_place place, b2_err *err)
+{
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = place.backend->settle(place.device, err);
+    Py_END_ALLOW_THREADS
+    return status;
+}
+
 int b2py_settle(b2py_state *state, b2py_place place)
 {
     b2_err err = {0};
-    if (place.backend->settle(place.device, &err) == 0)
+    if (settle(place, &err) == 0)
         return 0;
     b2py_raise(state, &err);
     return -1;
@@ -156,7 +166,7 @@ PyArrayObject *b2py_ordered(b2py_state *state, PyArrayObject *array)
         return NULL;
     b2_err err = {0};
     b2_device_array to = as_device_array(out), from = as_device_array(array);
-    if (place.backend->convert(place.device, &to, &from, &err) < 0 || place.backend->settle(place.device, &err) < 0) {
+    if (place.backend->convert(place.device, &to, &from, &err) < 0 || settle(place, &err) < 0) {
         b2py_raise(state, &err);
         Py_CLEAR(out);
     }
@@ -235,7 +245,7 @@ static PyArrayObject *join(b2py_state *state, PyArrayObject **arrays, Py_ssize_t
         status = place.backend->convert(place.device, &to, &from, &err);
         to.data = (float *)to.data + from.shape[axis] * to.strides[axis];
     }
-    if (status < 0 || place.backend->settle(place.device, &err) < 0) {
+    if (status < 0 || settle(place, &err) < 0) {
         b2py_raise(state, &err);
         Py_CLEAR(out);
     }
@@ -301,6 +311,12 @@ PyObject *b2py_give(b2py_state *state, PyObject *array)
 {
     if (!array || !b2py_is_on_device((PyArrayObject *)array))
         return array;
+    int ndim = PyArray_NDIM((PyArrayObject *)array);
+    if (ndim > B2_ARRAY_AXES) {
+        Py_DECREF(array);
+        PyErr_Format(PyExc_ValueError, "DeviceArray: expected at most %d axes, found %d", B2_ARRAY_AXES, ndim);
+        return NULL;
+    }
     array_object *self = (array_object *)state->array_type->tp_alloc(state->array_type, 0);
     if (!self) {
         Py_DECREF(array);
@@ -390,11 +406,17 @@ static Py_ssize_t array_length(PyObject *self)
     return -1;
 }
 
-/* An index that makes a view: integers, slices, None, an ellipsis. NumPy would read the data for any other. */
-static int is_basic(PyObject *key)
+/* An index that makes a view: integers, slices, None, an ellipsis. NumPy would read the data for any other; so it never sees
+ * what only says that it is an integer: a tensor of torch may be a list of them. A new reference. */
+static PyObject *basic_item(PyObject *item)
 {
-    return PySlice_Check(key) || key == Py_None || key == Py_Ellipsis ||
-           (PyIndex_Check(key) && !PyBool_Check(key) && !PyArray_Check(key));
+    if (PySlice_Check(item) || item == Py_None || item == Py_Ellipsis)
+        return Py_NewRef(item);
+    PyObject *number = PyIndex_Check(item) && !PyBool_Check(item) && !PyArray_Check(item) ? PyNumber_Index(item) : NULL;
+    if (!number && (!PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_TypeError)))
+        PyErr_Format(PyExc_TypeError, "DeviceArray: expected an index of integers and slices, found %s",
+                     Py_TYPE(item)->tp_name);
+    return number;
 }
 
 /* `key` as a tuple with an ellipsis at its end, for which NumPy gives a view also where all axes are indexed. */
@@ -405,13 +427,9 @@ static PyObject *basic_key(PyObject *key)
     if (status == 0 && !PyTuple_Check(key))
         status = PyList_Append(items, key);
     for (Py_ssize_t i = 0; status == 0 && i < PyList_GET_SIZE(items); i++) {
-        PyObject *item = PyList_GET_ITEM(items, i);
+        PyObject *item = basic_item(PyList_GET_ITEM(items, i));
         has_ellipsis |= item == Py_Ellipsis;
-        if (!is_basic(item)) {
-            PyErr_Format(PyExc_TypeError, "DeviceArray: expected an index of integers and slices, found %s",
-                         Py_TYPE(item)->tp_name);
-            status = -1;
-        }
+        status = item ? PyList_SetItem(items, i, item) : -1;
     }
     if (status == 0 && !has_ellipsis)
         status = PyList_Append(items, Py_Ellipsis);
@@ -437,6 +455,11 @@ static PyObject *array_reshape(PyObject *self, PyObject *args)
     Py_XDECREF(reshape);
     Py_XDECREF(ordered);
     return view_of(self, view);
+}
+
+static PyObject *array_copy(PyObject *self, PyObject *Py_UNUSED(ignored))
+{
+    return view_of(self, (PyObject *)b2py_ordered(state_of(self), layout_of(self)));
 }
 
 static PyObject *array_numpy(PyObject *self, PyObject *Py_UNUSED(ignored))
@@ -487,6 +510,7 @@ static PyObject *array_repr(PyObject *self)
 
 static PyMethodDef array_methods[] = {
     {"reshape", array_reshape, METH_VARARGS, "reshape(*shape) -> DeviceArray: the same elements in another shape."},
+    {"copy", array_copy, METH_NOARGS, "copy() -> DeviceArray: the same elements in order, in memory of their own."},
     {"numpy", array_numpy, METH_NOARGS, "numpy() -> a copy on the host."},
     {"__array__", KEYWORDS(array_interface), "__array__(dtype=None, copy=None) -> a copy on the host."},
     {"__dlpack__", KEYWORDS(array_dlpack),
@@ -518,7 +542,7 @@ static PyType_Slot array_slots[] = {
 };
 
 static PyType_Spec array_spec = {
-    .name = "blip2c._core.DeviceArray",
+    .name = "blip2c.DeviceArray",
     .basicsize = sizeof(array_object),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = array_slots,

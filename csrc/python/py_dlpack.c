@@ -161,12 +161,50 @@ static int check_tensor(const dl_tensor *t, const char *name, b2py_place place)
     return 0;
 }
 
-/* *size: elements; 0, or -1 where there are more than addresses or the data is not there. */
+/* *first, *last: the bytes that the elements of an array that is not empty reach, counted from its data. 0, or -1 where no
+ * address is that far away. Strides may be negative. */
+static int reach(int64_t *first, int64_t *last, const b2_device_array *a)
+{
+    const int64_t most = INT64_MAX / 16 / B2_ARRAY_AXES; /* elements along an axis: all axes together are below half of int64 */
+    *first = 0;
+    *last = a->bits / 8 - 1;
+    for (int i = 0; i < a->ndim; i++) {
+        int64_t steps = a->shape[i] - 1, stride = a->strides[i];
+        if (steps > 0 && (stride > most / steps || stride < -(most / steps)))
+            return -1;
+        *(stride < 0 ? first : last) += steps * stride * (a->bits / 8);
+    }
+    return 0;
+}
+
+/* Whether a device may read all of it: the least that can be known of somebody's pointer. */
+static int check_data(const b2_device_array *a, const char *name, b2py_place place)
+{
+    b2_memory *memory = place.device->memory;
+    const char *data = a->data;
+    int64_t first, last;
+    if (reach(&first, &last, a) < 0 || !memory->holds(memory, (const void *)((uintptr_t)data + (uintptr_t)first)) ||
+        !memory->holds(memory, (const void *)((uintptr_t)data + (uintptr_t)last))) {
+        PyErr_Format(PyExc_BufferError, "%s: its data is not in the memory of cuda:%d", name, place.device->index);
+        return -1;
+    }
+    if ((uintptr_t)data % (uintptr_t)(a->bits / 8) == 0)
+        return 0;
+    PyErr_Format(PyExc_BufferError, "%s: expected elements at multiples of %d bytes, found an address that is none", name,
+                 a->bits / 8);
+    return -1;
+}
+
+/* *size: elements. 0, or -1 where there are more than addresses or the data is not there. */
 static int read_tensor(b2_device_array *a, npy_intp *size, const dl_tensor *t, const char *name, b2py_place place)
 {
-    *a = (b2_device_array){.data = (char *)t->data + t->offset, .bits = t->dtype.bits,
+    *a = (b2_device_array){.data = (void *)((uintptr_t)t->data + (uintptr_t)t->offset), .bits = t->dtype.bits,
                            .brain = t->dtype.code == CODE_BFLOAT, .ndim = t->ndim};
     *size = 1;
+    if (t->ndim > 0 && !t->shape) {
+        PyErr_Format(PyExc_BufferError, "%s: DLPack's tensor has %d axes and no shape", name, (int)t->ndim);
+        return -1;
+    }
     for (int i = t->ndim - 1; i >= 0; i--) {
         if (t->shape[i] < 0 || (t->shape[i] > 0 && *size > NPY_MAX_INTP / 8 / t->shape[i])) {
             PyErr_Format(PyExc_ValueError, "%s: axis %d of DLPack's shape is %lld", name, i, (long long)t->shape[i]);
@@ -176,11 +214,7 @@ static int read_tensor(b2_device_array *a, npy_intp *size, const dl_tensor *t, c
         a->strides[i] = t->strides ? t->strides[i] : *size;
         *size *= (npy_intp)t->shape[i];
     }
-    b2_memory *memory = place.device->memory;
-    if (*size == 0 || (t->data && memory->holds(memory, a->data)))
-        return 0;
-    PyErr_Format(PyExc_BufferError, "%s: its data is not in the memory of cuda:%d", name, place.device->index);
-    return -1;
+    return *size == 0 ? 0 : check_data(a, name, place);
 }
 
 /* Operations can read it where it lies. */
@@ -266,11 +300,13 @@ PyObject *b2py_take(b2py_state *state, PyObject *object, const char *name, b2py_
     if (b2py_layout(state, object))
         return take_own(state, object, name, place);
     PyObject *device = PyObject_CallMethod(object, "__dlpack_device__", NULL);
-    int fits = device && PyTuple_Check(device) && PyArg_ParseTuple(device, "ii", &type, &id);
-    Py_XDECREF(device);
+    if (!device)
+        return NULL;
+    int fits = PyTuple_Check(device) && PyArg_ParseTuple(device, "ii", &type, &id);
+    Py_DECREF(device);
     if (!fits) {
-        if (!PyErr_Occurred())
-            PyErr_Format(PyExc_TypeError, "%s: __dlpack_device__ gave no pair of numbers", name);
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "%s: __dlpack_device__ gave no pair of numbers", name);
         return NULL;
     }
     if (!is_here(type, id, place)) {

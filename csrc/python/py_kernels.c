@@ -1,11 +1,8 @@
 /* The kernels one by one on arrays: for tests and for people who want to see what they do. blip2c/kernels.py gives them
  * their public signatures. A result lies where the first array lies; on the host it starts as NaN, so that an element that
  * a kernel forgot shows. */
-#define _POSIX_C_SOURCE 200809L
 #include "python/py_kernels.h"
 #include "python/py_kernel_call.h"
-
-#include <time.h>
 
 #include "model/t5.h"
 #include "ops/cpu/common.h"
@@ -157,9 +154,7 @@ static PyObject *linear(PyObject *module, PyObject *args)
 
 static double seconds(void)
 {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return 1e-9 * (double)b2_now_ns();
 }
 
 /* Seconds per call of linear over each of `weights` in turn, with scratch reserved once, as a session runs it. */
@@ -676,14 +671,16 @@ static b2py_plan attention_plan(const b2_attention_args *a)
     return (b2py_plan){a->q.rows, a->q.cols, keys < most ? keys : most, a->head_dim > 0 ? a->head_dim : 1};
 }
 
-/* Floats of all rows' weights, [H, T_b, keys_b] each; 0 where the rows make no sense, which the operation refuses. */
+/* Floats of all rows' weights, [H, T_b, keys_b] each; 0 where there are more of something than there is, which the operation
+ * refuses. */
 static npy_intp weights_size(const b2_attention_args *a)
 {
     npy_intp size = 0;
+    int64_t most = a->k.rows + a->suffix_ld;
     for (int64_t b = 0; b < a->rows; b++) {
         int64_t queries = (int64_t)a->q_offsets[b + 1] - a->q_offsets[b];
         int64_t keys = (int64_t)a->prefix_lens[b] + (a->suffix_lens ? a->suffix_lens[b] : 0);
-        if (queries < 0 || keys < 0 || a->heads < 1)
+        if (queries < 0 || queries > a->q.rows || keys < 0 || keys > most || a->heads < 1 || a->heads > a->q.cols)
             return 0;
         size += (npy_intp)(a->heads * queries * keys);
     }

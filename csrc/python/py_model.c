@@ -425,9 +425,10 @@ static PyObject *model_put(PyObject *self, PyObject *object)
 static PyMethodDef model_methods[] = {
     {"encode", KEYWORDS(b2py_model_encode),
      "encode(pixel_values, interpolate=False, text=None, on_device=False) -> image features [B, Q, D]"},
-    {"vision", b2py_model_vision, METH_O, "vision(pixel_values) -> last hidden state of the vision encoder [B, T, D]"},
+    {"vision", KEYWORDS(b2py_model_vision),
+     "vision(pixel_values, on_device=False) -> last hidden state of the vision encoder [B, T, D]"},
     {"read", KEYWORDS(b2py_model_read),
-     "read(image_embeds, text=None) -> image features [B, Q, D]: Q-Former and projection alone"},
+     "read(image_embeds, text=None, on_device=False) -> image features [B, Q, D]: Q-Former and projection alone"},
     {"encode_stages", KEYWORDS(b2py_model_encode_stages),
      "encode_stages(pixel_values=None, hidden_states=False, attentions=False, interpolate=False, image_embeds=None,"
      " qformer=True, text=None, on_device=False) -> dict of every stage's output"},

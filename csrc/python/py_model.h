@@ -61,7 +61,7 @@ void b2py_rows_release(b2py_rows *arrays);
 int b2py_results_at(b2py_place *place, PyObject *self, int on_device);
 PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_encode_stages(PyObject *self, PyObject *args, PyObject *kwargs);
-PyObject *b2py_model_vision(PyObject *self, PyObject *object);
+PyObject *b2py_model_vision(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_forward(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *b2py_model_project(PyObject *self, PyObject *args, PyObject *kwargs);

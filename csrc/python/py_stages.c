@@ -291,35 +291,42 @@ PyObject *b2py_model_encode(PyObject *self, PyObject *args, PyObject *kwargs)
     return encode_one(self, model, &in, &text, features, &out);
 }
 
-PyObject *b2py_model_vision(PyObject *self, PyObject *object)
+PyObject *b2py_model_vision(PyObject *self, PyObject *args, PyObject *kwargs)
 {
+    static char *names[] = {"pixel_values", "on_device", NULL};
     const b2_blip2 *model = loaded_vision(self);
+    PyObject *object, *hidden = NULL;
+    int on_device = 0;
+    b2py_place place;
     picture_input in = {0};
     b2py_text none = {0};
     b2_encoded out = {0};
-    PyObject *hidden = NULL;
-    if (!model)
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|p", names, &object, &on_device) ||
+        b2py_results_at(&place, self, on_device) < 0)
         return NULL;
     if (read_pixels(&in, object, self, 0) == 0) {
         npy_intp shape[] = {in.pictures.count, in.tokens, model->vit.config.hidden_size};
-        hidden = b2py_new_floats(state_of(self), (b2py_place){0}, 3, shape, &out.vision);
+        hidden = b2py_new_floats(state_of(self), place, 3, shape, &out.vision);
     }
     return encode_one(self, model, &in, &none, hidden, &out);
 }
 
 PyObject *b2py_model_read(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"image_embeds", "text", NULL};
+    static char *names[] = {"image_embeds", "text", "on_device", NULL};
     const b2_blip2 *model = b2py_language_model(self);
     PyObject *object, *words = Py_None, *features = NULL;
+    int on_device = 0;
+    b2py_place place;
     picture_input in = {0};
     b2py_text text = {0};
     b2_encoded out = {0};
-    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &object, &words))
+    if (!model || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|Op", names, &object, &words, &on_device) ||
+        b2py_results_at(&place, self, on_device) < 0)
         return NULL;
     if (read_embeds(&in, object, self) == 0 && b2py_read_text(&text, words, in.pictures.count) == 0) {
         out.vision = b2_tensor_of(PyArray_DATA(in.array), in.pictures.count * in.tokens, model->vit.config.hidden_size);
-        features = new_features(self, (b2py_place){0}, in.pictures.count, &out.features);
+        features = new_features(self, place, in.pictures.count, &out.features);
     }
     return encode_one(self, model, &in, &text, features, &out);
 }

@@ -220,5 +220,5 @@ int64_t b2py_text_length(const b2py_text *in, int64_t items)
             PyErr_SetString(PyExc_ValueError, "text: hidden states and attentions need texts of one length");
             return -1;
         }
-    return in->texts.offsets[1];
+    return items > 0 ? in->texts.offsets[1] : 0;
 }

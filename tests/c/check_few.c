@@ -83,11 +83,12 @@ static void fake_leave(b2_step *step, int32_t place)
     (void)place;
 }
 
-static int fake_plan(b2_step *step, int64_t rows, int k, int64_t listed_ld, b2_err *err)
+static int fake_plan(b2_step *step, int64_t rows, const b2_choice *choice, b2_err *err)
 {
     (void)step;
-    if (rows > ROWS_MOST || k > K_MOST || listed_ld > LISTED_MOST)
-        return b2_fail(err, B2_E_INTERNAL, "planned %lld rows, %d, %lld", (long long)rows, k, (long long)listed_ld);
+    if (rows > ROWS_MOST || choice->k > K_MOST || choice->listed_ld > LISTED_MOST)
+        return b2_fail(err, B2_E_INTERNAL, "planned %lld rows, %d, %lld", (long long)rows, choice->k,
+                       (long long)choice->listed_ld);
     return 0;
 }
 

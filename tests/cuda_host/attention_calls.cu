@@ -7,12 +7,13 @@
 
 struct attention_call {
     float *out;                     /* [N, out_ld], or the weights; on the host as all that follows */
-    const float *q, *k, *v, *k_suffix, *v_suffix; /* [.., q_ld], [.., kv_ld] */
+    const float *q;                 /* [.., q_ld] */
+    const void *k, *v, *k_suffix, *v_suffix; /* [.., kv_ld] of `keys` */
     const int32_t *q_offsets, *prefix_starts, *prefix_lens, *suffix_slots, *suffix_lens;
     const uint8_t *key_mask;
     const float *distance_bias;
     int64_t out_floats, q_rows, k_rows, suffix_rows, out_ld, q_ld, kv_ld, rows, suffix_ld, key_mask_ld;
-    int64_t causal, heads, kv_heads, head_dim, distance_limit, window, operands, wants_weights;
+    int64_t causal, heads, kv_heads, head_dim, distance_limit, window, operands, keys, wants_weights;
     int64_t multiprocessors, capturing;
     float scale;
 };
@@ -54,9 +55,9 @@ const void *b2_cuda_index(b2_ctx *ctx, const void *host, size_t bytes, b2_err *e
     return on_device(host, (int64_t)bytes, err);
 }
 
-static b2_tensor tensor_of(const float *host, int64_t rows, int64_t cols, int64_t ld, b2_err *err)
+static b2_tensor tensor_of(const void *host, int64_t element, int64_t rows, int64_t cols, int64_t ld, b2_err *err)
 {
-    b2_tensor t = {(float *)on_device(host, rows * ld * (int64_t)sizeof(float), err), rows, cols, ld};
+    b2_tensor t = {(float *)on_device(host, rows * ld * element, err), rows, cols, ld};
     return t;
 }
 
@@ -64,19 +65,19 @@ static int call(const attention_call *c, b2_ctx *ctx, b2_err *err)
 {
     b2_attention_args a = {};
     int64_t width = c->heads * c->head_dim, kv_width = c->kv_heads * c->head_dim;
-    int64_t bytes = c->out_floats * (int64_t)sizeof(float);
+    int64_t bytes = c->out_floats * (int64_t)sizeof(float), key = c->keys == B2_F32 ? 4 : 2;
     float *out = (float *)on_device(c->out, bytes, err);
     a.out = {out, c->q_rows, width, c->out_ld};
-    a.q = tensor_of(c->q, c->q_rows, width, c->q_ld, err);
-    a.k = tensor_of(c->k, c->k_rows, kv_width, c->kv_ld, err);
-    a.v = tensor_of(c->v, c->k_rows, kv_width, c->kv_ld, err);
-    a.k_suffix = tensor_of(c->k_suffix, c->suffix_rows, kv_width, c->kv_ld, err);
-    a.v_suffix = tensor_of(c->v_suffix, c->suffix_rows, kv_width, c->kv_ld, err);
+    a.q = tensor_of(c->q, 4, c->q_rows, width, c->q_ld, err);
+    a.k = tensor_of(c->k, key, c->k_rows, kv_width, c->kv_ld, err);
+    a.v = tensor_of(c->v, key, c->k_rows, kv_width, c->kv_ld, err);
+    a.k_suffix = tensor_of(c->k_suffix, key, c->suffix_rows, kv_width, c->kv_ld, err);
+    a.v_suffix = tensor_of(c->v_suffix, key, c->suffix_rows, kv_width, c->kv_ld, err);
     a.rows = c->rows, a.q_offsets = c->q_offsets, a.prefix_starts = c->prefix_starts, a.prefix_lens = c->prefix_lens;
     a.suffix_slots = c->suffix_slots, a.suffix_ld = c->suffix_ld, a.suffix_lens = c->suffix_lens;
     a.key_mask = c->key_mask, a.key_mask_ld = c->key_mask_ld, a.causal = (int)c->causal, a.heads = (int)c->heads;
     a.kv_heads = (int)c->kv_heads, a.head_dim = (int)c->head_dim, a.scale = c->scale, a.distance_bias = c->distance_bias;
-    a.distance_limit = c->distance_limit, a.window = c->window, a.operands = (b2_dtype)c->operands;
+    a.distance_limit = c->distance_limit, a.window = c->window, a.operands = (b2_dtype)c->operands, a.keys = (b2_dtype)c->keys;
     ctx->activations->base = (char *)take(ARENA_BYTES, err);
     ctx->activations->size = ARENA_BYTES;
     if (err->code != B2_OK)

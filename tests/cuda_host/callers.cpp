@@ -4,12 +4,23 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-extern "C" size_t cuda_host_bytes_copied(cudaMemcpyKind kind); /* runtime.cpp */
+/* runtime.cpp */
+extern "C" size_t cuda_host_bytes_copied(cudaMemcpyKind kind);
+extern "C" size_t cuda_host_pinned_bytes(void);
+extern "C" void cuda_host_fail_allocations_after(long count);
+extern "C" long cuda_host_allocations_refused(void);
 
 EXPORT int caller_alloc(int device, size_t bytes, void **data)
 {
     cudaError_t status = cudaSetDevice(device);
     return status == cudaSuccess ? cudaMalloc(data, bytes) : status;
+}
+
+/* Memory that host and all devices may use. */
+EXPORT int caller_alloc_managed(int device, size_t bytes, void **data)
+{
+    cudaError_t status = cudaSetDevice(device);
+    return status == cudaSuccess ? cudaMallocManaged(data, bytes, cudaMemAttachGlobal) : status;
 }
 
 EXPORT int caller_free(void *data)
@@ -58,6 +69,24 @@ EXPORT int caller_read(void *to, const void *from, size_t bytes, cudaStream_t st
 EXPORT size_t caller_bytes_copied(int kind)
 {
     return cuda_host_bytes_copied((cudaMemcpyKind)kind);
+}
+
+/* Pinned memory of the host that somebody has. */
+EXPORT size_t caller_pinned_bytes(void)
+{
+    return cuda_host_pinned_bytes();
+}
+
+/* `count` more allocations succeed, on devices and of pinned memory, and none after them; below 0: as many as fit. */
+EXPORT void caller_fail_allocations_after(long count)
+{
+    cuda_host_fail_allocations_after(count);
+}
+
+/* Since then. */
+EXPORT long caller_allocations_refused(void)
+{
+    return cuda_host_allocations_refused();
 }
 
 EXPORT size_t caller_free_bytes(int device)

@@ -34,6 +34,7 @@ constexpr int DEVICES_MOST = 16;
 struct block {
     size_t bytes;    /* asked for */
     size_t reserved; /* with the fence */
+    bool managed = false; /* all devices may use it */
 };
 
 struct device {
@@ -52,6 +53,12 @@ struct mark {
 
 typedef std::function<std::string()> work; /* returns "" or what went wrong */
 
+/* Of a loop. */
+struct condition {
+    cudaGraphConditionalHandle handle;
+    unsigned at_launch, now;
+};
+
 struct host {
     std::recursive_mutex lock;
     device devices[DEVICES_MOST];
@@ -64,7 +71,10 @@ struct host {
     cudaError_t last = cudaSuccess;
     std::string failure; /* of the last launch that failed */
     std::map<pthread_t, int> current;
+    std::map<cudaGraphConditionalHandle, std::weak_ptr<condition>> conditions;
     size_t copied[4] = {}; /* bytes, by kind */
+    long allocations_left = -1; /* until there is no memory for any; below 0: as many as fit */
+    long refused = 0;           /* of those since then */
     unsigned long long counts[CUDA_HOST_COUNTS] = {};
 };
 
@@ -149,19 +159,30 @@ int device_of(const void *data)
     return -1;
 }
 
-/* Whether [data, data + bytes) lies in one allocation. */
-bool in_allocation(const void *data, size_t bytes)
+/* The allocation that [data, data + bytes) lies in, or NULL. */
+const block *allocation_of(const void *data, size_t bytes)
 {
     int i = device_of(data);
     if (i < 0)
-        return false;
+        return nullptr;
     const device &d = the().devices[i];
     size_t offset = (size_t)(static_cast<const char *>(data) - d.base);
     auto after = d.blocks.upper_bound(offset);
     if (after == d.blocks.begin())
-        return false;
+        return nullptr;
     --after;
-    return offset + bytes <= after->first + after->second.bytes;
+    return offset + bytes <= after->first + after->second.bytes ? &after->second : nullptr;
+}
+
+bool in_allocation(const void *data, size_t bytes)
+{
+    return allocation_of(data, bytes) != nullptr;
+}
+
+bool is_managed(const void *data)
+{
+    const block *found = allocation_of(data, 1);
+    return found && found->managed;
 }
 
 bool is_pinned(const void *data)
@@ -205,6 +226,9 @@ size_t find_place(const device &d, size_t reserved)
 
 struct CUgraph_st {
     std::vector<work> steps;
+    std::vector<std::shared_ptr<condition>> conditions;
+    std::vector<std::shared_ptr<CUgraph_st>> bodies; /* of its loops */
+    CUgraph_st *body = nullptr;                      /* what a node's parameters point to */
 };
 struct CUgraphExec_st {
     std::vector<work> steps;
@@ -219,6 +243,7 @@ struct CUstream_st {
     bool blocking; /* with the default stream */
     std::deque<work> queue;
     CUgraph_st *capture = nullptr;
+    bool capture_is_body = false; /* it belongs to another graph */
     bool invalidated = false;
     cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
     pthread_t capturer;
@@ -409,6 +434,39 @@ cudaError_t fill_on(void *data, int value, size_t bytes, cudaStream_t handle)
 
 } /* namespace */
 
+extern "C" void cuda_host_fail_allocations_after(long count)
+{
+    locked guard;
+    the().allocations_left = count;
+    the().refused = 0;
+}
+
+extern "C" long cuda_host_allocations_refused(void)
+{
+    locked guard;
+    return the().refused;
+}
+
+extern "C" size_t cuda_host_pinned_bytes(void)
+{
+    locked guard;
+    size_t bytes = 0;
+    for (const auto &entry : the().pinned)
+        bytes += entry.second;
+    return bytes;
+}
+
+/* Whether this allocation is to fail; all of them do after the first. */
+static bool allocation_fails(void)
+{
+    long &left = the().allocations_left;
+    if (left > 0)
+        left--;
+    else if (left == 0)
+        the().refused++;
+    return the().refused > 0;
+}
+
 extern "C" size_t cuda_host_bytes_copied(cudaMemcpyKind kind)
 {
     locked guard;
@@ -442,10 +500,11 @@ int cuda_host_check_argument(const char *kernel, int index, const void *argument
         uintptr_t word;
         memcpy(&word, static_cast<const char *>(argument) + at, sizeof word);
         int owner = device_of(reinterpret_cast<void *>(word));
-        const char *what = may_be_padded(word)                     ? nullptr
-                           : owner >= 0 && owner != stream->device ? "a pointer into another device"
-                           : is_host_address(word)                 ? "a pointer of the host"
-                                                                   : nullptr;
+        bool elsewhere = owner >= 0 && owner != stream->device && !is_managed(reinterpret_cast<void *>(word));
+        const char *what = may_be_padded(word)     ? nullptr
+                           : elsewhere             ? "a pointer into another device"
+                           : is_host_address(word) ? "a pointer of the host"
+                                                   : nullptr;
         if (!what)
             continue;
         launch_failed(std::string(kernel) + ": argument " + std::to_string(index) + ": " + what);
@@ -664,12 +723,12 @@ cudaError_t cudaMalloc(void **data, size_t bytes)
     if (status != cudaSuccess || bytes == 0)
         return status;
     device &d = the().devices[current_device()];
-    if (bytes > the().memory || d.used + bytes > the().memory)
+    if (bytes > the().memory || d.used + bytes > the().memory || allocation_fails())
         return error(cudaErrorMemoryAllocation);
     size_t reserved = (bytes + FENCE + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT, at = find_place(d, reserved);
     if (at + reserved > ADDRESSES)
         return error(cudaErrorMemoryAllocation);
-    d.blocks[at] = {bytes, reserved};
+    d.blocks[at] = {bytes, reserved, false};
     d.used += bytes;
     d.top = std::max(d.top, (at + reserved + 65536) & ~(size_t)65535);
     if (!the().closed)
@@ -679,6 +738,15 @@ cudaError_t cudaMalloc(void **data, size_t bytes)
     memset(d.base + at + bytes, 0xff, FENCE);
     *data = d.base + at;
     return cudaSuccess;
+}
+
+cudaError_t cudaMallocManaged(void **data, size_t bytes, unsigned flags)
+{
+    locked guard;
+    cudaError_t status = flags == cudaMemAttachGlobal ? cudaMalloc(data, bytes) : error(cudaErrorInvalidValue);
+    if (status == cudaSuccess && *data)
+        const_cast<block *>(allocation_of(*data, 1))->managed = true;
+    return status;
 }
 
 cudaError_t cudaFree(void *data)
@@ -710,7 +778,7 @@ cudaError_t cudaFree(void *data)
 cudaError_t cudaHostAlloc(void **data, size_t bytes, unsigned)
 {
     locked guard;
-    *data = aligned_alloc(4096, (bytes + 4096) & ~(size_t)4095);
+    *data = allocation_fails() ? nullptr : aligned_alloc(4096, (bytes + 4096) & ~(size_t)4095);
     if (!*data)
         return error(cudaErrorMemoryAllocation);
     the().pinned[static_cast<char *>(*data)] = std::max(bytes, (size_t)1);
@@ -757,9 +825,10 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const vo
     int index = device_of(data);
     *attributes = cudaPointerAttributes();
     attributes->device = index >= 0 ? index : current_device();
-    attributes->type = index >= 0        ? cudaMemoryTypeDevice
-                       : is_pinned(data) ? cudaMemoryTypeHost
-                                         : cudaMemoryTypeUnregistered;
+    attributes->type = is_managed(data)         ? cudaMemoryTypeManaged
+                       : in_allocation(data, 1) ? cudaMemoryTypeDevice
+                       : is_pinned(data)        ? cudaMemoryTypeHost
+                                                : cudaMemoryTypeUnregistered;
     if (index >= 0)
         attributes->devicePointer = const_cast<void *>(data);
     else
@@ -977,6 +1046,15 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void 
 
 /* ---- graphs ---- */
 
+static void begin_capture(CUstream_st *stream, CUgraph_st *graph, bool is_body, cudaStreamCaptureMode mode)
+{
+    stream->capture = graph;
+    stream->capture_is_body = is_body;
+    stream->invalidated = false;
+    stream->mode = mode;
+    stream->capturer = pthread_self();
+}
+
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode)
 {
     locked guard;
@@ -985,11 +1063,82 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     if (stream->capture)
         return error(cudaErrorIllegalState);
     cudaError_t status = drain(stream);
-    stream->capture = new CUgraph_st();
-    stream->invalidated = false;
-    stream->mode = mode;
-    stream->capturer = pthread_self();
+    begin_capture(stream, new CUgraph_st(), false, mode);
     return status;
+}
+
+cudaError_t cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t graph, const cudaGraphNode_t *,
+                                          const cudaGraphEdgeData *, size_t count, cudaStreamCaptureMode mode)
+{
+    locked guard;
+    if (!stream || stream == cudaStreamLegacy || !the().streams.count(stream))
+        return error(cudaErrorStreamCaptureUnsupported);
+    if (stream->capture)
+        return error(cudaErrorIllegalState);
+    if (!graph || count != 0 || !graph->steps.empty())
+        return error(cudaErrorInvalidValue);
+    cudaError_t status = drain(stream);
+    begin_capture(stream, graph, true, mode);
+    return status;
+}
+
+cudaError_t cudaGraphCreate(cudaGraph_t *graph, unsigned flags)
+{
+    *graph = nullptr;
+    if (flags != 0)
+        return error(cudaErrorInvalidValue);
+    *graph = new CUgraph_st();
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphConditionalHandleCreate(cudaGraphConditionalHandle *handle, cudaGraph_t graph, unsigned value,
+                                             unsigned flags)
+{
+    locked guard;
+    if (!graph || flags != cudaGraphCondAssignDefault)
+        return error(cudaErrorInvalidValue);
+    auto &all = the().conditions;
+    *handle = all.empty() ? 1 : all.rbegin()->first + 1;
+    graph->conditions.push_back(std::make_shared<condition>(condition{*handle, value, value}));
+    all[*handle] = graph->conditions.back();
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphAddNode(cudaGraphNode_t *node, cudaGraph_t graph, const cudaGraphNode_t *, const cudaGraphEdgeData *,
+                             size_t count, cudaGraphNodeParams *params)
+{
+    locked guard;
+    std::shared_ptr<condition> held;
+    for (const auto &one : graph->conditions)
+        if (one->handle == params->conditional.handle)
+            held = one;
+    if (params->type != cudaGraphNodeTypeConditional || params->conditional.type != cudaGraphCondTypeWhile ||
+        params->conditional.size != 1 || count != 0 || !graph->steps.empty() || !held)
+        return error(cudaErrorInvalidValue);
+    auto body = std::make_shared<CUgraph_st>();
+    graph->bodies.push_back(body);
+    graph->body = body.get();
+    graph->steps.push_back([held, body] {
+        for (held->now = held->at_launch; held->now;)
+            for (const work &step : body->steps) {
+                std::string wrong = step();
+                if (!wrong.empty())
+                    return wrong;
+            }
+        return std::string();
+    });
+    *node = nullptr;
+    params->conditional.phGraph_out = &graph->body;
+    return cudaSuccess;
+}
+
+void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value)
+{
+    locked guard;
+    auto found = the().conditions.find(handle);
+    std::shared_ptr<condition> held = found == the().conditions.end() ? nullptr : found->second.lock();
+    if (held)
+        held->now = value;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
@@ -998,10 +1147,10 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph)
     *graph = nullptr;
     if (!the().streams.count(stream) || !stream->capture)
         return error(cudaErrorIllegalState);
-    if (stream->invalidated)
-        delete stream->capture;
-    else
+    if (!stream->invalidated)
         *graph = stream->capture;
+    else if (!stream->capture_is_body)
+        delete stream->capture;
     stream->capture = nullptr;
     return stream->invalidated ? error(cudaErrorStreamCaptureInvalidated) : cudaSuccess;
 }

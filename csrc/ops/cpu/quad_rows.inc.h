@@ -12,17 +12,23 @@ B2_INLINE float inverse_of(uint32_t most)
     return largest < NOTHING ? 0.0f : 127.0f / largest;
 }
 
+B2_INLINE int is_finite(uint32_t most)
+{
+    return most < 0x7f800000u;
+}
+
 /* NaN where a NaN or Inf is in the group, and so all of the row's results. */
 B2_INLINE float scale_of(uint32_t most)
 {
     float largest = b2_bits_to_f32(most);
-    if (most >= 0x7f800000u)
+    if (!is_finite(most))
         return b2_bits_to_f32(0x7fc00000u);
     return largest < NOTHING ? 0.0f : largest * (1.0f / 127.0f);
 }
 
 /* round_group: x [group] (times `by`, unless NULL) becomes integers, to the nearest, ties to even; v [group] of them as they
- * are stored; returns the largest size as bits, and their sum. Adding 1.5 * 2^23 rounds; what is above it is the integer. */
+ * are stored; returns the largest size as bits, and their sum. Adding 1.5 * 2^23 rounds; what is above it is the integer.
+ * Where a NaN or Inf is in the group they are no integers of int8: their sum, which would overflow, is 0. */
 #if defined(__AVX512BW__) && VALUE_BYTES == 1
 typedef int8_t value;
 
@@ -43,7 +49,7 @@ B2_INLINE uint32_t round_group(value *v, int32_t *sum, const float *x, const flo
         total = _mm512_add_epi32(total, q);
         _mm_storeu_si128((__m128i *)(void *)(v + 16 * i), _mm512_cvtepi32_epi8(q));
     }
-    *sum = _mm512_reduce_add_epi32(total);
+    *sum = is_finite(bits) ? _mm512_reduce_add_epi32(total) : 0;
     return bits;
 }
 #elif defined(__AVX2__)
@@ -79,7 +85,7 @@ B2_INLINE uint32_t round_group(value *v, int32_t *sum, const float *x, const flo
         __m256i pairs = _mm256_permute4x64_epi64(_mm256_blend_epi16(q, odd, 0xaa), 0x08);
         _mm_storeu_si128((__m128i *)(void *)(v + 8 * i), _mm256_castsi256_si128(pairs));
     }
-    *sum = reduce(total, 1);
+    *sum = is_finite(bits) ? reduce(total, 1) : 0;
     return bits;
 }
 #else

@@ -95,7 +95,7 @@ static int stream_panels(b2_dtype dtype, int rows)
                          "add $64, %[w]\n\t"                                                                       \
                          "dec %[quads]\n\t"                                                                        \
                          "jnz 1b\n\t" ROWS_##R(STORE, )                                                            \
-                         : [x] "+r"(x), [w] "+r"(w), [quads] "+r"(quads)                                            \
+                         : [x] "+&r"(x), [w] "+&r"(w), [quads] "+&r"(quads)                                         \
                          : [out] "r"(out), [distance] "r"(distance), [ahead] "i"(AHEAD), [mask] "x"(mask)                  \
                          : CLOBBERED);                                                                              \
     }                                                                                                               \
@@ -117,7 +117,7 @@ static int stream_panels(b2_dtype dtype, int rows)
                          "jnz 1b\n\t"                                                                              \
                          "vcvtph2ps (%[scales]), %%ymm12\n\t"                                                      \
                          "vcvtph2ps 16(%[scales]), %%ymm13\n\t" ROWS_##R(ADD_SCALED, )                             \
-                         : [x] "+r"(x), [w] "+r"(w), [pairs] "+r"(pairs)                                            \
+                         : [x] "+&r"(x), [w] "+&r"(w), [pairs] "+&r"(pairs)                                         \
                          : [c] "r"(c), [distance] "r"(distance), [offsets] "r"(offsets), [scales] "r"(scales),      \
                            [ahead] "i"(AHEAD), [mask] "x"(mask)                                                            \
                          : CLOBBERED);                                                                              \

@@ -38,6 +38,7 @@ static b2_ops make_table(void)
     ops.top_k = b2_cuda_top_k;
     ops.log_softmax = b2_cuda_log_softmax;
     ops.shortlist = b2_cuda_shortlist;
+    ops.choose = b2_cuda_choose;
     ops.check_finite = b2_cuda_check_finite;
     ops.note_finite = b2_cuda_note_finite;
     ops.picture_scores = b2_cuda_picture_scores;

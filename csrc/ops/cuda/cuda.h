@@ -47,6 +47,8 @@ struct b2_cuda {
     int multiprocessors;
     size_t shared_per_block;   /* bytes of shared memory a block may have when it asks for more than 48 KiB */
     int capturing;             /* 1: operations are being recorded into a graph */
+    int repeating;             /* 1: and the graph repeats them until `loop` says no */
+    cudaGraphConditionalHandle loop;
     int arrays_change;         /* 1: and the host arrays that they are given may differ when it is launched */
     b2_cuda_indices *indices;  /* owned: copies of host arrays (queue.cu) */
     b2_cuda_notes *notes;      /* owned: what note_finite has seen (queue.cu) */

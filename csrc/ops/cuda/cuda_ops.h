@@ -41,6 +41,8 @@ int b2_cuda_check_finite(b2_ctx *ctx, int64_t *first_bad_row, b2_tensor x, b2_er
 int b2_cuda_picture_scores(b2_ctx *ctx, b2_tensor out, b2_tensor texts, const b2_records *records, b2_err *err);
 /* shortlist.cu */
 int b2_cuda_shortlist(b2_ctx *ctx, b2_shortlist *list, b2_tensor x, void *there, void *here, b2_err *err);
+/* choose.cu */
+int b2_cuda_choose(b2_ctx *ctx, const b2_choice *choice, const b2_choice_tables *tables, b2_tensor logits, b2_err *err);
 /* Bytes that any operation of rows.cu and search.cu takes from ctx->activations at most. */
 size_t b2_cuda_rows_scratch(const b2_ctx *ctx, int64_t max_rows, int64_t max_width);
 

@@ -180,7 +180,7 @@ void destroy(b2_cuda_device *d)
 int open_stages(b2_cuda_device *d, b2_err *err)
 {
     for (int i = 0; i < B2_CUDA_STAGES; i++) {
-        if (!d->stage[i] && b2_cuda_check(cudaMallocHost(&d->stage[i], stage_bytes), "pinned memory", err) < 0)
+        if (!d->stage[i] && b2_cuda_pinned(&d->stage[i], stage_bytes, err) < 0)
             return -1;
         if (!d->staged[i] &&
             b2_cuda_check(cudaEventCreateWithFlags(&d->staged[i], cudaEventDisableTiming), "event", err) < 0)
@@ -223,6 +223,16 @@ int download(b2_memory *memory, void *to, const void *from, size_t bytes, b2_err
 
 } // namespace
 
+int b2_cuda_pinned(void **data, size_t bytes, b2_err *err)
+{
+    cudaError_t status = cudaMallocHost(data, bytes);
+    if (status != cudaErrorMemoryAllocation)
+        return b2_cuda_check(status, "pinned memory", err);
+    cudaGetLastError();
+    *data = NULL;
+    return b2_fail(err, B2_E_MEMORY, "pinned memory: could not allocate %zu bytes on the host", bytes);
+}
+
 /* ---- life ---- */
 
 int b2_cuda_after_arrivals(b2_cuda_device *d, cudaStream_t stream, b2_err *err)
@@ -239,8 +249,19 @@ uint64_t b2_cuda_arrivals(b2_device *device)
 
 int b2_cuda_settle(b2_device *device, b2_err *err)
 {
+    b2_cuda_device *d = (b2_cuda_device *)device;
     b2_cuda_device_guard on(device->index);
-    return b2_cuda_check(cudaStreamSynchronize(((b2_cuda_device *)device)->copies), "arrays", err);
+    cudaEvent_t event = NULL;
+    int status = b2_cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "arrays", err);
+    if (status < 0)
+        return -1;
+    {
+        locked hold(&d->lock); /* somebody may close the device; it is not held while one waits */
+        status = b2_cuda_check(cudaEventRecord(event, d->copies), "arrays", err);
+    }
+    status = status < 0 ? -1 : b2_cuda_check(cudaEventSynchronize(event), "arrays", err);
+    cudaEventDestroy(event);
+    return status;
 }
 
 void *b2_cuda_lend(b2_device *device, size_t bytes, b2_err *err)
@@ -328,8 +349,9 @@ void b2_cuda_device_close(b2_device *device)
             locked hold(&d->lock);
             d->closed = 1;
         }
+        b2_cuda_queues_destroy(d); /* which gives blocks back and takes the lock for it */
+        locked hold(&d->lock);     /* an array's copy to the host may be under way */
         cudaStreamSynchronize(d->copies);
-        b2_cuda_queues_destroy(d);
         free_idle(d);
         for (int i = 0; i < B2_CUDA_STAGES; i++) {
             if (d->staged[i])
@@ -341,7 +363,6 @@ void b2_cuda_device_close(b2_device *device)
         cudaStreamDestroy(d->copies);
         d->copies = NULL; /* what is still lent is copied in the default stream */
         d->arrived = NULL;
-        locked hold(&d->lock);
         d->closed = 2;
         lent = d->live != NULL;
     }

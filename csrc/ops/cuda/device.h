@@ -67,6 +67,9 @@ void b2_cuda_device_close(b2_device *device);
  * held. */
 int b2_cuda_after_arrivals(b2_cuda_device *device, cudaStream_t stream, b2_err *err);
 
+/* Pinned memory of the host, for cudaFreeHost. 0 or -1. */
+int b2_cuda_pinned(void **data, size_t bytes, b2_err *err);
+
 /* Of b2_backend. */
 uint64_t b2_cuda_arrivals(b2_device *device);
 int b2_cuda_settle(b2_device *device, b2_err *err);

@@ -4,9 +4,8 @@
  * a chunk to do meanwhile.
  *
  * Work is counted in multiplications of 16-bit products, the slower ones as many of those. What a chunk may hold is measured:
- * it begins small and is fitted to the time that chunks take. A recorded step is one piece of work. */
-#include <time.h>
-
+ * it begins small and is fitted to the time that chunks take. A recorded step is one piece of work; one
+ * that repeats itself is as many as it may become. */
 #include "ops/cuda/cuda_ops.h"
 #include "ops/cuda/device.h"
 
@@ -19,13 +18,6 @@ struct b2_cuda_pace {
     double chunk;
     double then_ns;      /* when the wait for the chunk before was over; 0: not known */
 };
-
-static double now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
-}
 
 static int make(b2_cuda *q, b2_err *err)
 {
@@ -60,7 +52,7 @@ void b2_cuda_pace_restart(b2_cuda *q)
 /* After a wait for a chunk. Where the device was done before it was asked, only the host is known to be slow. */
 static void fit(b2_cuda_pace *p, int was_done)
 {
-    double now = now_ns(), took = now - p->then_ns;
+    double now = (double)b2_now_ns(), took = now - p->then_ns;
     if (p->then_ns > 0.0 && took < wanted_ns)
         p->chunk *= took > wanted_ns / 2 ? wanted_ns / took : 2.0;
     else if (p->then_ns > 0.0 && !was_done)

@@ -61,7 +61,7 @@ static void chunk_release(b2_cuda_device *d, chunk *c)
 static int chunk_create(b2_cuda_device *d, chunk *c, size_t size, b2_err *err)
 {
     memset(c, 0, sizeof *c);
-    if (b2_cuda_check(cudaMallocHost((void **)&c->host, size), "pinned memory", err) < 0)
+    if (b2_cuda_pinned((void **)&c->host, size, err) < 0)
         return -1;
     c->device = (char *)d->memory.alloc(&d->memory, size, "arrays of indices", err);
     c->size = size;
@@ -316,8 +316,7 @@ static int make_notes(b2_cuda *q, b2_err *err)
     b2_cuda_device *d = b2_cuda_device_of(q);
     b2_cuda_notes *n = q->notes = (b2_cuda_notes *)b2_alloc_zeroed(1, sizeof *q->notes, "queue", err);
     if (!n || !(n->device = (unsigned long long *)d->memory.alloc(&d->memory, sizeof NOTHING, "notes", err)) ||
-        b2_cuda_check(cudaMallocHost((void **)&n->host, sizeof NOTHING), "pinned memory", err) < 0 ||
-        b2_cuda_check(cudaMallocHost((void **)&n->bounce, BOUNCE), "pinned memory", err) < 0)
+        b2_cuda_pinned((void **)&n->host, sizeof NOTHING, err) < 0 || b2_cuda_pinned((void **)&n->bounce, BOUNCE, err) < 0)
         return -1;
     return forget_notes(q, err);
 }

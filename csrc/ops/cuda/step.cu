@@ -1,6 +1,7 @@
 /* Steps as graphs. The first time that a step of some shape is asked for it runs as it is; the second time it is recorded; from
  * then on the recording is launched, after the host arrays that it reads have been copied to where it reads them.
  *
+ * A step that chooses its own tokens (choose.cu) is recorded as the body of a loop on the device, which it ends itself.
  * A step that makes its host arrays itself (b2_step_shape.constant) reads what they held when it was recorded. Of those only the
  * short ones are recorded (MOST_WORK): what takes longer than launching its operations gains nothing, and a launched graph can
  * not be cancelled.
@@ -25,6 +26,7 @@ struct step {
     size_t room;         /* for arrays, to begin with */
     double work;         /* as pace.cu counts it */
     int refused;         /* not to be recorded */
+    int loops;           /* recorded as a loop */
     cudaGraphExec_t exec;/* NULL: not recorded yet */
     b2_cuda_recording recording;
 };
@@ -100,23 +102,60 @@ static int make_room(b2_cuda *q, step *s, b2_err *err)
     return 0;
 }
 
+/* The graph whose only node repeats what is captured into *body. */
+static int make_loop(b2_cuda *q, cudaGraph_t *graph, cudaGraph_t *body, b2_err *err)
+{
+    cudaGraphNode_t node;
+    cudaGraphNodeParams loop = {};
+    if (b2_cuda_check(cudaGraphCreate(graph, 0), "loop of steps", err) < 0 ||
+        b2_cuda_check(cudaGraphConditionalHandleCreate(&q->loop, *graph, 1, cudaGraphCondAssignDefault), "loop of steps",
+                      err) < 0)
+        return -1;
+    loop.type = cudaGraphNodeTypeConditional;
+    loop.conditional.handle = q->loop;
+    loop.conditional.type = cudaGraphCondTypeWhile;
+    loop.conditional.size = 1;
+#if CUDART_VERSION >= 13000
+    cudaError_t added = cudaGraphAddNode(&node, *graph, NULL, NULL, 0, &loop);
+#else
+    cudaError_t added = cudaGraphAddNode(&node, *graph, NULL, 0, &loop);
+#endif
+    *body = added == cudaSuccess ? loop.conditional.phGraph_out[0] : NULL;
+    return b2_cuda_check(added, "loop of steps", err);
+}
+
+/* *graph: of a loop, to be destroyed whatever is returned. */
+static int begin_capture(b2_cuda *q, int loops, cudaGraph_t *graph, b2_err *err)
+{
+    cudaGraph_t body = NULL;
+    if (!loops)
+        return b2_cuda_check(cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal), "step", err);
+    if (make_loop(q, graph, &body, err) < 0)
+        return -1;
+    return b2_cuda_check(cudaStreamBeginCaptureToGraph(q->stream, body, NULL, NULL, 0, cudaStreamCaptureModeThreadLocal),
+                         "loop of steps", err);
+}
+
 /* The body's work as a graph: 0, or -1 where it cannot be had (`err` says what the body said). */
-static int record(b2_ctx *ctx, step *s, b2_step_fn body, void *argument, b2_err *err)
+static int record(b2_ctx *ctx, step *s, int loops, b2_step_fn body, void *argument, b2_err *err)
 {
     b2_cuda *q = b2_cuda_of(ctx);
-    cudaGraph_t graph = NULL;
-    if (make_room(q, s, err) < 0 ||
-        b2_cuda_check(cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal), "step", err) < 0)
-        return -1;
-    q->capturing = 1;
-    q->arrays_change = !s->recording.constant;
-    b2_cuda_record_into(q, &s->recording);
-    int status = body(ctx, argument, err);
-    b2_cuda_record_into(q, NULL);
-    q->capturing = q->arrays_change = 0;
-    cudaError_t ended = cudaStreamEndCapture(q->stream, &graph); /* always, or the stream stays as it is */
-    if (status == 0)
-        status = b2_cuda_check(ended, "step", err);
+    cudaGraph_t graph = NULL, captured = NULL;
+    int status = make_room(q, s, err) < 0 ? -1 : begin_capture(q, loops, &graph, err);
+    if (status == 0) {
+        q->capturing = 1;
+        q->repeating = loops;
+        q->arrays_change = !s->recording.constant;
+        b2_cuda_record_into(q, &s->recording);
+        status = body(ctx, argument, err);
+        b2_cuda_record_into(q, NULL);
+        q->capturing = q->repeating = q->arrays_change = 0;
+        cudaError_t ended = cudaStreamEndCapture(q->stream, &captured); /* always, or the stream stays as it is */
+        if (status == 0)
+            status = b2_cuda_check(ended, "step", err);
+    }
+    if (!loops)
+        graph = captured; /* of a loop it is a part */
     if (status == 0)
         status = b2_cuda_check(cudaGraphInstantiate(&s->exec, graph, 0), "step", err);
     if (status < 0)
@@ -124,21 +163,39 @@ static int record(b2_ctx *ctx, step *s, b2_step_fn body, void *argument, b2_err 
     if (graph)
         cudaGraphDestroy(graph);
     cudaGetLastError();
+    s->loops = loops;
     return status;
 }
 
-static int replay(b2_ctx *ctx, step *s, b2_err *err)
+/* With as much room as its arrays need. */
+static int record_whole(b2_ctx *ctx, step *s, int loops, b2_step_fn body, void *argument)
+{
+    b2_err why = {};
+    int status = record(ctx, s, loops, body, argument, &why);
+    while (status < 0 && s->recording.overflowed) {
+        s->room *= 4;
+        why = {};
+        status = record(ctx, s, loops, body, argument, &why);
+    }
+    return status;
+}
+
+/* turns: steps that it may become. */
+static int replay(b2_ctx *ctx, step *s, int turns, b2_err *err)
 {
     b2_cuda *q = b2_cuda_of(ctx);
     b2_cuda_recording *r = &s->recording;
     /* The copy of the arrays of the step before has been made: whoever asks for a step has read its predecessor's results. */
     for (int i = 0; !r->constant && i < r->count; i++)
         memcpy(r->host + r->arrays[i].at, r->arrays[i].host, r->arrays[i].bytes);
-    if (r->used > 0 && !r->sent && b2_cuda_check(cudaMemcpyAsync(r->device, r->host, r->used, cudaMemcpyHostToDevice, q->stream),
-                                     "arrays of a step", err) < 0)
+    if (r->used > 0 && !r->sent &&
+        b2_cuda_check(cudaMemcpyAsync(r->device, r->host, r->used, cudaMemcpyHostToDevice, q->stream), "arrays of a step",
+                      err) < 0)
         return -1;
     r->sent = r->constant;
-    return b2_cuda_check(cudaGraphLaunch(s->exec, q->stream), "step", err) < 0 ? -1 : b2_cuda_pace_on(ctx, s->work, err);
+    if (b2_cuda_check(cudaGraphLaunch(s->exec, q->stream), "step", err) < 0)
+        return -1;
+    return b2_cuda_pace_on(ctx, turns * s->work, err);
 }
 
 /* The first time: what it costs decides whether it is worth a recording. */
@@ -170,18 +227,15 @@ int b2_cuda_step(b2_ctx *ctx, b2_step_shape shape, b2_step_fn body, void *argume
         s->recording.constant = shape.constant;
         return run_first(ctx, s, body, argument, err);
     }
-    if (s->exec)
-        return replay(ctx, s, err);
-    b2_err why = {};
-    int status = record(ctx, s, body, argument, &why);
-    while (status < 0 && s->recording.overflowed) {
-        s->room *= 4;
-        why = {};
-        status = record(ctx, s, body, argument, &why);
+    if (!s->exec) {
+        int recorded = shape.turns > 0 && record_whole(ctx, s, 1, body, argument) == 0;
+        s->refused = !recorded && record_whole(ctx, s, 0, body, argument) < 0;
     }
-    if (status == 0)
-        return replay(ctx, s, err);
-    s->refused = 1;
+    if (!s->refused) {
+        if (shape.turns > 0)
+            *shape.repeats = s->loops;
+        return replay(ctx, s, s->loops ? shape.turns : 1, err);
+    }
     release_recording(b2_cuda_device_of(q), &s->recording);
     return body(ctx, argument, err);
 }
