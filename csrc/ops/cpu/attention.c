@@ -40,9 +40,7 @@ typedef struct workspace {
     int32_t *places;      /* [max_keys]: where each visible key stands among all keys of the row */
     float *keys;          /* [max_keys / 16][Dh][16] */
     float *values;        /* [ceil(Dh / 16)][max_keys][16] */
-    float *queries;       /* [Dh][tile rows] */
     float *scores;        /* [tile rows][max_keys] */
-    float *weights;       /* [keys][tile rows] */
     float *tile;          /* [tile rows][tile columns] */
     int64_t kept;         /* keys that are packed already: those of the siblings' prefix, or 0 */
 } workspace;
@@ -71,15 +69,12 @@ static size_t lay_out(workspace *space, char *base, int64_t max_keys, int head_d
     size_t visible = part(&total, keys + 1, sizeof(int32_t)), places = part(&total, keys, sizeof(int32_t));
     size_t packed_keys = part(&total, keys * width, sizeof(float));
     size_t values = part(&total, keys * (size_t)b2_round_up(head_dim, B2_TILE_COLUMNS_MAX), sizeof(float));
-    size_t queries = part(&total, rows * width, sizeof(float));
     size_t scores = part(&total, rows * keys, sizeof(float));
-    size_t weights = part(&total, rows * keys, sizeof(float));
     size_t tile = part(&total, rows * B2_TILE_COLUMNS_MAX, sizeof(float));
     if (base)
         *space = (workspace){(void *)(base + k_rows),      (void *)(base + v_rows), (void *)(base + visible),
                              (void *)(base + places),      (void *)(base + packed_keys), (void *)(base + values),
-                             (void *)(base + queries),     (void *)(base + scores), (void *)(base + weights),
-                             (void *)(base + tile),        0};
+                             (void *)(base + scores),      (void *)(base + tile),   0};
     return total;
 }
 
@@ -154,17 +149,14 @@ static void hide_keys(float *scores, int64_t count, float scale)
         scores[j] = scale < 0.0f ? INFINITY : -INFINITY;
 }
 
-/* scores [rows][max_keys] for keys [0, count) */
-static void score(const attention_job *job, workspace *space, int rows, int64_t count)
+/* scores [rows][max_keys] of q [rows, Dh] for keys [0, count) */
+static void score(const attention_job *job, workspace *space, const float *q, int64_t q_ld, int rows, int64_t count)
 {
     const b2_cpu_kernels *kernels = job->kernels;
     int width = job->args->head_dim, columns = kernels->tile_panels * B2_PANEL;
     for (int64_t j = 0; j < count; j += columns) {
         const float *b0 = space->keys + j * width, *b1 = j + B2_PANEL < count ? b0 + B2_PANEL * width : b0;
-        kernels->tile(space->tile, space->queries, b0, b1, rows, width, 1);
-        for (int r = 0; r < rows; r++)
-            for (int c = 0; c < columns; c++)
-                space->scores[r * job->max_keys + j + c] = space->tile[r * columns + c];
+        kernels->row_tile(space->scores + j, job->max_keys, q, q_ld, b0, b1, rows, width);
     }
 }
 
@@ -202,7 +194,7 @@ static void mix(const attention_job *job, const workspace *space, float *out, in
     int64_t shared = seen[0], panel = job->max_keys * B2_PANEL;
     for (int d = 0; d < width; d += columns) {
         const float *v0 = space->values + d / B2_PANEL * panel, *v1 = d + B2_PANEL < width ? v0 + panel : v0;
-        kernels->tile(space->tile, space->weights, v0, v1, rows, shared, 1);
+        kernels->row_tile(space->tile, columns, space->scores, job->max_keys, v0, v1, rows, shared);
         for (int r = 0; r < rows; r++) {
             float *c = space->tile + r * columns;
             if (seen[r] > shared)
@@ -230,13 +222,11 @@ static void attend_block(const attention_job *job, const head_work *work, worksp
         most = seen[r] > most ? seen[r] : most;
     }
     int64_t row = work->first_query + first, column = head * a->head_dim;
-    job->kernels->pack_rows(space->queries, a->q.data + row * a->q.ld + column, a->q.ld, rows, a->head_dim);
-    score(job, space, rows, most);
+    score(job, space, a->q.data + row * a->q.ld + column, a->q.ld, rows, most);
     for (int r = 0; r < rows; r++)
         hide_keys(space->scores + r * job->max_keys, seen[r] > 0 ? before[r] : 0, a->scale);
     for (int r = 0; r < rows; r++)
         sums[r] = softmax(job, work, space, space->scores + r * job->max_keys, seen[r], head, first + r);
-    job->kernels->pack_rows(space->weights, space->scores, job->max_keys, rows, seen[0]);
     mix(job, space, a->out.data + row * a->out.ld + column, a->out.ld, rows, seen, sums);
 }
 

@@ -156,6 +156,44 @@ B2_INLINE void tile_body(float *restrict c, const float *restrict a, const char 
     }
 }
 
+/* The same of rows that lie as they are, at distances of c_ld and ld. One pointer for every three of them: as many pointers
+ * as rows do not fit into registers and would be read again at every step. */
+B2_INLINE void row_tile_body(float *restrict c, int64_t c_ld, const float *restrict a, int64_t ld,
+                             const float *restrict b0, const float *restrict b1, int64_t kc, const int rows)
+{
+    enum { GROUPS = (TILE_ROWS + 2) / 3 };
+    vf acc[TILE_ROWS][TILE_VECTORS];
+    const float *group[GROUPS];
+    B2_UNROLL
+    for (int g = 0; g < GROUPS; g++)
+        group[g] = a + (3 * g < rows ? 3 * g : 0) * ld;
+    B2_UNROLL
+    for (int r = 0; r < rows; r++) {
+        B2_UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++)
+            acc[r][v] = v_set1(0.0f);
+    }
+    for (int64_t k = 0; k < kc; k++) {
+        vf b[TILE_VECTORS];
+        B2_UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++)
+            b[v] = v_load((v < NV ? b0 : b1) + k * B2_PANEL + v % NV * VW);
+        B2_UNROLL
+        for (int r = 0; r < rows; r++) {
+            vf x = v_set1(group[r / 3][k + r % 3 * ld]);
+            B2_UNROLL
+            for (int v = 0; v < TILE_VECTORS; v++)
+                acc[r][v] = v_fma(x, b[v], acc[r][v]);
+        }
+    }
+    B2_UNROLL
+    for (int r = 0; r < rows; r++) {
+        B2_UNROLL
+        for (int v = 0; v < TILE_VECTORS; v++)
+            v_store(c + r * c_ld + v * VW, acc[r][v]);
+    }
+}
+
 /* Most panels that a streaming kernel reads at once: enough chains to hide the latency of a multiply-add, few enough
  * for the registers. */
 B2_INLINE int panels_for(int rows)
@@ -271,8 +309,8 @@ B2_INLINE void stream_some(float *c, const float *a, const char *w, int64_t k, c
         if (s->dtype == B2_F32)                                                                                     \
             tile_body(c, a, s->at[0], s->at[1], NULL, NULL, s->next, s->next_distance, kc, first, R, B2_F32, 1);    \
         else if (s->dtype == B2_F16)                                                                                \
-            tile_body(c, a, s->at[0], s->at[1], b->at[0], b->at[1], s->next, s->next_distance, kc, first, R, B2_F16,\
-                      1);                                                                                           \
+            tile_body(c, a, s->at[0], s->at[1], b->at[0], b->at[1], s->next, s->next_distance, kc, first, R,        \
+                      B2_F16, 1);                                                                                   \
         else                                                                                                        \
             tile_body(c, a, s->at[0], s->at[1], b->at[0], b->at[1], s->next, s->next_distance, kc, first, R,        \
                       B2_BF16, 1);                                                                                  \
@@ -281,12 +319,16 @@ B2_INLINE void stream_some(float *c, const float *a, const char *w, int64_t k, c
     {                                                                                                               \
         if (w->layout == B2_PAIRS)                                                                                  \
             stream_some_pairs(c, a, at, k, R, panels);                                                              \
-        else if (w->dtype == B2_F32)                                                                                        \
+        else if (w->dtype == B2_F32)                                                                                \
             stream_some(c, a, at, k, B2_F32, R, panels);                                                            \
         else if (w->dtype == B2_F16)                                                                                \
             stream_some(c, a, at, k, B2_F16, R, panels);                                                            \
         else                                                                                                        \
             stream_some(c, a, at, k, B2_BF16, R, panels);                                                           \
+    }                                                                                                               \
+    static void rows_##R(float *c, int64_t c_ld, const float *a, int64_t ld, const float *b0, const float *b1, int64_t kc)\
+    {                                                                                                               \
+        row_tile_body(c, c_ld, a, ld, b0, b1, kc, R);                                                               \
     }
 
 DEFINE_ROWS(1)
@@ -309,6 +351,7 @@ DEFINE_ROWS(14)
 #endif
 
 typedef void (*tile_fn)(float *, const float *, const float *, const float *, int64_t, int);
+typedef void (*row_tile_fn)(float *, int64_t, const float *, int64_t, const float *, const float *, int64_t);
 typedef void (*from_fn)(float *, const float *, const b2_stored *, b2_panels *, int64_t, int);
 typedef void (*stream_fn)(float *, const float *, const b2_weight *, const char *, int, int64_t);
 
@@ -323,12 +366,19 @@ typedef void (*stream_fn)(float *, const float *, const b2_weight *, const char 
 #endif
 
 static const tile_fn tiles_of[TILE_ROWS] = ALL_ROWS(tile);
+static const row_tile_fn row_tiles_of[TILE_ROWS] = ALL_ROWS(rows);
 static const from_fn froms_of[TILE_ROWS] = ALL_ROWS(from);
 static const stream_fn streams_of[TILE_ROWS] = ALL_ROWS(stream);
 
 static void tile(float *c, const float *a, const float *b0, const float *b1, int rows, int64_t kc, int first)
 {
     tiles_of[rows - 1](c, a, b0, b1, kc, first);
+}
+
+static void row_tile(float *c, int64_t c_ld, const float *a, int64_t ld, const float *b0, const float *b1, int rows,
+                     int64_t kc)
+{
+    row_tiles_of[rows - 1](c, c_ld, a, ld, b0, b1, kc);
 }
 
 static void tile_from(float *c, const float *a, const b2_stored *stored, b2_panels *b, int rows, int64_t kc, int first)

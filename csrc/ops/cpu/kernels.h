@@ -42,7 +42,11 @@ typedef struct b2_cpu_kernels {
     /* c [rows][tile_panels*16] (+)= a [kc][rows] . b0, b1 [kc][16]: starts from zero if `first`, else goes on from c.
      * b1 is read only where tile_panels is 2. */
     void (*tile)(float *c, const float *a, const float *b0, const float *b1, int rows, int64_t kc, int first);
-    /* The same from panels as stored, which it widens into b->at (fp32: it points b->at at them). */
+    /* c [rows, tile_panels*16] (distance c_ld) = a [rows, kc] (distance ld) . b0, b1: of rows that are read too few times
+     * for packing them to pay. */
+    void (*row_tile)(float *c, int64_t c_ld, const float *a, int64_t ld, const float *b0, const float *b1, int rows,
+                     int64_t kc);
+    /* As tile, from panels as stored, which it widens into b->at (fp32: it points b->at at them). */
     void (*tile_from)(float *c, const float *a, const b2_stored *stored, b2_panels *b, int rows, int64_t kc, int first);
     /* c [rows][panels*16] = a [k][rows] . panels of `w` (B2_PANELS or B2_PAIRS) from `at` on, rows <= tile_rows, panels = 1,
      * 2 or 4 and at most stream_panels(rows): reads each weight once, straight from memory. */

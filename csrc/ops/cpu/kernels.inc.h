@@ -17,6 +17,7 @@ const b2_cpu_kernels B2_KERNELS = {
     .widen_rows = widen_rows,
     .widen_pairs = widen_pairs,
     .tile = tile,
+    .row_tile = row_tile,
     .tile_from = tile_from,
     .stream = stream,
     .stream_panels = stream_panels,

@@ -85,15 +85,15 @@ static void gate_row(float *out, const float *gate, const float *up, int64_t n, 
     }
 }
 
-/* NaN if one is there: then the whole row must become NaN. */
-static float row_max(const float *x, int64_t n)
+/* The maximum of scale * x. NaN if one is there: then the whole row must become NaN. */
+B2_INLINE float row_max(const float *x, int64_t n, float scale)
 {
     lanes best = lanes_set1(-INFINITY), nans = lanes_set1(0.0f);
     int64_t j = 0;
     for (; j + B2_PANEL <= n; j += B2_PANEL) {
         B2_UNROLL
         for (int v = 0; v < NV; v++) {
-            vf a = v_load(x + j + v * VW);
+            vf a = v_mul(v_load(x + j + v * VW), v_set1(scale));
             best.v[v] = v_max(a, best.v[v]); /* a NaN is passed over here */
             nans.v[v] = v_fma(a, v_set1(0.0f), nans.v[v]);
         }
@@ -101,30 +101,32 @@ static float row_max(const float *x, int64_t n)
     float most = lanes_max(best);
     float nan = lanes_sum(nans);
     for (; j < n; j++) {
-        most = x[j] > most ? x[j] : most;
-        nan += x[j] * 0.0f;
+        float a = x[j] * scale;
+        most = a > most ? a : most;
+        nan += a * 0.0f;
     }
     if (nan == nan)
         return most;
     /* Inf * 0 is NaN too: look again. */
     for (j = 0; j < n; j++)
-        if (x[j] != x[j])
-            return x[j];
+        if (x[j] * scale != x[j] * scale)
+            return x[j] * scale;
     return most;
 }
 
 static float softmax_row(float *s, int64_t n, float scale)
 {
-    /* The maximum of scale * s, for either sign of scale. */
-    for (int64_t i = 0; i < n; i++)
-        s[i] *= scale;
-    float most = row_max(s, n);
+    float most = row_max(s, n, scale);
     lanes sum = lanes_set1(0.0f);
     for (int64_t j = 0; j < n; j += B2_PANEL) {
         int64_t count = n - j < B2_PANEL ? n - j : B2_PANEL;
+        for (int64_t i = j; count < B2_PANEL && i < n; i++)
+            s[i] *= scale;
         lanes x = count == B2_PANEL ? lanes_load(s + j) : lanes_load_part(s + j, count, -INFINITY);
         B2_UNROLL
         for (int v = 0; v < NV; v++) {
+            if (count == B2_PANEL)
+                x.v[v] = v_mul(x.v[v], v_set1(scale));
             x.v[v] = v_exp(v_sub(x.v[v], v_set1(most)));
             sum.v[v] = v_add(sum.v[v], x.v[v]);
         }
@@ -135,7 +137,7 @@ static float softmax_row(float *s, int64_t n, float scale)
 
 static void log_softmax_row(float *x, int64_t n)
 {
-    float most = row_max(x, n);
+    float most = row_max(x, n, 1.0f);
     lanes sum = lanes_set1(0.0f);
     for (int64_t j = 0; j < n; j += B2_PANEL) {
         int64_t count = n - j < B2_PANEL ? n - j : B2_PANEL;
